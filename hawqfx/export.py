@@ -1,0 +1,325 @@
+"""Lowered Program -> ONNX, with packed weights that onnxruntime unpacks once, when it loads the file.
+
+Weights are stored in `bits` bits each and go through one model-local function per width, called by every layer, which
+unpacks them and dequantizes.  onnxruntime inlines the function, folds the unpacking, and sees an int8 weight behind a
+DequantizeLinear, which its integer kernels take in.  What the kernels need, as measured with onnxruntime 1.32:
+weights signed with an explicit zero-point of zeros (QGemm is not fused without one), activations uint8 with a
+zero-point, biases int32, and 4- or 6-bit activations as uint8 with a Clip on the integers (uint4 stays in float).
+"""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from numpy.typing import NDArray
+from onnxscript import opset18 as op
+from torch import fx
+
+from hawqfx import capture
+from hawqfx.errors import ExportError
+from hawqfx.maths import affine, packing
+from hawqfx.ops import DEQUANTIZE, FAKE_QUANTIZE
+from hawqfx.program import Program, copy_graph, set_tensor
+from hawqfx.study import Batch
+
+Packing = Literal["portable", "native"]
+
+DOMAIN = "hawqfx"
+OPSET: dict[str, int] = {"portable": 18, "native": 25}
+IR_VERSION: dict[str, int] = {"portable": 10, "native": 13}
+OLDEST_RUNTIME: dict[str, str] = {"portable": "1.20", "native": "1.24"}
+
+
+def export(
+    program: Program, example: Batch, path: str | Path, packing: Packing = "portable", metadata: Mapping[str, str] = {}
+) -> None:
+    """Write a program, lowered or not, as an ONNX file; whole or not at all.
+
+    `packing`: "portable" stores bit-planes in uint8 and loads in onnxruntime 1.20 and later; "native" stores ONNX's
+    INT4 and INT2 and loads in 1.24 and later.  Raises ExportError.
+    """
+    if packing not in OPSET:
+        raise ExportError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
+    _check_writable(Path(path))
+    frozen, widths = _freeze(program)
+    model = _translate(frozen, example, OPSET[packing])
+    for name, bits in widths.items():
+        _pack_weight(model, name, bits, packing)
+    _tidy(model)
+    model.ir_version = IR_VERSION[packing]
+    model.producer_name, model.producer_version = "hawqfx", None
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    _write(model, Path(path))
+
+
+def _freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
+    """A graph whose weights and biases are integer buffers, and the width of each weight by name."""
+    module = copy_graph(program.graph)
+    graph = module.graph
+    widths = {}
+    for number, node in enumerate(graph.find_nodes(op="call_function", target=FAKE_QUANTIZE)):
+        source, scale, zero_point, low, high = node.args
+        if source.op != "get_attr":
+            continue
+        assert zero_point == 0
+        key = str(source.target)
+        codes = affine.quantize(program.tensor(key).detach(), _value(program, scale), 0, low, high)
+        if codes.dtype == torch.int8:
+            name = key
+            widths[key] = (high - low + 1).bit_length() - 1
+        else:  # a bias that several layers share has codes for each of them
+            name = f"{key}_{number}"
+        set_tensor(module, name, codes, parameter=False)
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+            node.replace_all_uses_with(graph.call_function(DEQUANTIZE, (constant, scale)))
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return fx.GraphModule(module, graph), widths
+
+
+def _value(program: Program, node: fx.Node) -> torch.Tensor:
+    """A scale: a buffer, or the product of two."""
+    if node.op == "get_attr":
+        return program.tensor(str(node.target)).detach()
+    one, other = (_value(program, factor) for factor in node.all_input_nodes)
+    return one * other
+
+
+def _constant(value: int, dtype: type[np.generic]) -> Any:
+    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype)))
+
+
+def _activation(x: Any, scale: Any, zero_point: int, low: int, high: int) -> Any:
+    zero = _constant(zero_point, np.uint8)
+    codes = op.QuantizeLinear(x, scale, zero)
+    if (low, high) != (0, 255):
+        codes = op.Clip(codes, _constant(low, np.uint8), _constant(high, np.uint8))
+    return op.DequantizeLinear(codes, scale, zero)
+
+
+def _constant_codes(codes: Any, scale: Any) -> Any:
+    return op.DequantizeLinear(codes, scale, axis=0)
+
+
+def _translate(graph: fx.GraphModule, example: Batch, opset: int) -> ir.Model:
+    exported = capture.export(graph, example)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,  # it would fold the biases' scales into tensors that the file need not hold
+                verbose=False,
+                custom_translation_table={FAKE_QUANTIZE: _activation, DEQUANTIZE: _constant_codes},
+            )
+        except Exception as error:  # the exporter raises many kinds
+            raise ExportError(f"torch.onnx could not translate the graph: {error}") from error
+    assert program is not None
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages that are not installed; nobody can act on that."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _pack_weight(model: ir.Model, name: str, bits: int, how: Packing) -> None:
+    """Replace an int8 initializer and its DequantizeLinear by packed tensors and a call that unpacks them."""
+    graph = model.graph
+    codes = graph.initializers.pop(name)
+    assert codes.const_value is not None
+    array = codes.const_value.numpy()
+    packed = _packed(name, array, bits, how)
+    function = _weight_function(bits, how)
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports[DOMAIN] = 1
+    inputs = [_initializer(graph, value) for value in packed]
+    for use in list(codes.uses()):
+        dequantize = use.node
+        call = ir.node(function.name, [*inputs, dequantize.inputs[1]], domain=DOMAIN)
+        call.outputs[0].name = dequantize.outputs[0].name
+        graph.insert_before(dequantize, call)
+        ir.convenience.replace_all_uses_with(dequantize.outputs[0], call.outputs[0])
+        graph.remove(dequantize, safe=True)
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _packed(name: str, codes: NDArray[np.int8], bits: int, how: Packing) -> list[ir.TensorProtocol]:
+    """The tensors that hold a weight, in the order of the inputs of its function, before the scale."""
+    if how == "portable":
+        stream = codes.view(np.uint8).reshape(-1) if bits == 8 else packing.pack(codes, bits)
+        shape = np.array(codes.shape, np.int64)
+        return [ir.tensor(stream, name=name), ir.tensor(shape, name=f"{name}_shape")]
+    high, pair, bit = packing.split(codes, bits)
+    parts = packing.NATIVE[bits]
+    types = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
+    tensors: list[ir.TensorProtocol] = [_typed(high, types[parts.high], name)]
+    if parts.pair:
+        tensors.append(_typed(pair, ir.DataType.UINT2, f"{name}_pair"))
+    if parts.bit:
+        tensors.append(ir.tensor(np.packbits(bit.reshape(-1), bitorder="little"), name=f"{name}_bit"))
+    return tensors
+
+
+def _typed(values: NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    return ir.Tensor(values.astype(dtype.numpy()), dtype=dtype, name=name)
+
+
+class _Body:
+    """Builds the nodes of a function, a node a call."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def __call__(self, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(operator, inputs, attributes=attributes)
+        node.outputs[0].name = f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, values: object, dtype: type[np.generic]) -> ir.Value:
+        return self("Constant", value=ir.tensor(np.array(values, dtype)))
+
+    def bits(self, stream: ir.Value, count: ir.Value) -> ir.Value:
+        """The first `count` bits of a byte stream, as uint8 zeros and ones."""
+        column = self("Reshape", stream, self.constant([-1, 1], np.int64))
+        shifted = self("BitShift", column, self.constant(range(8), np.uint8), direction="RIGHT")
+        ones = self("BitwiseAnd", shifted, self.constant(1, np.uint8))
+        flat = self("Reshape", ones, self.constant([-1], np.int64))
+        return self("Slice", flat, self.constant([0], np.int64), count)
+
+    def dequantized(self, codes: ir.Value, scale: ir.Value) -> ir.Value:
+        zeros = self("ConstantOfShape", self("Shape", scale), value=ir.tensor(np.zeros(1, np.int8)))
+        return self("DequantizeLinear", codes, scale, zeros, axis=0)
+
+
+def _weight_function(bits: int, how: Packing) -> ir.Function:
+    """(packed tensors ..., scale) -> float weight; see hawqfx.maths.packing for the layouts."""
+    body = _Body()
+    scale = ir.Value(name="scale")
+    if how == "portable":
+        inputs = [ir.Value(name="packed"), ir.Value(name="shape")]
+        codes = _portable_codes(body, bits, *inputs)
+    else:
+        parts = packing.NATIVE[bits]
+        names = ("high", *("pair",) * bool(parts.pair), *("bit",) * bool(parts.bit))
+        inputs = [ir.Value(name=name) for name in names]
+        codes = _native_codes(body, parts, dict(zip(names, inputs, strict=True)))
+    out = body.dequantized(codes, scale)
+    graph = ir.Graph([*inputs, scale], [out], nodes=body.nodes, opset_imports={"": OPSET[how]}, name="")
+    return ir.Function(DOMAIN, f"Weight{bits}", "", graph=graph, attributes=[])
+
+
+def _portable_codes(body: _Body, bits: int, packed: ir.Value, shape: ir.Value) -> ir.Value:
+    if bits == 8:  # the bytes of the codes; a cast from uint8 to int8 wraps around, but only by custom, so: exactly
+        wide = body("Cast", packed, to=ir.DataType.INT32)
+        sign = body("BitShift", packed, body.constant(7, np.uint8), direction="RIGHT")
+        turns = body("Mul", body("Cast", sign, to=ir.DataType.INT32), body.constant(256, np.int32))
+        return body("Reshape", body("Cast", body("Sub", wide, turns), to=ir.DataType.INT8), shape)
+    count = body("Mul", body("ReduceProd", shape, keepdims=1), body.constant([bits], np.int64))
+    planes = body("Reshape", body.bits(packed, count), body.constant([bits, -1], np.int64))
+    worth = body.constant(packing.plane_values(bits).reshape(-1, 1), np.int32)
+    weighted = body("Mul", body("Cast", planes, to=ir.DataType.INT32), worth)
+    codes = body("ReduceSum", weighted, body.constant([0], np.int64), keepdims=0)
+    return body("Reshape", body("Cast", codes, to=ir.DataType.INT8), shape)
+
+
+def _native_codes(body: _Body, parts: packing.NativeParts, inputs: Mapping[str, ir.Value]) -> ir.Value:
+    high = inputs["high"]
+    if not parts.pair and not parts.bit:
+        return high if parts.high == 8 else body("Cast", high, to=ir.DataType.INT8)
+    codes = body("Cast", high, to=ir.DataType.INT32)
+    shape = body("Shape", high)
+    codes = body("Mul", codes, body.constant(1 << (parts.pair + parts.bit), np.int32))
+    if parts.pair:
+        pair = body("Cast", inputs["pair"], to=ir.DataType.INT32)
+        codes = body("Add", codes, body("Mul", pair, body.constant(1 << parts.bit, np.int32)))
+    if parts.bit:
+        bit = body("Reshape", body.bits(inputs["bit"], body("ReduceProd", shape, keepdims=1)), shape)
+        codes = body("Add", codes, body("Cast", bit, to=ir.DataType.INT32))
+    return body("Cast", codes, to=ir.DataType.INT8)
+
+
+def _tidy(model: ir.Model) -> None:
+    """Leave out of the file what no reader needs: traces of the exporter, shapes inside, copies of small constants."""
+    for step in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.RemoveUnusedNodesPass(),
+    ):
+        step(model)
+    _clear(model.graph)
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    for function in model.functions.values():
+        _clear(function.graph)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+
+
+def _clear(graph: ir.Graph) -> None:
+    outputs = set(graph.outputs)
+    for node in graph:
+        node.name, node.doc_string = None, None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outputs:
+                value.shape, value.type = None, None
+
+
+def _check_writable(path: Path) -> None:
+    """Before the work, not after it: the folder is there and takes a file."""
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder: give the name of a file in it")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ExportError(f"{path} cannot be written: no permission in the folder {path.parent}")
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Through a temporary file in the same folder and a rename, so that `path` is whole or as it was."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            ir.save(model, temporary)
+            onnx.checker.check_model(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except (OSError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"{path} was not written: {error}") from error

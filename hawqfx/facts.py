@@ -1,0 +1,111 @@
+"""What passes learn about sites: frozen facts, and the typed table that holds them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeVar
+
+from torch import Tensor
+
+from hawqfx.errors import PassError
+
+SIGNIFICANT = 2.0  # standard errors: a trace below this many is not told from zero
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The average Hessian trace Tr(H)/n of the loss at a site, per element squared of the site's tensor.
+
+    `stderr` is the standard error of `mean_trace` over the probes, for the batches at hand.  An estimate may be
+    negative; it is kept as it is.
+    """
+
+    mean_trace: float
+    stderr: float
+    probes: int
+
+    @property
+    def upper(self) -> float:
+        """What the allocation uses: the estimate, or its upper confidence bound where noise hides its sign."""
+        if self.mean_trace > SIGNIFICANT * self.stderr:
+            return self.mean_trace
+        return max(0.0, self.mean_trace + SIGNIFICANT * self.stderr)
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """One affine quantizer: code = clip(round(x / scale) + zero_point, low, high).
+
+    One scale for the whole tensor, or one per index of dimension 0 (per-channel).
+    """
+
+    bits: int
+    scale: tuple[float, ...]
+    zero_point: int
+    low: int
+    high: int
+    per_channel: bool
+
+
+@dataclass(frozen=True)
+class Quantizers:
+    """The quantizer of a site at each bit width that it may take."""
+
+    by_bits: Mapping[int, QuantParams]
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """The int8 codes of a weight at each bit width, and the squared error that they leave (hawqfx.maths.rounding)."""
+
+    codes: Mapping[int, Tensor]
+    squared_error: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """||Q_b(x) - x||^2 at each bit width: the sum of squares over a weight, or over one sample of an activation."""
+
+    squared_error: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that a site takes at each bit width: in the exported file (weight), or live for one sample (activation)."""
+
+    bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The width that the allocation chose, and the loss increase Omega that it predicts for the site."""
+
+    bits: int
+    omega: float
+
+
+Fact = Sensitivity | Quantizers | Rounding | Perturbation | Cost | Bits
+F = TypeVar("F", Sensitivity, Quantizers, Rounding, Perturbation, Cost, Bits)
+
+
+class FactTable:
+    """An immutable map from (site key, fact class) to a fact."""
+
+    def __init__(self, facts: Mapping[tuple[str, type], Fact] = MappingProxyType({})) -> None:
+        self._facts = dict(facts)
+
+    def with_facts(self, learned: Mapping[str, Fact]) -> "FactTable":
+        """A new table that also holds `learned`, a map from site key to fact."""
+        return FactTable(self._facts | {(key, type(fact)): fact for key, fact in learned.items()})
+
+    def get(self, key: str, kind: type[F]) -> F:
+        fact = self._facts.get((key, kind))
+        if not isinstance(fact, kind):
+            raise PassError(f"nothing is known about the {kind.__name__} of {key!r}: run the pass that gives it first")
+        return fact
+
+    def has(self, key: str, kind: type[Fact]) -> bool:
+        return (key, kind) in self._facts
+
+    def __iter__(self) -> Iterator[tuple[str, type]]:
+        return iter(self._facts)

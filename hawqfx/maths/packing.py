@@ -1,0 +1,76 @@
+"""Packed integers of 2 to 8 bits, signed, in two's complement.
+
+Portable packing is one bit stream: bit 0 of every code, then bit 1 of every code, ... (bit-planes), least significant
+bit of each byte first.  n codes of b bits take ceil(n b / 8) bytes, so a tensor is rounded up by less than a byte.
+
+Native packing splits a code of b bits into a signed high part that ONNX has a type for, and what remains:
+
+    b   2     3           4     5           6             7                   8
+        int2  int2 + bit  int4  int4 + bit  int4 + uint2  int4 + uint2 + bit  int8
+
+code = high * 2^(b-h) + uint2 * 2^(bit present) + bit.  Each part is rounded up by less than a byte.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Codes = NDArray[np.int8]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes in the portable packing."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: Codes, bits: int) -> Bytes:
+    """The bit-planes of int8 codes of any shape, as ceil(n bits / 8) bytes.  Raises ValueError out of range."""
+    _check_range(codes, bits)
+    planes = (codes.reshape(1, -1).view(np.uint8) >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
+    return np.packbits(planes.reshape(-1), bitorder="little")
+
+
+def plane_values(bits: int) -> NDArray[np.int32]:
+    """What a one in each bit-plane is worth: 1, 2, 4, ..., and -2^(bits-1) for the sign."""
+    values = 1 << np.arange(bits, dtype=np.int32)
+    values[-1] = -values[-1]
+    return values
+
+
+@dataclass(frozen=True)
+class NativeParts:
+    """Widths of the parts of a code: a signed high part, then an unsigned pair of bits (0 or 2), then one bit (0 or 1)."""
+
+    high: int
+    pair: int
+    bit: int
+
+
+NATIVE: dict[int, NativeParts] = {
+    2: NativeParts(2, 0, 0),
+    3: NativeParts(2, 0, 1),
+    4: NativeParts(4, 0, 0),
+    5: NativeParts(4, 0, 1),
+    6: NativeParts(4, 2, 0),
+    7: NativeParts(4, 2, 1),
+    8: NativeParts(8, 0, 0),
+}
+
+
+def split(codes: Codes, bits: int) -> tuple[Codes, Bytes, Bytes]:
+    """The high, pair and bit parts of int8 codes, unpacked, each in the shape of `codes` (absent parts are zero)."""
+    _check_range(codes, bits)
+    parts = NATIVE[bits]
+    wide = codes.astype(np.int16)
+    high = wide >> (parts.pair + parts.bit)
+    pair = (wide >> parts.bit) & ((1 << parts.pair) - 1)
+    bit = wide & ((1 << parts.bit) - 1)
+    return high.astype(np.int8), pair.astype(np.uint8), bit.astype(np.uint8)
+
+
+def _check_range(codes: Codes, bits: int) -> None:
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if codes.size and (int(codes.min()) < low or int(codes.max()) > high):
+        raise ValueError(f"codes from {codes.min()} to {codes.max()} do not fit {bits} signed bits ({low} to {high})")

@@ -1,0 +1,56 @@
+"""The operators that hawqfx adds to a graph.
+
+fake_quantize stands for a QuantizeLinear and DequantizeLinear pair, which export writes.  Its gradient passes unchanged
+where the value was in range and is zero where it was clipped (Bengio, Leonard, Courville 2013), so that a lowered
+graph can be trained.  dequantize takes its place where the codes are constants, in the graph that is exported.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hawqfx.maths import affine
+
+
+@torch.library.custom_op("hawqfx::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    return affine.fake_quantize(x, scale, zero_point, low, high)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, low, high = inputs
+    ctx.save_for_backward(x, scale)
+    ctx.range = (low - zero_point, high - zero_point)
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale = ctx.saved_tensors
+    low, high = ctx.range
+    codes = x.div(affine.along_channels(scale, x)).round_()
+    return gradient * ((codes >= low) & (codes <= high)), None, None, None, None
+
+
+fake_quantize.register_autograd(_straight_through, setup_context=_keep)
+
+FAKE_QUANTIZE = torch.ops.hawqfx.fake_quantize.default
+
+
+@torch.library.custom_op("hawqfx::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Values of signed integer codes with zero-point 0; `scale` as in fake_quantize."""
+    values = codes.to(scale.dtype)
+    return values * affine.along_channels(scale, values)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+DEQUANTIZE = torch.ops.hawqfx.dequantize.default

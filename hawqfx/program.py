@@ -1,0 +1,180 @@
+"""The value that flows through the passes: a graph, the places where bits are chosen, and what is known of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from hawqfx.facts import Bits, Fact, FactTable
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a weight: the fx node that multiplies an activation by it, and how often."""
+
+    node: str
+    operator: str
+    weight: str
+    bias: str | None
+    input: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """A parameter whose bits are chosen.  `key` is its qualified name, also when several layers share it."""
+
+    key: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """Tensors that share one quantizer.  `key` is the name of the first of `nodes`, the fx nodes that make them.
+
+    `carriers` only move values of these tensors about (reshape, max-pool, concat): they keep the same quantizer.
+    `shape` is that of one sample at the first node; `numel` counts the elements of one sample over all of `nodes`.
+    """
+
+    key: str
+    kind: str
+    shape: tuple[int, ...]
+    numel: int
+    nodes: tuple[str, ...]
+    carriers: tuple[str, ...]
+    nonnegative: bool
+
+
+Site = WeightSite | ActivationSite
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass that ran."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """An immutable value; a pass returns a new one.
+
+    `left_float` maps each node that multiplies but stays in float to the reason.
+    """
+
+    graph: fx.GraphModule
+    sites: tuple[Site, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    left_float: Mapping[str, str] = field(default_factory=dict)
+    facts: FactTable = field(default_factory=FactTable)
+    history: tuple[Step, ...] = ()
+
+    @property
+    def weights(self) -> tuple[WeightSite, ...]:
+        return tuple(site for site in self.sites if isinstance(site, WeightSite))
+
+    @property
+    def activations(self) -> tuple[ActivationSite, ...]:
+        return tuple(site for site in self.sites if isinstance(site, ActivationSite))
+
+    def learn(self, facts: Mapping[str, Fact]) -> "Program":
+        return replace(self, facts=self.facts.with_facts(facts))
+
+    def bits(self) -> dict[str, int]:
+        """The chosen width of every site."""
+        return {site.key: self.facts.get(site.key, Bits).bits for site in self.sites}
+
+    def tensor(self, key: str) -> Tensor:
+        """The parameter or buffer with this qualified name."""
+        owner, _, name = key.rpartition(".")
+        value = getattr(self.graph.get_submodule(owner), name)
+        assert isinstance(value, Tensor)
+        return value
+
+    def float_bytes(self) -> int:
+        """Bytes of the float32 network's parameters and constants, the 100% of a relative size."""
+        return sum(_float_bytes(tensor) for tensor in self._constants().values())
+
+    def fixed_bytes(self) -> int:
+        """Bytes of those that no site covers, so that they stay as they are."""
+        covered = {layer.weight for layer in self.layers} | {layer.bias for layer in self.layers}
+        return sum(_float_bytes(tensor) for key, tensor in self._constants().items() if key not in covered)
+
+    def _constants(self) -> dict[str, Tensor]:
+        nodes = self.graph.graph.find_nodes(op="get_attr")
+        return {str(node.target): self.tensor(str(node.target)) for node in nodes}
+
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tap: Tap | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        at: Iterable[str] | None = None,
+    ) -> Any:
+        """The model's output.  `tap` may look at, and replace, tensors as they are made: those of the activation
+        sites, or those of the nodes `at`.  `tensors` stand in for parameters of the same name."""
+        spots = set(at) if at is not None else {node for site in self.activations for node in site.nodes}
+        interpreter = _Interpreter(self.graph, spots, tap, tensors or {})
+        spec = self.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+        ordered = dict(kwargs)
+        if len(spec.children()) == 2 and spec.children()[1].context:
+            ordered = {name: kwargs[name] for name in spec.children()[1].context}
+        flat = pytree.tree_leaves((args, ordered))
+        output = interpreter.run(*flat, enable_io_processing=False)
+        return self.graph.graph.process_outputs(output)
+
+
+def _float_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(
+        self, graph: fx.GraphModule, spots: set[str], tap: Tap | None, tensors: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(graph)
+        self.spots, self.tap, self.tensors = spots, tap, tensors
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr" and n.target in self.tensors:
+            return self.tensors[str(n.target)]
+        value = super().run_node(n)
+        if self.tap is not None and n.name in self.spots:
+            return self.tap(n.name, value)
+        return value
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph that can be rewritten while the old one stays as it was; the tensors are shared."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    copied.set_codegen(graph.graph._codegen)
+    return fx.GraphModule(graph, copied)
+
+
+def set_tensor(graph: fx.GraphModule, key: str, value: Tensor, *, parameter: bool) -> None:
+    """Put a parameter or a buffer at a qualified name, over what was there."""
+    owner, _, name = key.rpartition(".")
+    module: torch.nn.Module = graph
+    for part in filter(None, owner.split(".")):
+        if not isinstance(getattr(module, part, None), torch.nn.Module):
+            module.add_module(part, torch.nn.Module())
+        module = module.get_submodule(part)
+    if name in module._parameters or name in module._buffers:
+        delattr(module, name)
+    if parameter:
+        module.register_parameter(name, torch.nn.Parameter(value, requires_grad=value.is_floating_point()))
+    else:
+        module.register_buffer(name, value)

@@ -1,0 +1,70 @@
+"""onnxruntime: run a file, list the kernels that it chose, and time files side by side."""
+
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+Arrays = Sequence[NDArray[np.generic]]
+
+
+def session(path: str | Path, *, threads: int = 0, optimize: bool = True, save: Path | None = None) -> onnxruntime.InferenceSession:
+    """A CPU session; `threads=0` lets onnxruntime choose.  With `save`, the optimized graph is written there."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:
+    """All outputs for one batch; inputs in the order of the file's."""
+    names = [value.name for value in model.get_inputs()]
+    return list(model.run(None, dict(zip(names, inputs, strict=True))))
+
+
+def kernels(path: str | Path) -> Counter[str]:
+    """How often each operator stands in the graph that onnxruntime optimized for this machine."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "optimized.onnx"
+        session(path, save=saved)
+        return Counter(node.op_type for node in onnx.load(saved).graph.node)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one run: median and 90th percentile over `runs`."""
+
+    median: float
+    p90: float
+    runs: int
+
+
+def latency(
+    paths: Mapping[str, str | Path], inputs: Arrays, *, threads: int = 1, rounds: int = 100
+) -> dict[str, Latency]:
+    """Time several files on the same inputs, in turns, so that noise and drift of the machine meet all alike."""
+    sessions = {name: session(path, threads=threads) for name, path in paths.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(rounds + 3):
+        for name, model in sessions.items():
+            start = time.perf_counter()
+            run(model, inputs)
+            if turn >= 3:  # the first runs warm caches
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: Latency(statistics.median(times), statistics.quantiles(times, n=10)[-1], len(times))
+        for name, times in seconds.items()
+    }

@@ -1,0 +1,1 @@
+"""The passes, a file each, named as on the command line."""

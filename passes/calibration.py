@@ -1,0 +1,110 @@
+"""The quantizer of every site at every bit width that it may take, with the least squared error found.
+
+Weights: signed, symmetric, one scale per output channel.  Activations: unsigned, one scale and zero-point per tensor,
+from a histogram of the float network's values over the calibration data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hawqfx.contract import Analysis, Kind
+from hawqfx.errors import DataError
+from hawqfx.facts import Quantizers, QuantParams
+from hawqfx.maths import affine
+from hawqfx.program import ActivationSite, Program, WeightSite
+from hawqfx.study import Study
+
+BINS = 2048  # eight to a step of an 8-bit quantizer
+
+
+@dataclass
+class _Histogram:
+    """Counts of values in equal bins from low to high, and their sums, so that each bin is known by its mean."""
+
+    low: float
+    high: float
+    counts: Tensor
+    sums: Tensor
+
+    def add(self, values: Tensor) -> None:
+        flat = values.detach().double().reshape(-1).cpu()
+        width = (self.high - self.low) / BINS or 1.0
+        bins = ((flat - self.low) / width).long().clamp_(0, BINS - 1)
+        self.counts += torch.bincount(bins, minlength=BINS)
+        self.sums += torch.bincount(bins, flat, minlength=BINS)
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        seen = self.counts > 0
+        return self.sums[seen] / self.counts[seen], self.counts[seen].double()
+
+
+def _ranges(program: Program, study: Study) -> dict[str, tuple[float, float]]:
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def look(node: str, value: Tensor) -> Tensor:
+        low, high = ranges.get(node, (float("inf"), float("-inf")))
+        ranges[node] = min(low, float(value.min())), max(high, float(value.max()))
+        return value
+
+    for batch in study.track(study.batches, "calibration", 2 * len(study.batches)):
+        program.run(batch.args, batch.kwargs, look)
+    return ranges
+
+
+def _histograms(program: Program, study: Study) -> dict[str, _Histogram]:
+    ranges = _ranges(program, study)
+    histograms: dict[str, _Histogram] = {}
+    owner: dict[str, _Histogram] = {}
+    for site in program.activations:
+        low, high = min(ranges[node][0] for node in site.nodes), max(ranges[node][1] for node in site.nodes)
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            raise DataError(f"the activation {site.key!r} is not finite on the calibration data")
+        histograms[site.key] = _Histogram(low, high, torch.zeros(BINS, dtype=torch.long), torch.zeros(BINS).double())
+        owner |= dict.fromkeys(site.nodes, histograms[site.key])
+
+    def look(node: str, value: Tensor) -> Tensor:
+        owner[node].add(value)
+        return value
+
+    for index, batch in enumerate(study.batches, 1):
+        program.run(batch.args, batch.kwargs, look)
+        study.progress("calibration", len(study.batches) + index, 2 * len(study.batches))
+    return histograms
+
+
+def _weight_quantizer(weight: Tensor, bits: int) -> QuantParams:
+    low, high = affine.signed_range(bits)
+    return QuantParams(bits, tuple(affine.symmetric_scales(weight, bits).tolist()), 0, low, high, per_channel=True)
+
+
+def _activation_quantizer(histogram: _Histogram, site: ActivationSite, bits: int) -> QuantParams:
+    scale, zero_point = affine.affine_range(*histogram.filled(), bits, nonnegative=site.nonnegative)
+    low, high = affine.unsigned_range(bits)
+    return QuantParams(bits, (scale,), zero_point, low, high, per_channel=False)
+
+
+@dataclass(frozen=True)
+class Calibration(Analysis):
+    """`weight_bits` and `activation_bits`: the widths that the allocation may choose from."""
+
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    activation_bits: tuple[int, ...] = (4, 6, 8)
+    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
+    gives: ClassVar[tuple[Kind, ...]] = (Quantizers,)
+
+    @torch.no_grad()
+    def learn(self, program: Program, study: Study) -> Mapping[str, Quantizers]:
+        facts = {
+            site.key: Quantizers({bits: _weight_quantizer(program.tensor(site.key), bits) for bits in self.weight_bits})
+            for site in program.weights
+        }
+        histograms = _histograms(program, study)
+        for site in program.activations:
+            histogram = histograms[site.key]
+            by_bits = {bits: _activation_quantizer(histogram, site, bits) for bits in self.activation_bits}
+            facts[site.key] = Quantizers(by_bits)
+        return facts

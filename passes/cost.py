@@ -1,0 +1,42 @@
+"""What every site costs at every bit width.
+
+A weight: the bytes of the exported file that belong to it, namely packed integers, one float32 scale per channel, and
+an int32 bias for every layer that uses it.  An activation: the bytes of one sample, as onnxruntime keeps them (its
+integer kernels hold 4- and 6-bit activations in a byte, so these are bytes at the chosen width, for devices that pack).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hawqfx.contract import Analysis, Kind
+from hawqfx.facts import Cost as CostFact
+from hawqfx.facts import Quantizers
+from hawqfx.maths.packing import packed_bytes
+from hawqfx.program import Program, WeightSite
+from hawqfx.study import Study
+
+SCALE_BYTES = 4  # float32
+BIAS_BYTES = 4  # int32
+
+
+def _weight_bytes(program: Program, site: WeightSite, bits: int) -> int:
+    channels = site.shape[0]
+    biased = sum(layer.weight == site.key and layer.bias is not None for layer in program.layers)
+    return packed_bytes(site.numel, bits) + channels * (SCALE_BYTES + BIAS_BYTES * biased)
+
+
+@dataclass(frozen=True)
+class Cost(Analysis):
+    needs: ClassVar[tuple[Kind, ...]] = (Quantizers,)
+    gives: ClassVar[tuple[Kind, ...]] = (CostFact,)
+
+    def learn(self, program: Program, study: Study) -> Mapping[str, CostFact]:
+        facts = {}
+        for site in program.sites:
+            widths = program.facts.get(site.key, Quantizers).by_bits
+            if isinstance(site, WeightSite):
+                facts[site.key] = CostFact({bits: _weight_bytes(program, site, bits) for bits in widths})
+            else:
+                facts[site.key] = CostFact({bits: packed_bytes(site.numel, bits) for bits in widths})
+        return facts

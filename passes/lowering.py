@@ -1,0 +1,94 @@
+"""Put the chosen quantizers into the graph: one fake-quantize node per tensor.
+
+Decides first: every number comes from the facts.  Emits after: the output of each activation site, each weight and
+each bias goes through a fake-quantize node, which export writes as QuantizeLinear and DequantizeLinear.  A bias is
+int32 with the scale of the sums that it is added to, input scale x weight scale, computed in the graph so that the
+file need not hold it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from hawqfx.contract import Kind, Rewrite
+from hawqfx.facts import Bits, Quantizers, QuantParams, Rounding
+from hawqfx.ops import FAKE_QUANTIZE, dequantize
+from hawqfx.program import Program, WeightSite, copy_graph, set_tensor
+
+INT32 = torch.iinfo(torch.int32)
+
+
+class _Emitter:
+    """Writes quantizers into a copy of the graph."""
+
+    def __init__(self, program: Program) -> None:
+        self.module = copy_graph(program.graph)
+        self.graph = self.module.graph
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.constants = {str(node.target): node for node in self.graph.nodes if node.op == "get_attr"}
+        self.scales: dict[str, fx.Node] = {}
+
+    def scale(self, key: str, quantizer: QuantParams) -> fx.Node:
+        """The scale of a site, a buffer at the top of the graph."""
+        values = torch.tensor(quantizer.scale if quantizer.per_channel else quantizer.scale[0])
+        name = f"{key}_scale"
+        set_tensor(self.module, name, values, parameter=False)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            self.scales[key] = self.graph.get_attr(name)
+        return self.scales[key]
+
+    def quantize(self, tensor: fx.Node, scale: fx.Node, quantizer: QuantParams) -> fx.Node:
+        """Every user of `tensor` now reads it through the quantizer."""
+        users = list(tensor.users)
+        with self.graph.inserting_after(max(tensor, scale)):
+            arguments = (tensor, scale, quantizer.zero_point, quantizer.low, quantizer.high)
+            quantized = self.graph.call_function(FAKE_QUANTIZE, arguments)
+        quantized.meta["val"] = tensor.meta.get("val")
+        for user in users:
+            user.replace_input_with(tensor, quantized)
+        return quantized
+
+    def quantize_bias(self, layer: fx.Node, input_scale: fx.Node, weight_scale: fx.Node) -> None:
+        bias = layer.args[2]
+        assert isinstance(bias, fx.Node)
+        with self.graph.inserting_before(layer):
+            scale = self.graph.call_function(torch.ops.aten.mul.Tensor, (weight_scale, input_scale))
+            arguments = (bias, scale, 0, INT32.min, INT32.max)
+            quantized = self.graph.call_function(FAKE_QUANTIZE, arguments)
+        layer.args = (*layer.args[:2], quantized, *layer.args[3:])
+
+
+@dataclass(frozen=True)
+class Lowering(Rewrite):
+    tolerance: ClassVar[float] = float("inf")  # changes the function by design: the plan predicts by how much
+    needs: ClassVar[tuple[Kind, ...]] = (Bits, Quantizers, Rounding)
+
+    def rewrite(self, program: Program) -> Program:
+        chosen = {
+            site.key: program.facts.get(site.key, Quantizers).by_bits[program.facts.get(site.key, Bits).bits]
+            for site in program.sites
+        }
+        emit = _Emitter(program)
+        for key in {layer.bias for layer in program.layers} - {None}:  # its own tensors: a lowered graph may be trained
+            set_tensor(emit.module, key, program.tensor(key).detach().clone(), parameter=True)
+        for weight in program.weights:
+            set_tensor(emit.module, weight.key, self._rounded(program, weight, chosen[weight.key]), parameter=True)
+            emit.quantize(emit.constants[weight.key], emit.scale(weight.key, chosen[weight.key]), chosen[weight.key])
+        for site in program.activations:
+            quantizer = chosen[site.key]
+            scale = emit.scale(site.key, quantizer)
+            for name in (*site.nodes, *site.carriers):
+                emit.quantize(emit.nodes[name], scale, quantizer)
+        for layer in program.layers:
+            if layer.bias is not None:
+                emit.quantize_bias(emit.nodes[layer.node], emit.scales[layer.input], emit.scales[layer.weight])
+        emit.graph.eliminate_dead_code()
+        emit.module.recompile()
+        return replace(program, graph=fx.GraphModule(emit.module, emit.graph))
+
+    def _rounded(self, program: Program, site: WeightSite, quantizer: QuantParams) -> Tensor:
+        """The values of the codes, which the quantizer maps onto themselves."""
+        codes = program.facts.get(site.key, Rounding).codes[quantizer.bits]
+        return dequantize(codes, torch.tensor(quantizer.scale, device=codes.device))

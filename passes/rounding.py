@@ -1,0 +1,107 @@
+"""The integer codes of every weight at every width that it may take, and the squared error that they leave.
+
+"nearest" is the paper's: each weight goes to the nearest code, and the error is ||Q(W) - W||^2.  "compensated", the
+default, moves each rounding error onto weights not yet rounded, by the second moment of the layer's inputs, and weighs
+the error by it (hawqfx.maths.rounding).  benchmarks/accuracy.py
+measures both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from hawqfx.contract import Analysis, Kind
+from hawqfx.facts import Quantizers
+from hawqfx.facts import Rounding as RoundingFact
+from hawqfx.maths import rounding
+from hawqfx.program import Layer, Program, WeightSite
+from hawqfx.study import Study
+
+
+def _rows(x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> Tensor:
+    """The vectors (groups, rows, K) that a layer multiplies its weight by."""
+    if layer.operator == "linear":
+        return x.reshape(1, -1, x.shape[-1])
+    dims = weight.ndim - 2
+    stride, padding, dilation, groups = (*node.args[3:], *(1, 0, 1, 1)[len(node.args) - 3 :])
+
+    def each(value: object) -> list[int]:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [int(v) for v in values] * (dims if len(values) == 1 else 1)
+
+    pads = padding if isinstance(padding, str) else each(padding)
+    return rounding.patches(x, weight.shape[2:], each(stride), pads, each(dilation), int(groups))
+
+
+def _moments(program: Program, study: Study) -> dict[str, Tensor]:
+    """The second moment (groups, K, K) of the inputs of every weight, over all layers that use it."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    readers: dict[str, list[Layer]] = {}
+    for layer in program.layers:
+        readers.setdefault(nodes[layer.node].args[0].name, []).append(layer)
+    moments: dict[str, Tensor] = {}
+    for batch in study.track(study.batches, "rounding", len(study.batches)):
+        share = batch.size / study.samples
+
+        def look(name: str, value: Tensor, share: float = share) -> Tensor:
+            for layer in readers[name]:
+                rows = _rows(value, nodes[layer.node], layer, program.tensor(layer.weight))
+                moments[layer.weight] = moments.get(layer.weight, 0) + share * rounding.second_moment(rows)
+            return value
+
+        program.run(batch.args, batch.kwargs, look, at=readers)
+    return moments
+
+
+def _compensated(weight: Tensor, widths: Quantizers, moment: Tensor) -> RoundingFact:
+    """All widths in one go: the rows of every width stand below each other."""
+    groups, columns = moment.shape[0], moment.shape[-1]
+    rows = weight.detach().double().reshape(groups, -1, columns)
+    quantizers = list(widths.by_bits.values())
+    scales = [torch.tensor(q.scale, dtype=torch.float64, device=rows.device).reshape(groups, -1, 1) for q in quantizers]
+    low, high = (
+        torch.cat([torch.full_like(scale, value) for scale, value in zip(scales, ends, strict=True)], 1)
+        for ends in ([q.low for q in quantizers], [q.high for q in quantizers])
+    )
+    stacked = rows.repeat(1, len(quantizers), 1)
+    codes = rounding.compensated(stacked, moment, torch.cat(scales, 1), low, high).chunk(len(quantizers), 1)
+    errors = [rounding.weighted_error(c * scale - rows, moment) for c, scale in zip(codes, scales, strict=True)]
+    return RoundingFact(
+        {q.bits: c.to(torch.int8).reshape(weight.shape) for q, c in zip(quantizers, codes, strict=True)},
+        {q.bits: error for q, error in zip(quantizers, errors, strict=True)},
+    )
+
+
+def _nearest(weight: Tensor, widths: Quantizers) -> RoundingFact:
+    codes, errors = {}, {}
+    for bits, quantizer in widths.by_bits.items():
+        scale = torch.tensor(quantizer.scale, device=weight.device).reshape(-1, *[1] * (weight.ndim - 1))
+        code = (weight / scale).round().clamp(quantizer.low, quantizer.high)
+        codes[bits] = code.to(torch.int8)
+        errors[bits] = float((code * scale - weight).square().sum(dtype=torch.float64))
+    return RoundingFact(codes, errors)
+
+
+@dataclass(frozen=True)
+class Rounding(Analysis):
+    """`method`: "compensated" or "nearest"."""
+
+    method: Literal["compensated", "nearest"] = "compensated"
+    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers)
+    gives: ClassVar[tuple[Kind, ...]] = (RoundingFact,)
+
+    @torch.no_grad()
+    def learn(self, program: Program, study: Study) -> Mapping[str, RoundingFact]:
+        def widths(site: WeightSite) -> Quantizers:
+            return program.facts.get(site.key, Quantizers)
+
+        if self.method == "nearest":
+            return {site.key: _nearest(program.tensor(site.key), widths(site)) for site in program.weights}
+        moments = _moments(program, study)
+        return {
+            site.key: _compensated(program.tensor(site.key), widths(site), moments[site.key])
+            for site in program.weights
+        }
