@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
+from data import fashion_mnist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import fashion_mnist
 from hawqfx.zoo import standardise
 from hawqfx.zoo.resnet import ResNet20
 
@@ -47,7 +47,7 @@ def train(epochs: int, batch: int, learning_rate: float, seed: int, device: str,
     test_labels = test_labels.to(device)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = ResNet20().to(device, memory_format=torch.channels_last)
+    model = ResNet20().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = len(images) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)

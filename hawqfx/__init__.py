@@ -1,7 +1,7 @@
 """hawqfx: the best mixed-precision integer model of a given size.
 
-    compiled = hawqfx.compile(model, "size=12.5%", calibration)
-    compiled.export("model.onnx")
+compiled = hawqfx.compile(model, "size=12.5%", calibration)
+compiled.export("model.onnx")
 """
 
 from importlib.metadata import version

@@ -1,7 +1,6 @@
 """compile(): from a trained network, a budget and calibration data to a Compiled."""
 
 import io
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +112,9 @@ class Session:
 
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
         """The network with one width for all weights and one for all activations, to compare with."""
-        widths = {site.key: weight_bits if isinstance(site, WeightSite) else activation_bits for site in self.measured.sites}
+        widths = {
+            site.key: weight_bits if isinstance(site, WeightSite) else activation_bits for site in self.measured.sites
+        }
         planned = self.measured.learn({key: Bits(bits, float("nan")) for key, bits in widths.items()})
         return self.lowered(planned, f"uniform W{weight_bits}A{activation_bits}")
 
@@ -189,8 +190,10 @@ class Compiled:
         export(self.session.measured, self.session.study.batches[0], path)
 
     def table(self) -> Table:
-        """Every site: kind, shape, mean trace and its standard error, chosen bits, bytes, share of the predicted loss."""
-        table = Table("site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "omega", title=f"budget {self.budget}")
+        """Every site: kind, shape, mean trace and its standard error, chosen bits, bytes, predicted loss."""
+        table = Table(
+            "site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "omega", title=f"budget {self.budget}"
+        )
         for site in self.planned.sites:
             bits = self.planned.facts.get(site.key, Bits)
             trace = error = size = "-"
@@ -209,7 +212,9 @@ class Compiled:
         console.print(self.table())
         reference = self.planned.float_bytes()
         float_loss, loss = self.calibration_loss()
-        console.print(f"weights {self.weight_bytes} bytes, {self.weight_bytes / reference:.2%} of float32's {reference}")
+        console.print(
+            f"weights {self.weight_bytes} bytes, {self.weight_bytes / reference:.2%} of float32's {reference}"
+        )
         console.print(
             f"loss on {self.session.study.samples} calibration samples {loss:.4f}, float32 {float_loss:.4f}; "
             f"predicted (Omega, in the paper's units) {self.predicted_loss:.4f}"

@@ -17,7 +17,7 @@ from hawqfx.study import Study
 Kind = type[Fact] | type[Site]
 
 
-class Pass(ABC):
+class Pass(ABC):  # noqa: B024 (its two kinds have the abstract methods)
     """One step of the compiler, named on the command line as its class, in snake case."""
 
     needs: ClassVar[tuple[Kind, ...]] = ()

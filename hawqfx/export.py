@@ -8,10 +8,9 @@ zero-point, biases int32, and 4- or 6-bit activations as uint8 with a Clip on th
 """
 
 import logging
-import os
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +26,12 @@ from torch import fx
 
 from hawqfx import capture
 from hawqfx.errors import ExportError
+from hawqfx.files import check_writable, whole_file
 from hawqfx.maths import affine, packing
 from hawqfx.ops import DEQUANTIZE, FAKE_QUANTIZE
-from hawqfx.program import Program, copy_graph, set_tensor
+from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.study import Batch
+from hawqfx.vocabulary import operands
 
 Packing = Literal["portable", "native"]
 
@@ -50,7 +51,7 @@ def export(
     """
     if packing not in OPSET:
         raise ExportError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
-    _check_writable(Path(path))
+    check_writable(Path(path))
     frozen, widths = _freeze(program)
     model = _translate(frozen, example, OPSET[packing])
     for name, bits in widths.items():
@@ -58,7 +59,6 @@ def export(
     _tidy(model)
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None
-    model.metadata_props.clear()
     model.metadata_props.update(metadata)
     _write(model, Path(path))
 
@@ -69,7 +69,7 @@ def _freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
     graph = module.graph
     widths = {}
     for number, node in enumerate(graph.find_nodes(op="call_function", target=FAKE_QUANTIZE)):
-        source, scale, zero_point, low, high = node.args
+        source, scale, zero_point, low, high = operands(node)
         if source.op != "get_attr":
             continue
         assert zero_point == 0
@@ -169,16 +169,18 @@ def _pack_weight(model: ir.Model, name: str, bits: int, how: Packing) -> None:
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=tensor.name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
 
 def _packed(name: str, codes: NDArray[np.int8], bits: int, how: Packing) -> list[ir.TensorProtocol]:
     """The tensors that hold a weight, in the order of the inputs of its function, before the scale."""
+    shape = np.array(codes.shape, np.int64)
     if how == "portable":
         stream = codes.view(np.uint8).reshape(-1) if bits == 8 else packing.pack(codes, bits)
-        shape = np.array(codes.shape, np.int64)
         return [ir.tensor(stream, name=name), ir.tensor(shape, name=f"{name}_shape")]
     high, pair, bit = packing.split(codes, bits)
     parts = packing.NATIVE[bits]
@@ -188,6 +190,7 @@ def _packed(name: str, codes: NDArray[np.int8], bits: int, how: Packing) -> list
         tensors.append(_typed(pair, ir.DataType.UINT2, f"{name}_pair"))
     if parts.bit:
         tensors.append(ir.tensor(np.packbits(bit.reshape(-1), bitorder="little"), name=f"{name}_bit"))
+        tensors.append(ir.tensor(shape, name=f"{name}_shape"))
     return tensors
 
 
@@ -219,7 +222,8 @@ class _Body:
         return self("Slice", flat, self.constant([0], np.int64), count)
 
     def dequantized(self, codes: ir.Value, scale: ir.Value) -> ir.Value:
-        zeros = self("ConstantOfShape", self("Shape", scale), value=ir.tensor(np.zeros(1, np.int8)))
+        # not ConstantOfShape of Shape: onnxruntime 1.32 has no kernel for the Shape of opset 25
+        zeros = self("Cast", self("Mul", scale, self.constant(0, np.float32)), to=ir.DataType.INT8)
         return self("DequantizeLinear", codes, scale, zeros, axis=0)
 
 
@@ -232,7 +236,7 @@ def _weight_function(bits: int, how: Packing) -> ir.Function:
         codes = _portable_codes(body, bits, *inputs)
     else:
         parts = packing.NATIVE[bits]
-        names = ("high", *("pair",) * bool(parts.pair), *("bit",) * bool(parts.bit))
+        names = ("high", *("pair",) * bool(parts.pair), *("bit", "shape") * parts.bit)
         inputs = [ir.Value(name=name) for name in names]
         codes = _native_codes(body, parts, dict(zip(names, inputs, strict=True)))
     out = body.dequantized(codes, scale)
@@ -259,12 +263,12 @@ def _native_codes(body: _Body, parts: packing.NativeParts, inputs: Mapping[str, 
     if not parts.pair and not parts.bit:
         return high if parts.high == 8 else body("Cast", high, to=ir.DataType.INT8)
     codes = body("Cast", high, to=ir.DataType.INT32)
-    shape = body("Shape", high)
     codes = body("Mul", codes, body.constant(1 << (parts.pair + parts.bit), np.int32))
     if parts.pair:
         pair = body("Cast", inputs["pair"], to=ir.DataType.INT32)
         codes = body("Add", codes, body("Mul", pair, body.constant(1 << parts.bit, np.int32)))
     if parts.bit:
+        shape = inputs["shape"]
         bit = body("Reshape", body.bits(inputs["bit"], body("ReduceProd", shape, keepdims=1)), shape)
         codes = body("Add", codes, body("Cast", bit, to=ir.DataType.INT32))
     return body("Cast", codes, to=ir.DataType.INT8)
@@ -278,48 +282,51 @@ def _tidy(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
     ):
         step(model)
-    _clear(model.graph)
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-    for function in model.functions.values():
-        _clear(function.graph)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.metadata_props.clear()
-
-
-def _clear(graph: ir.Graph) -> None:
-    outputs = set(graph.outputs)
+    graph = model.graph
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.name = "hawqfx"
     for node in graph:
         node.name, node.doc_string = None, None
         node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in outputs:
-                value.shape, value.type = None, None
+    made = [value for node in graph for value in node.outputs]
+    for value in (*graph.inputs, *graph.initializers.values(), *made):
+        value.metadata_props.clear()
+    for value in {*graph.initializers.values(), *made} - {*graph.outputs}:
+        value.shape, value.type = None, None
+    _name_the_edges(graph)
 
 
-def _check_writable(path: Path) -> None:
-    """Before the work, not after it: the folder is there and takes a file."""
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder: give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ExportError(f"{path} cannot be written: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ExportError(f"{path} cannot be written: no permission in the folder {path.parent}")
+def _name_the_edges(graph: ir.Graph) -> None:
+    """The batch dimension is called that; outputs are `output`, or `output_0`, ... where there are several."""
+    for number, value in enumerate(graph.outputs):
+        value.name = "output" if len(graph.outputs) == 1 else f"output_{number}"
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None and value.shape and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape(["batch", *value.shape[1:]])
+
+
+def operators(path: str | Path) -> Counter[str]:
+    """How often each operator stands in a file."""
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
+    """The file with the value of every activation site as a further output, and the keys of those sites in order."""
+    model = onnx.load(path)
+    keys = []
+    for node in model.graph.node:
+        scale = node.input[1] if node.op_type == "DequantizeLinear" and len(node.input) == 3 else ""
+        if scale.endswith(SCALE) and scale.removesuffix(SCALE) not in keys:
+            keys.append(scale.removesuffix(SCALE))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
+    return model.SerializeToString(), keys
 
 
 def _write(model: ir.Model, path: Path) -> None:
-    """Through a temporary file in the same folder and a rename, so that `path` is whole or as it was."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+    with whole_file(path) as temporary:
+        ir.save(model, temporary)
         try:
-            ir.save(model, temporary)
             onnx.checker.check_model(temporary)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except (OSError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} was not written: {error}") from error
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"{path} was not written: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from hawqfx.errors import PlanError
 from hawqfx.facts import Bits, Fact, Quantizers, QuantParams
+from hawqfx.files import whole_file
 from hawqfx.program import Program
 
 FORMAT = 1
@@ -50,7 +51,9 @@ class Plan:
         try:
             data = json.loads(text)
             if data["hawqfx_plan"] != FORMAT:
-                raise PlanError(f"the plan has format {data['hawqfx_plan']}, this version reads {FORMAT}: compile again")
+                raise PlanError(
+                    f"the plan has format {data['hawqfx_plan']}, this version reads {FORMAT}: compile again"
+                )
             sites = {key: dict(entry) for key, entry in data["sites"].items()}
             omega = {key: float(entry.pop("omega")) for key, entry in sites.items()}
             quantizers = {key: _quantizer(entry) for key, entry in sites.items()}
@@ -69,6 +72,11 @@ class Plan:
             return Plan.from_json(Path(source).read_text())
         except OSError as error:
             raise PlanError(f"the plan {source} cannot be read: {error}") from error
+
+    def write(self, path: str | Path) -> None:
+        """Write the JSON, whole or not at all.  Raises ExportError."""
+        with whole_file(Path(path)) as temporary:
+            temporary.write_text(self.to_json())
 
     def facts_for(self, program: Program) -> Program:
         """`program` with this plan's quantizers and bits.  Raises PlanError if its sites are others."""

@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.facts import Bits, Fact, FactTable
 
+SCALE = "_scale"  # the buffer with the scale of a site's quantizer is named KEY_scale
+
 Tap = Callable[[str, Tensor], Tensor]
 
 
@@ -141,9 +143,7 @@ def _float_bytes(tensor: Tensor) -> int:
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(
-        self, graph: fx.GraphModule, spots: set[str], tap: Tap | None, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, spots: set[str], tap: Tap | None, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(graph)
         self.spots, self.tap, self.tensors = spots, tap, tensors
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.contract import Analysis, Kind, Observer, Pass, Rewrite
-from hawqfx.facts import Rounding
 from hawqfx.errors import HawqfxError, PassError
+from hawqfx.facts import Rounding
 from hawqfx.program import ActivationSite, Program, Step, WeightSite
 from hawqfx.study import Study
 from hawqfx.verify import verify
@@ -61,7 +61,9 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
 
 
 def _check_promise(step: Pass, before: Program, after: Program, study: Study) -> None:
-    if isinstance(step, Analysis) and (after.graph is not before.graph or str(after.graph.graph) != str(before.graph.graph)):
+    if isinstance(step, Analysis) and (
+        after.graph is not before.graph or str(after.graph.graph) != str(before.graph.graph)
+    ):
         raise PassError(f"{step.name} is an analysis and changed the graph")
     verify(after)
     for kind in step.gives:
@@ -82,7 +84,9 @@ def _check_function(step: Rewrite, before: Program, after: Program, study: Study
     for number, (one, other) in enumerate(zip(old, new, strict=True)):
         change = float((one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
         if not change <= step.tolerance:
-            raise PassError(f"{step.name} changed output {number} by {change:.1e}, over its tolerance {step.tolerance:.0e}")
+            raise PassError(
+                f"{step.name} changed output {number} by {change:.1e}, over its tolerance {step.tolerance:.0e}"
+            )
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -1,9 +1,7 @@
 """onnxruntime: run a file, list the kernels that it chose, and time files side by side."""
 
 import statistics
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,11 @@ from numpy.typing import NDArray
 Arrays = Sequence[NDArray[np.generic]]
 
 
-def session(path: str | Path, *, threads: int = 0, optimize: bool = True, save: Path | None = None) -> onnxruntime.InferenceSession:
-    """A CPU session; `threads=0` lets onnxruntime choose.  With `save`, the optimized graph is written there."""
+def session(
+    model: str | Path | bytes, *, threads: int = 0, optimize: bool = True, save: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """A CPU session of a file or its content; `threads=0` lets onnxruntime choose.  With `save`, the graph as
+    onnxruntime optimized it for this machine is written there."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -24,23 +25,15 @@ def session(path: str | Path, *, threads: int = 0, optimize: bool = True, save: 
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if save is not None:
         options.optimized_model_filepath = str(save)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:
     """All outputs for one batch; inputs in the order of the file's."""
     names = [value.name for value in model.get_inputs()]
     return list(model.run(None, dict(zip(names, inputs, strict=True))))
-
-
-def kernels(path: str | Path) -> Counter[str]:
-    """How often each operator stands in the graph that onnxruntime optimized for this machine."""
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "optimized.onnx"
-        session(path, save=saved)
-        return Counter(node.op_type for node in onnx.load(saved).graph.node)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ def verify(program: Program) -> None:
     for activation in program.activations:
         for name in (*activation.nodes, *activation.carriers):
             if name not in names:
-                raise PassError(f"activation site {activation.key!r} speaks of node {name!r}, which is not in the graph")
+                raise PassError(
+                    f"activation site {activation.key!r} speaks of node {name!r}, which is not in the graph"
+                )
     keys = [site.key for site in program.sites]
     if len(keys) != len(set(keys)):
         raise PassError("two sites have the same key")

@@ -1,5 +1,7 @@
 """The operators that hawqfx knows, each in the one role that decides how its tensors are quantized."""
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.fx.node import Target
@@ -62,6 +64,11 @@ IDENTITIES: set[Target] = {
     _aten.contiguous.default,
     _aten.lift_fresh_copy.default,
 }
+
+
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a node, each of whatever type the operator's schema says."""
+    return node.args
 
 
 def training_argument(node: fx.Node) -> bool:

@@ -63,9 +63,11 @@ def _bops(program: Program, widths: list[list[int]]) -> _Measure:
         i, j = number[layer.weight], number[layer.input]
         table = [[bops(layer.macs, w, a) for a in widths[j]] for w in widths[i]]
         before = pairs.get((i, j))
-        pairs[i, j] = table if before is None else [
-            [one + other for one, other in zip(*rows, strict=True)] for rows in zip(before, table, strict=True)
-        ]
+        pairs[i, j] = (
+            table
+            if before is None
+            else [[one + other for one, other in zip(*rows, strict=True)] for rows in zip(before, table, strict=True)]
+        )
     reference = sum(bops(layer.macs, FLOAT_BITS, FLOAT_BITS) for layer in program.layers)
     return _Measure(LinearLimit("bops", 0, pairs=pairs), reference, "bit operations")
 
@@ -98,9 +100,9 @@ def _refusal(program: Program, budget: Budget, measures: Mapping[str, _Measure],
     amount = f"{least} {measure.unit}"
     if found.name == "weight_bits":
         amount = f"{least / sum(site.numel for site in program.weights):.4g} bits on average"
+    others = "" if found.alone else " together with the other limits"
     return InfeasibleBudget(
-        f"{found.name}={budget.limits[found.name]} cannot be met{'' if found.alone else ' together with the other limits'}: "
-        f"the least is {amount}, {percent}% of float32"
+        f"{found.name}={budget.limits[found.name]} cannot be met{others}: the least is {amount}, {percent}% of float32"
     )
 
 
@@ -132,7 +134,10 @@ class Allocation(Analysis):
             raise _refusal(program, self.budget, measures, answer)
         if not answer.optimal:
             log.warning(
-                "the allocation was stopped after %.0f s: predicted loss %.4g, at best %.4g", self.seconds, answer.loss, answer.bound
+                "the allocation was stopped after %.0f s: predicted loss %.4g, at best %.4g",
+                self.seconds,
+                answer.loss,
+                answer.bound,
             )
         picked = [kept[pick] for kept, pick in zip(widths, answer.picks, strict=True)]
         return {

@@ -17,32 +17,48 @@ import torch
 from torch import fx
 
 from hawqfx.contract import Analysis, Kind
-from hawqfx.errors import NothingToQuantize
+from hawqfx.errors import CaptureError, NothingToQuantize
 from hawqfx.program import ActivationSite, Layer, Program, WeightSite
 from hawqfx.study import Study
-from hawqfx.vocabulary import BATCH_NORM, BINARY, CARRIERS, FLOAT_ONLY, RECTIFIERS, WEIGHTED, is_constant, is_tensor
+from hawqfx.vocabulary import (
+    BATCH_NORM,
+    BINARY,
+    CARRIERS,
+    FLOAT_ONLY,
+    RECTIFIERS,
+    WEIGHTED,
+    is_constant,
+    is_tensor,
+    operands,
+)
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """The shape that a node had when it was captured, with the batch of the example."""
+    return [size if isinstance(size, int) else int(size.node.hint) for size in node.meta["val"].shape]
 
 
 def _sample_shape(node: fx.Node) -> tuple[int, ...]:
-    """The shape without the batch: dimensions that depend on it are divided by it, and dropped when 1."""
-    shape = node.meta["val"].shape
-    if not any(isinstance(size, torch.SymInt) for size in shape):
-        return tuple(shape[1:])
-    first, *rest = shape
-    known = [size for size in rest if not isinstance(size, torch.SymInt)]
-    return tuple(known)
+    """The shape of one sample: the dimension that the batch is part of is divided by it, and dropped if it is 1."""
+    batch = _sizes(next(iter(node.graph.find_nodes(op="placeholder"))))[0]
+    sizes = _sizes(node)
+    at = next((axis for axis, size in enumerate(sizes) if size % batch == 0), None)
+    if at is None:
+        raise CaptureError(f"{node.name} has shape {tuple(sizes)}, of which the batch of {batch} is no part")
+    each = sizes[at] // batch
+    return (*sizes[:at], *([each] if each > 1 else []), *sizes[at + 1 :])
 
 
 def _is_kernel(node: fx.Node) -> bool:
     """Whether onnxruntime has an integer kernel for this node: a layer with a constant weight, or an addition."""
     if node.target in WEIGHTED:
-        return is_constant(node.args[1]) and is_tensor(node.args[0])
-    return node.target in BINARY and all(map(is_tensor, node.args[:2])) and not node.kwargs
+        return is_constant(operands(node)[1]) and is_tensor(operands(node)[0])
+    return node.target in BINARY and all(map(is_tensor, operands(node)[:2])) and not node.kwargs
 
 
 def _reads(kernel: fx.Node) -> tuple[fx.Node, ...]:
     """The activations that a kernel multiplies or adds."""
-    return kernel.args[:1] if kernel.target in WEIGHTED else kernel.args[:2]  # type: ignore[return-value]
+    return operands(kernel)[: 1 if kernel.target in WEIGHTED else 2]
 
 
 def _carried(node: fx.Node) -> list[fx.Node]:
@@ -119,8 +135,9 @@ def _layers(program: Program, kernels: list[fx.Node], site_of: Mapping[str, str]
     for node in kernels:
         if node.target not in WEIGHTED:
             continue
-        source, weight_node, bias = (*node.args, None)[:3]
-        assert isinstance(source, fx.Node) and isinstance(weight_node, fx.Node)
+        source, weight_node, bias = (*operands(node), None)[:3]
+        assert isinstance(source, fx.Node)
+        assert isinstance(weight_node, fx.Node)
         weight = program.tensor(str(weight_node.target))
         positions = torch.Size(_sample_shape(node)).numel() // weight.shape[0]
         layers.append(
@@ -161,7 +178,7 @@ class FindSites(Analysis):
 
     def learn(self, program: Program, study: Study) -> Program:
         graph = program.graph.graph
-        kept = {node for node in graph.nodes if node.target in WEIGHTED and self._keeps(node.args[1])}
+        kept = {node for node in graph.nodes if node.target in WEIGHTED and self._keeps(operands(node)[1])}
         kernels = [node for node in graph.nodes if _is_kernel(node) and node not in kept]
         reasons = {node.name: _why_float(program, node, kept) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}

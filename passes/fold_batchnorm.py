@@ -16,26 +16,28 @@ from torch import Tensor, fx
 
 from hawqfx.contract import Rewrite
 from hawqfx.program import Program, copy_graph, set_tensor
-from hawqfx.vocabulary import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED, is_constant
+from hawqfx.vocabulary import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED, is_constant, operands
 
 
 def _drop_identities(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in DROPOUT | IDENTITIES:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(operands(node)[0])
             graph.erase_node(node)
 
 
+def _layer_of(norm: fx.Node) -> fx.Node:
+    layer = operands(norm)[0]
+    assert isinstance(layer, fx.Node)
+    return layer
+
+
 def _foldable(norm: fx.Node) -> bool:
-    layer = norm.args[0]
-    return (
-        isinstance(layer, fx.Node)
-        and layer.target in WEIGHTED
-        and len(layer.users) == 1
-        and is_constant(layer.args[1])
-        and (len(layer.args) < 3 or layer.args[2] is None or is_constant(layer.args[2]))
-        and all(argument is None or is_constant(argument) for argument in norm.args[1:5])
-    )
+    layer, *statistics = operands(norm)[:5]
+    if layer.target not in WEIGHTED or len(layer.users) > 1:
+        return False
+    constants = [*statistics, *operands(layer)[1:3]]
+    return all(constant is None or is_constant(constant) for constant in constants)
 
 
 def _norms_by_weight(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -43,10 +45,10 @@ def _norms_by_weight(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     found: dict[fx.Node, list[fx.Node]] = {}
     for norm in graph.find_nodes(op="call_function", target=BATCH_NORM):
         if _foldable(norm):
-            found.setdefault(norm.args[0].args[1], []).append(norm)
+            found.setdefault(operands(_layer_of(norm))[1], []).append(norm)
 
     def same(norms: list[fx.Node]) -> bool:
-        return len({(*norm.args[1:5], norm.args[7], norm.args[0].args[2:3]) for norm in norms}) == 1
+        return len({(*operands(norm)[1:5], operands(norm)[7], *operands(_layer_of(norm))[2:3]) for norm in norms}) == 1
 
     return {weight: norms for weight, norms in found.items() if len(norms) == len(weight.users) and same(norms)}
 
@@ -54,18 +56,18 @@ def _norms_by_weight(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def _fold(tensor: Callable[[str], Tensor], norm: fx.Node) -> tuple[Tensor, Tensor]:
     """The weight and bias of the layer before `norm`, with `norm` folded in; computed in float64."""
 
-    def value(argument: object, otherwise: float) -> Tensor:
-        if isinstance(argument, fx.Node):
-            return tensor(str(argument.target)).detach().double()
-        return torch.full_like(mean, otherwise)
+    def value(constant: fx.Node | None, otherwise: float) -> Tensor:
+        if constant is None:
+            return torch.full((channels,), otherwise, dtype=torch.float64, device=original.device)
+        return tensor(str(constant.target)).detach().double()
 
-    layer = norm.args[0]
-    mean = tensor(str(norm.args[3].target)).detach().double()
-    variance = tensor(str(norm.args[4].target)).detach().double()
-    gain = value(norm.args[1], 1.0) / (variance + norm.args[7]).sqrt()
-    original = tensor(str(layer.args[1].target)).detach()
+    _, weight_node, bias_node = (*operands(_layer_of(norm)), None)[:3]
+    original = tensor(str(weight_node.target)).detach()
+    channels = original.shape[0]
+    _, gamma, beta, mean, variance = operands(norm)[:5]
+    gain = value(gamma, 1.0) / (value(variance, 1.0) + operands(norm)[7]).sqrt()
     weight = original.double() * gain.reshape(-1, *[1] * (original.ndim - 1))
-    bias = (value(layer.args[2] if len(layer.args) > 2 else None, 0.0) - mean) * gain + value(norm.args[2], 0.0)
+    bias = (value(bias_node, 0.0) - value(mean, 0.0)) * gain + value(beta, 0.0)
     return weight.to(original.dtype), bias.to(original.dtype)
 
 
@@ -87,8 +89,7 @@ class FoldBatchnorm(Rewrite):
                 bias_node = graph.get_attr(bias_key)
             bias_node.meta["val"] = weight.meta["val"].new_empty(bias.shape)
             for norm in norms:
-                layer = norm.args[0]
-                assert isinstance(layer, fx.Node)
+                layer = _layer_of(norm)
                 layer.args = (*layer.args[:2], bias_node, *layer.args[3:])
                 norm.replace_all_uses_with(layer)
                 graph.erase_node(norm)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from hawqfx.contract import Kind, Rewrite
 from hawqfx.facts import Bits, Quantizers, QuantParams, Rounding
 from hawqfx.ops import FAKE_QUANTIZE, dequantize
-from hawqfx.program import Program, WeightSite, copy_graph, set_tensor
+from hawqfx.program import SCALE, Program, WeightSite, copy_graph, set_tensor
 
 INT32 = torch.iinfo(torch.int32)
 
@@ -33,7 +33,7 @@ class _Emitter:
     def scale(self, key: str, quantizer: QuantParams) -> fx.Node:
         """The scale of a site, a buffer at the top of the graph."""
         values = torch.tensor(quantizer.scale if quantizer.per_channel else quantizer.scale[0])
-        name = f"{key}_scale"
+        name = key + SCALE
         set_tensor(self.module, name, values, parameter=False)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             self.scales[key] = self.graph.get_attr(name)
@@ -71,7 +71,9 @@ class Lowering(Rewrite):
             for site in program.sites
         }
         emit = _Emitter(program)
-        for key in {layer.bias for layer in program.layers} - {None}:  # its own tensors: a lowered graph may be trained
+        for key in {
+            layer.bias for layer in program.layers if layer.bias is not None
+        }:  # its own tensors: a lowered graph may be trained
             set_tensor(emit.module, key, program.tensor(key).detach().clone(), parameter=True)
         for weight in program.weights:
             set_tensor(emit.module, weight.key, self._rounded(program, weight, chosen[weight.key]), parameter=True)

@@ -8,7 +8,7 @@ measures both.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from hawqfx.facts import Rounding as RoundingFact
 from hawqfx.maths import rounding
 from hawqfx.program import Layer, Program, WeightSite
 from hawqfx.study import Study
+from hawqfx.vocabulary import operands
 
 
 def _rows(x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> Tensor:
@@ -26,9 +27,10 @@ def _rows(x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> Tensor:
     if layer.operator == "linear":
         return x.reshape(1, -1, x.shape[-1])
     dims = weight.ndim - 2
-    stride, padding, dilation, groups = (*node.args[3:], *(1, 0, 1, 1)[len(node.args) - 3 :])
+    rest: tuple[Any, ...] = (*operands(node)[3:], *(1, 0, 1, 1)[max(0, len(node.args) - 3) :])
+    stride, padding, dilation, groups = rest
 
-    def each(value: object) -> list[int]:
+    def each(value: Any) -> list[int]:
         values = value if isinstance(value, (list, tuple)) else [value]
         return [int(v) for v in values] * (dims if len(values) == 1 else 1)
 
@@ -41,7 +43,7 @@ def _moments(program: Program, study: Study) -> dict[str, Tensor]:
     nodes = {node.name: node for node in program.graph.graph.nodes}
     readers: dict[str, list[Layer]] = {}
     for layer in program.layers:
-        readers.setdefault(nodes[layer.node].args[0].name, []).append(layer)
+        readers.setdefault(operands(nodes[layer.node])[0].name, []).append(layer)
     moments: dict[str, Tensor] = {}
     for batch in study.track(study.batches, "rounding", len(study.batches)):
         share = batch.size / study.samples

@@ -65,7 +65,9 @@ class Sensitivity(Analysis):
 
     def learn(self, program: Program, study: Study) -> Mapping[str, SensitivityFact]:
         traces: dict[str, list[float]] = {}
-        steps = iter(study.track(range(len(study.batches) * self.probes), "sensitivity", len(study.batches) * self.probes))
+        steps = iter(
+            study.track(range(len(study.batches) * self.probes), "sensitivity", len(study.batches) * self.probes)
+        )
         for index, batch in enumerate(study.batches):
             share = batch.size / study.samples
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
@@ -75,9 +77,7 @@ class Sensitivity(Analysis):
                 for probe in range(self.probes):
                     next(steps)
                     random = generator(study.seed, "probe", index, probe, device=study.device)
-                    samples = curvature.trace_samples(
-                        gradients, blocks.tensors, random, last=probe == self.probes - 1
-                    )
+                    samples = curvature.trace_samples(gradients, blocks.tensors, random, last=probe == self.probes - 1)
                     for name, sample in zip(blocks.names, samples, strict=True):
                         sums = traces.setdefault(name, [0.0] * self.probes)
                         sums[probe] += share * sample

@@ -71,7 +71,7 @@ def _error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def affine_range(values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool) -> tuple[float, int]:
-    """Scale and zero-point with the least mean squared error on a histogram, `counts` (B,) of values near `values` (B,).
+    """Scale and zero-point of the least mean squared error on a histogram: `counts` (B,) of values near `values` (B,).
 
     Searches clipping points at both ends on a grid, then on a finer one around the best.  Zero is always represented
     exactly; with `nonnegative` the zero-point is 0, which lets onnxruntime drop a ReLU before the quantizer.

@@ -34,7 +34,7 @@ class LinearLimit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The option picked for every item, its total loss, a proven lower bound on any choice's, and whether it is optimal."""
+    """The option picked for every item, their total loss, and a proven lower bound on that of any choice."""
 
     picks: tuple[int, ...]
     loss: float
@@ -51,7 +51,9 @@ class Infeasible:
     alone: bool
 
 
-def choose(losses: Sequence[Sequence[float]], limits: Sequence[LinearLimit], seconds: float = 60.0) -> Choice | Infeasible:
+def choose(
+    losses: Sequence[Sequence[float]], limits: Sequence[LinearLimit], seconds: float = 60.0
+) -> Choice | Infeasible:
     """The best choice, or the limit that stands in its way.
 
     Deterministic: one worker and a fixed seed.  Stopped after `seconds`, it returns the best choice so far with its
@@ -119,7 +121,8 @@ class _Model:
         return picks, solver.best_objective_bound, status == self.cp.OPTIMAL
 
     def _sum(self, limit: LinearLimit) -> "cp_model.LinearExprT":
-        terms, costs = [], []
+        terms: list[cp_model.IntVar] = []
+        costs: list[int] = []
         for i, row in limit.single.items():
             terms += self.options[i]
             costs += row
@@ -133,7 +136,9 @@ class _Model:
         """Variables that say which pair of options was picked, tied so that their sums are the options' variables."""
         if (i, j) not in self.joint:
             rows, columns = self.options[i], self.options[j]
-            table = [[self.model.new_bool_var(f"y{i}_{k}_{j}_{m}") for m in range(len(columns))] for k in range(len(rows))]
+            table = [
+                [self.model.new_bool_var(f"y{i}_{k}_{j}_{m}") for m in range(len(columns))] for k in range(len(rows))
+            ]
             for k, variable in enumerate(rows):
                 self.model.add(self.cp.LinearExpr.sum(table[k]) == variable)
             for m, variable in enumerate(columns):

@@ -41,7 +41,7 @@ def plane_values(bits: int) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class NativeParts:
-    """Widths of the parts of a code: a signed high part, then an unsigned pair of bits (0 or 2), then one bit (0 or 1)."""
+    """Widths of the parts of a code: a signed high part, an unsigned pair of bits (0 or 2), one bit (0 or 1)."""
 
     high: int
     pair: int

@@ -28,7 +28,12 @@ MOST_ROWS = 32768  # patches taken per batch, evenly spread: enough for an A of 
 
 
 def patches(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int], groups: int
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """What a convolution multiplies its weight by: x (N, C, spatial...) -> (groups, rows, C/groups * kernel)."""
     extent = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]

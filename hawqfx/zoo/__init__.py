@@ -30,7 +30,7 @@ def calibration(batch: int = 128) -> list[tuple[Tensor, Tensor]]:
     return _batches("calibration", batch)
 
 
-def test(batch: int = 500) -> list[tuple[Tensor, Tensor]]:
+def evaluation(batch: int = 500) -> list[tuple[Tensor, Tensor]]:
     """2,000 of the 10,000 test images and labels, in batches ready for the network."""
     return _batches("test", batch)
 

@@ -1,0 +1,66 @@
+"""What every benchmark shares: its arguments, the machine it ran on, claims that can fail, and the JSON it writes."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "onnx", "onnxruntime", "ortools", "numpy")
+
+console = Console(width=120)
+
+
+def arguments(doc: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a reduced run of a minute or two; writes no results")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a claim does not hold")
+    return parser.parse_args()
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions, as far as they bear on figures."""
+    flags = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith("flags")), "")
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vnni": "vnni" in flags,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+@dataclass
+class Claims:
+    """What the benchmark sets out to show, and whether this run bears it out."""
+
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, claim: str, holds: bool, measured: str) -> None:
+        self.found.append({"claim": claim, "holds": bool(holds), "measured": measured})
+
+    def finish(self, name: str, args: argparse.Namespace, results: dict[str, Any]) -> None:
+        """Print the claims, write the results, and exit with 1 under --check if one does not hold."""
+        for claim in self.found:
+            colour = "green" if claim["holds"] else "red"
+            console.print(
+                f"[{colour}]{'holds' if claim['holds'] else 'FAILS'}[/]  {claim['claim']}: {claim['measured']}"
+            )
+        if not args.quick:
+            RESULTS.mkdir(exist_ok=True)
+            content = {"environment": environment(), "claims": self.found, **results}
+            (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        if args.check and not all(claim["holds"] for claim in self.found):
+            sys.exit(1)

@@ -1,0 +1,124 @@
+"""The command line: hawqfx compile, demo, passes."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hawqfx import pipeline
+from hawqfx.budget import Budget, Limit
+from hawqfx.compiler import compile as compile_model
+from hawqfx.contract import Observer
+from hawqfx.errors import HawqfxError
+from hawqfx.observe import Dump, PrintAfter, TimePasses
+from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.rounding import Rounding
+from hawqfx.passes.sensitivity import Sensitivity
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Mixed-precision integer compiler for PyTorch models."
+)
+
+
+@app.command()
+def compile(
+    model: Annotated[str, typer.Argument(help="pkg.module:factory, a function that returns an eval-mode model")],
+    budget: Annotated[str, typer.Option(help="such as 'size=12.5%' or 'size=1.2MB, bops=2%'")],
+    data: Annotated[str, typer.Option(help="pkg.module:loader, a function that returns an iterable of batches")],
+    out: Annotated[Path, typer.Option(help="the ONNX file to write")],
+    plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
+    packing: Annotated[str, typer.Option(help="portable (onnxruntime >= 1.20) or native (>= 1.24)")] = "portable",
+    probes: Annotated[int, typer.Option(min=2, help="Hessian-vector products per batch")] = Sensitivity.probes,
+    keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
+    seed: int = 0,
+    dump: Annotated[Path | None, typer.Option(help="write the graph after every pass into this folder")] = None,
+    print_after: Annotated[str | None, typer.Option(help="print the graph after this pass")] = None,
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="print seconds per pass")] = False,
+) -> None:
+    """Compile a trained model to a packed integer ONNX file."""
+    timing = TimePasses()
+    observers: list[Observer] = [timing]
+    if dump is not None:
+        observers.append(Dump(dump))
+    if print_after is not None:
+        if print_after not in _pass_names():
+            raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(_pass_names())}")
+        observers.append(PrintAfter(print_after))
+    compiled = compile_model(
+        _load(model)(),
+        budget,
+        _load(data)(),
+        sensitivity=Sensitivity(probes),
+        keep_float=keep_float or (),
+        seed=seed,
+        observers=observers,
+    )
+    compiled.export(out, packing)  # type: ignore[arg-type]
+    if plan is not None:
+        compiled.plan.write(plan)
+    print(compiled.summary())
+    if time_passes:
+        Console().print(timing.table())
+
+
+@app.command()
+def demo(
+    budget: str = "size=12.5%",
+    out: Annotated[Path, typer.Option(help="folder for the ONNX files")] = Path("demo"),
+) -> None:
+    """Compile ResNet-20 on Fashion-MNIST and compare it with float32 and uniform bits."""
+    from hawqfx.demo import demo as run_demo
+
+    console = Console()
+    run_demo(budget, out, console if console.is_terminal else Console(width=120))
+
+
+@app.command()
+def passes() -> None:
+    """List the passes in the order in which they run."""
+    table = Table("pass", "kind", "needs", "gives")
+    for step in _recipe():
+        kind = type(step).__mro__[1].__name__.lower()
+        needs, gives = (", ".join(found.__name__ for found in facts) for facts in (step.needs, step.gives))
+        table.add_row(step.name, kind, needs, gives)
+    Console().print(table)
+
+
+def _recipe() -> list[Any]:
+    return [
+        *pipeline.finding(),
+        *pipeline.measuring(Sensitivity(), Calibration()),
+        *pipeline.pricing(Rounding()),
+        *pipeline.deciding(Budget(size=Limit(1.0, relative=True))),
+        *pipeline.lowering(),
+    ]
+
+
+def _pass_names() -> list[str]:
+    return [step.name for step in _recipe()]
+
+
+def _load(spec: str) -> Any:
+    """The object that `pkg.module:name` names; modules in the working folder are found."""
+    module, _, name = spec.partition(":")
+    if not name:
+        raise HawqfxError(f"{spec!r}: write it as pkg.module:function")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise HawqfxError(f"{spec!r} cannot be loaded: {error}") from error
+
+
+def main() -> None:
+    """The entry point: errors that hawqfx raises on purpose are printed without a traceback."""
+    try:
+        app()
+    except HawqfxError as error:
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+        print(f"hawqfx: {error}{notes}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,86 @@
+"""The demo: ResNet-20 on Fashion-MNIST at an eighth of its size, from the images in hawqfx.zoo to onnxruntime."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hawqfx import runtime, zoo
+from hawqfx.compiler import Compiled, compile
+from hawqfx.observe import TimePasses
+
+ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model in the comparison."""
+
+    name: str
+    path: Path
+    promised: int
+
+
+def demo(budget: str, folder: Path, console: Console) -> Compiled:
+    """Compile, export four files into `folder`, run them all, and print the site table and the comparison."""
+    start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    timing = TimePasses()
+    compiled = compile(zoo.resnet20(), budget, zoo.calibration(), observers=[timing], console=console)
+    console.print(compiled.table())
+    console.print(timing.table())
+    entries = [_export_float(compiled, folder)]
+    for name, model in {
+        "uniform 8 bits": compiled.uniform(8),
+        "uniform 4 bits": compiled.uniform(4),
+        f"hawqfx {budget}": compiled,
+    }.items():
+        path = folder / (name.replace(" ", "_").replace("%", "").replace("=", "_") + ".onnx")
+        model.export(path)
+        entries.append(Entry(name, path, model.weight_bytes))
+    console.print(_comparison(entries))
+    console.print(f"files are in {folder.resolve()}; {time.perf_counter() - start:.0f} s in all")
+    return compiled
+
+
+def _export_float(compiled: Compiled, folder: Path) -> Entry:
+    path = folder / "float32.onnx"
+    compiled.export_float(path)
+    return Entry("float32", path, compiled.planned.float_bytes())
+
+
+def _accuracy(path: Path) -> float:
+    model = runtime.session(path)
+    scores = [
+        float((np.asarray(runtime.run(model, [images.numpy()])[0]).argmax(1) == labels.numpy()).sum())
+        for images, labels in zoo.evaluation()
+    ]
+    return sum(scores) / sum(len(labels) for _, labels in zoo.evaluation())
+
+
+def _comparison(entries: list[Entry]) -> Table:
+    images = zoo.evaluation(64)[0][0]
+    single, batch = (
+        runtime.latency({entry.name: entry.path for entry in entries}, [images[:size].numpy()], rounds=ROUNDS)
+        for size in (1, len(images))
+    )
+    table = Table(
+        "model", "weight bytes", "file bytes", "of float32", "top-1", "1 image, ms", "64 images, ms",
+        title="2,000 test images; onnxruntime, one thread, median of 100 runs in turns",
+    )  # fmt: skip
+    reference = entries[0].path.stat().st_size
+    for entry in entries:
+        size = entry.path.stat().st_size
+        table.add_row(
+            entry.name,
+            f"{entry.promised:,}",
+            f"{size:,}",
+            f"{size / reference:.1%}",
+            f"{_accuracy(entry.path):.2%}",
+            f"{1e3 * single[entry.name].median:.3f}",
+            f"{1e3 * batch[entry.name].median:.2f}",
+        )
+    return table

@@ -1,0 +1,92 @@
+"""Does the file compute what the lowered graph computes?  Checked site by site, and end to end.
+
+With onnxruntime's optimizations off the same float operations run on both sides, and sums in another order differ in
+the last bits.  Where a value lies on a rounding tie, that flips a code; one flipped code changes everything after it.
+So each site is compared with the values that onnxruntime itself had at the sites before: `flips` counts codes that
+differ there, and `worst` is the largest relative difference of an output computed from equal codes.
+With optimizations on, integer kernels run, and only outputs are compared.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hawqfx import runtime
+from hawqfx.export import expose_sites, operators
+from hawqfx.ops import FAKE_QUANTIZE
+from hawqfx.program import SCALE, Program
+from hawqfx.study import Batch
+
+
+@dataclass(frozen=True)
+class Parity:
+    """flips of `codes` compared; worst relative difference of the outputs, to the largest of them, from equal codes.
+
+    mean_difference and agreement: of the optimized file's outputs, mean absolute difference and equal top-1."""
+
+    codes: int
+    flips: int
+    worst: float
+    mean_difference: float
+    agreement: float
+
+
+@torch.no_grad()
+def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
+    """The lowered program against the file that was exported from it, on one batch."""
+    inputs = [tensor.numpy() for tensor in batch.tensors]
+    content, keys = expose_sites(path)
+    values = runtime.run(runtime.session(content, optimize=False), inputs)
+    outputs = len(values) - len(keys)
+    theirs = {key: torch.from_numpy(value) for key, value in zip(keys, values[outputs:], strict=True)}
+    counts = {"codes": 0, "flips": 0}
+    nodes = _quantizers(program)
+
+    def follow(name: str, value: Tensor) -> Tensor:
+        key, scale = nodes[name]
+        codes = value.numel()
+        counts["codes"] += codes
+        counts["flips"] += int(((value - theirs[key]).abs() > scale / 2).sum())
+        return theirs[key]
+
+    followed = _first(program.run(batch.args, batch.kwargs, follow, at=[n for n in nodes if nodes[n][0] in theirs]))
+    reference = torch.from_numpy(values[0])
+    free = _first(program.run(batch.args, batch.kwargs))
+    optimized = torch.from_numpy(runtime.run(runtime.session(path), inputs)[0])
+    return Parity(
+        codes=counts["codes"],
+        flips=counts["flips"],
+        worst=float((followed - reference).abs().max() / reference.abs().max()),
+        mean_difference=float((optimized - free).abs().mean()),
+        agreement=float((optimized.argmax(1) == free.argmax(1)).float().mean()),
+    )
+
+
+def kernels(path: str | Path) -> dict[str, int]:
+    """How often each operator stands in the graph that onnxruntime runs on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "optimized.onnx"
+        runtime.session(path, save=saved)
+        return dict(operators(saved))
+
+
+def _quantizers(program: Program) -> dict[str, tuple[str, float]]:
+    """The first fake-quantize node of each activation site -> its key and scale."""
+    sites = {site.key for site in program.activations}
+    found: dict[str, tuple[str, float]] = {}
+    for node in program.graph.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE):
+        key = str(getattr(node.args[1], "target", "")).removesuffix(SCALE)
+        if key in sites and key not in {k for k, _ in found.values()}:
+            found[node.name] = key, float(program.tensor(key + SCALE))
+    return found
+
+
+def _first(output: Any) -> Tensor:
+    leaf = pytree.tree_leaves(output)[0]
+    assert isinstance(leaf, Tensor)
+    return leaf
