@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import fx
 
 from hawqfx.contract import Observer, Pass
 from hawqfx.program import Program
@@ -17,13 +19,22 @@ from hawqfx.study import Progress as Report
 
 
 def graph_text(program: Program) -> str:
-    """The graph, a node a line, with shapes where they are known and the chosen bits of sites."""
-    lines = []
-    for node in program.graph.graph.nodes:
-        value = node.meta.get("val")
-        shape = "" if not hasattr(value, "shape") else f"  # {list(value.shape)}"
-        lines.append(f"{node.format_node()}{shape}")
-    return "\n".join(line for line in lines if not line.startswith("None")) + "\n"
+    """The graph, a node a line, with the shape where it is known; N is the batch."""
+    return "".join(f"{_node_text(node)}\n" for node in program.graph.graph.nodes)
+
+
+def _node_text(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    what = str(node.target).removesuffix(".default")
+    if node.op == "call_function":
+        arguments = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
+        what = f"{what}({', '.join(arguments)})"
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return f"{node.name} = {what}"
+    shape = ", ".join(str(size) if isinstance(size, int) else "N" for size in value.shape)
+    return f"{node.name} = {what}  # [{shape}]"
 
 
 @dataclass(frozen=True)

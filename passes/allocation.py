@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 def omega(program: Program, site: Site) -> dict[int, float]:
     """The predicted loss increase of a site at every width, lowest first."""
     sensitivity, perturbation = program.facts.get(site.key, Sensitivity), program.facts.get(site.key, Perturbation)
-    found = {bits: sensitivity.upper * error for bits, error in sorted(perturbation.squared_error.items())}
-    if not all(math.isfinite(value) for value in found.values()):
+    numbers = (sensitivity.mean_trace, sensitivity.stderr, *perturbation.squared_error.values())
+    if not all(map(math.isfinite, numbers)):
         raise PassError(f"the sensitivity of {site.key!r} is not finite: {sensitivity}, {perturbation}")
-    return found
+    return {bits: sensitivity.upper * error for bits, error in sorted(perturbation.squared_error.items())}
 
 
 @dataclass(frozen=True)

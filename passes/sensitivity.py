@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqfx.contract import Analysis, Kind
-from hawqfx.errors import LossError
+from hawqfx.errors import HawqfxError, LossError
 from hawqfx.facts import Sensitivity as SensitivityFact
 from hawqfx.maths import curvature
 from hawqfx.program import ActivationSite, Program, WeightSite
@@ -57,11 +57,15 @@ def _check_finite(blocks: _Blocks, gradients: tuple[Tensor, ...], index: int) ->
 
 @dataclass(frozen=True)
 class Sensitivity(Analysis):
-    """`probes`: Hessian-vector products per batch; the paper uses 50."""
+    """`probes`: Hessian-vector products per batch, at least two; the paper uses 50."""
 
     probes: int = 50
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
     gives: ClassVar[tuple[Kind, ...]] = (SensitivityFact,)
+
+    def __post_init__(self) -> None:
+        if self.probes < 2:
+            raise HawqfxError(f"probes={self.probes}: a standard error needs at least two")
 
     def learn(self, program: Program, study: Study) -> Mapping[str, SensitivityFact]:
         traces: dict[str, list[float]] = {}

@@ -1,0 +1,192 @@
+"""Tiny networks, each named for what it exercises, and batches for them.  All are seeded and in eval mode."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Plain(nn.Module):
+    """Convolutions with batch-norm, ReLU, a head: the usual chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """An addition of two quantized tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.inner(x))
+        return self.head(x.mean((2, 3)))
+
+
+class SharedLayer(nn.Module):
+    """One layer, with its batch-norm, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.twice, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for _ in range(2):
+            x = torch.relu(self.norm(self.twice(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class SharedWeightTwoNorms(nn.Module):
+    """One weight under two batch-norms, which no single tensor can take in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1, self.norm2 = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.twice, self.head = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.norm1(self.twice(x)))
+        x = torch.relu(self.norm2(self.twice(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class TiedWeights(nn.Module):
+    """Two modules that hold the same parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x.flatten(1)[:, :8]))
+        return self.head(torch.tanh(self.second(x)))
+
+
+class Concat(nn.Module):
+    """Two branches that share a quantizer because they are concatenated; a max-pool carries values on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(1, 3, 1)
+        self.join, self.head = nn.Conv2d(6, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+        x = torch.relu(self.join(F.max_pool2d(joined, 2)))
+        return self.head(x.mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """Grouped, dilated and strided convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.depthwise = nn.Conv2d(1, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.grouped = nn.Conv2d(6, 4, 3, stride=2, padding=2, dilation=2, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.expand(x))))
+        return self.head(torch.relu(self.grouped(x)).mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    """A reshape between a convolution and a linear layer, dropout, and a layer without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop, self.head = nn.Conv2d(1, 2, 3, bias=False), nn.Dropout(0.5), nn.Linear(72, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.relu(self.conv(x)).flatten(1)))
+
+
+class Mlp(nn.Module):
+    """Smooth and small enough for a dense Hessian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x.flatten(1)))
+        return self.head(torch.tanh(self.second(x)))
+
+
+class KeywordInputs(nn.Module):
+    """Two inputs, given by name, and a dict for an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 4), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.relu(self.left(first) + self.right(second)))}
+
+
+class Attention(nn.Module):
+    """Self-attention, whose fused kernel cannot be differentiated twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.flatten(1).reshape(-1, 8, 8)).chunk(3, -1)
+        x = self.out(F.scaled_dot_product_attention(q, k, v))
+        return self.head(x.mean(1))
+
+
+IMAGES: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain,
+    "residual": Residual,
+    "shared_layer": SharedLayer,
+    "shared_weight_two_norms": SharedWeightTwoNorms,
+    "tied_weights": TiedWeights,
+    "concat": Concat,
+    "depthwise": Depthwise,
+    "flattened": Flattened,
+    "mlp": Mlp,
+    "attention": Attention,
+}
+
+
+def build(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """The network in eval mode, with batch-norm statistics that are not the initial zeros and ones."""
+    torch.manual_seed(seed)
+    model = make().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.3)
+    return model
+
+
+def images(count: int = 2, batch: int = 16, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Batches of (N, 1, 8, 8) images and labels of three classes."""
+    random = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(batch, 1, 8, 8, generator=random), torch.randint(0, 3, (batch,), generator=random))
+        for _ in range(count)
+    ]

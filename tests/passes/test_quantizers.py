@@ -1,0 +1,123 @@
+"""calibration, rounding, perturbation and cost: the facts agree with what the lowered graph will do."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from hawqfx.facts import Cost, Perturbation, Quantizers, QuantParams, Rounding
+from hawqfx.maths import affine
+from hawqfx.passes.rounding import Rounding as RoundingPass
+from hawqfx.program import Program
+from hawqfx.runner import run
+from tests.nets import IMAGES, Concat, Depthwise, Flattened, Plain, Residual, SharedLayer
+from tests.tools import after, study
+
+
+def quantized(x: Tensor, q: QuantParams) -> Tensor:
+    scale = torch.tensor(q.scale if q.per_channel else q.scale[0])
+    return affine.fake_quantize(x, scale, q.zero_point, q.low, q.high)
+
+
+def activation(program: Program, node: str) -> Tensor:
+    """A tensor of the float network over all calibration data."""
+    seen: list[Tensor] = []
+    for batch in study().batches:
+        program.run(batch.args, {}, lambda _, value: (seen.append(value), value)[1], at=[node])
+    return torch.cat(seen).detach()
+
+
+@pytest.mark.parametrize("make", [Plain, Residual, Concat])
+def test_activation_errors_are_those_of_one_sample(make: type[nn.Module]) -> None:
+    program = after("perturbation", make)
+    for site in program.activations:
+        values = [activation(program, node) for node in site.nodes]
+        for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
+            exact = sum(float((quantized(x, q) - x).double().square().sum()) / len(x) for x in values)
+            found = program.facts.get(site.key, Perturbation).squared_error[bits]
+            assert found == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
+
+
+def test_quantizers_of_rectified_tensors_have_zero_point_zero() -> None:
+    program = after("calibration", Residual)
+    for site in program.activations:
+        for q in program.facts.get(site.key, Quantizers).by_bits.values():
+            assert q.zero_point == 0 or not site.nonnegative
+            assert (q.low, q.high) == (0, 2**q.bits - 1)
+
+
+def test_weight_quantizers_are_signed_symmetric_and_per_channel() -> None:
+    program = after("calibration", Depthwise)
+    for site in program.weights:
+        for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
+            assert (q.zero_point, q.low, q.high) == (0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            assert len(q.scale) == site.shape[0]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_errors_fall_with_every_bit(name: str) -> None:
+    program = after("perturbation", IMAGES[name])
+    for site in program.sites:
+        errors = [error for _, error in sorted(program.facts.get(site.key, Perturbation).squared_error.items())]
+        # a weight with one element per channel is exact at every width, but for float32 rounding of its scale
+        assert all(wide <= narrow + 1e-13 for narrow, wide in itertools.pairwise(errors)), site.key
+
+
+def test_nearest_rounding_leaves_the_plain_sum_of_squares() -> None:
+    """Omega's error is the sum of squares over the weight, not its mean."""
+    program = run([RoundingPass("nearest")], after("calibration", Plain), study())
+    for site in program.weights:
+        weight = program.tensor(site.key).detach()
+        fact = program.facts.get(site.key, Rounding)
+        for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
+            exact = float((quantized(weight, q) - weight).double().square().sum())
+            assert fact.squared_error[bits] == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
+            scale = torch.tensor(q.scale).reshape(-1, *[1] * (weight.ndim - 1))
+            assert torch.equal(fact.codes[bits] * scale, quantized(weight, q))
+
+
+def output_error(node: fx.Node, inputs: Tensor, difference: Tensor) -> float:
+    """What a change of the weight does to the output of a layer: the sum of squares."""
+    layer: Any = node.target
+    return float(layer(inputs, difference, None, *node.args[3:]).square().sum())
+
+
+@pytest.mark.parametrize("make", [Plain, Depthwise, Flattened, SharedLayer])
+def test_compensated_rounding_keeps_the_layers_output_closer(make: type[nn.Module]) -> None:
+    """Over all layers and 2 to 4 bits, the error at the output is below nearest rounding's."""
+    compensated = after("rounding", make)
+    nearest = run([RoundingPass("nearest")], compensated, study())
+    nodes = {node.name: node for node in compensated.graph.graph.nodes}
+    ratios = []
+    for layer in compensated.layers:
+        inputs = activation(compensated, nodes[layer.node].args[0].name)  # type: ignore[union-attr]
+        node, weight = nodes[layer.node], compensated.tensor(layer.weight).detach()
+        for bits in (2, 3, 4):
+            q = compensated.facts.get(layer.weight, Quantizers).by_bits[bits]
+            scale = torch.tensor(q.scale).reshape(-1, *[1] * (weight.ndim - 1))
+            plain, kept = (
+                output_error(node, inputs, p.facts.get(layer.weight, Rounding).codes[bits] * scale - weight)
+                for p in (nearest, compensated)
+            )
+            if plain > 1e-9:  # a weight with one element per channel is exact however it is rounded
+                ratios.append(kept / plain)
+    assert sum(ratios) / len(ratios) < 0.9
+    assert sorted(ratios)[len(ratios) // 2] <= 1
+
+
+def test_cost_counts_what_the_file_holds() -> None:
+    program = after("cost", Plain)
+    cost = program.facts.get("conv2.weight", Cost).bytes
+    assert cost[3] == -(-6 * 4 * 9 * 3 // 8) + 6 * 4 + 6 * 4  # codes, scales, bias
+    assert program.facts.get("relu", Cost).bytes[4] == 4 * 8 * 8 // 2
+
+
+def test_cost_of_a_shared_weight_has_a_bias_for_each_use() -> None:
+    program = after("cost", SharedLayer)
+    assert program.facts.get("twice.weight", Cost).bytes[8] == 4 * 4 * 9 + 4 * 4 + 2 * 4 * 4
+
+
+def test_cost_without_bias() -> None:
+    assert after("cost", Flattened).facts.get("head.weight", Cost).bytes[2] == 72 * 3 // 4 + 3 * 4

@@ -1,0 +1,47 @@
+"""Short cuts for tests: a program up to a given pass, and a quick compile."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+import hawqfx
+from hawqfx import pipeline
+from hawqfx.capture import capture
+from hawqfx.contract import Pass
+from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.rounding import Rounding
+from hawqfx.passes.sensitivity import Sensitivity
+from hawqfx.program import Program
+from hawqfx.runner import run
+from hawqfx.study import Loss, Study, cross_entropy, gather
+from tests.nets import build, images
+
+
+def study(data: Sequence[Any] | None = None, loss: Loss = cross_entropy, seed: int = 0) -> Study:
+    return Study(gather(images() if data is None else data), loss, seed)
+
+
+def captured(make: Callable[[], nn.Module]) -> Program:
+    return capture(build(make), study().batches[0])
+
+
+def measuring(probes: int = 4) -> list[Pass]:
+    """All passes before a budget is known, with few probes."""
+    return [
+        *pipeline.finding(),
+        *pipeline.measuring(Sensitivity(probes), Calibration()),
+        *pipeline.pricing(Rounding()),
+    ]
+
+
+def after(name: str, make: Callable[[], nn.Module], probes: int = 4) -> Program:
+    """The program of a network after the pass of this name."""
+    steps = measuring(probes)
+    last = [step.name for step in steps].index(name)
+    return run(steps[: last + 1], captured(make), study())
+
+
+def quick(make: Callable[[], nn.Module], budget: str = "size=30%", **options: Any) -> hawqfx.Compiled:
+    """Compile a tiny network with few probes."""
+    return hawqfx.compile(build(make), budget, options.pop("data", images()), sensitivity=Sensitivity(4), **options)
