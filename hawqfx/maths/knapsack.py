@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Infeasible:
-    """A limit that cannot be kept, and the least its sum could be with the other limits kept (None: alone)."""
+    """A limit that cannot be kept, and the least that its sum could be: `alone`, or beside the limits before it."""
 
     name: str
     least: int
@@ -57,7 +57,7 @@ def choose(
     """The best choice, or the limit that stands in its way.
 
     Deterministic: one worker and a fixed seed.  Stopped after `seconds`, it returns the best choice so far with its
-    bound.  Losses must be finite.
+    bound.  Losses must be finite.  Raises TimeoutError if it neither found a choice nor excluded one in that time.
     """
     largest = max((abs(loss) for options in losses for loss in options), default=0.0) or 1.0
     scaled = [[round(loss / largest * RESOLUTION) for loss in options] for options in losses]
@@ -76,20 +76,28 @@ def choose(
 def _what_stands_in_the_way(
     losses: Sequence[Sequence[float]], limits: Sequence[LinearLimit], seconds: float
 ) -> Infeasible:
-    for others in ([], list(limits)):
-        for limit in limits:
-            model = _Model(losses)
-            for other in others:
-                if other is not limit:
-                    model.keep(other)
-            model.minimise(limit)
-            answer = model.solve(seconds)
-            if answer is None:
-                continue
-            least = limit.total(answer[0])
-            if least > limit.bound:
-                return Infeasible(limit.name, least, alone=not others)
-    raise TimeoutError(f"no choice was found in {seconds:.0f} s, and none was proven impossible")
+    """The first limit that cannot be kept alone; else the first that cannot be kept beside those before it."""
+    for limit in limits:
+        least = _least(losses, limit, [], seconds)
+        if least > limit.bound:
+            return Infeasible(limit.name, least, alone=True)
+    for number, limit in enumerate(limits):
+        least = _least(losses, limit, limits[:number], seconds)
+        if least > limit.bound:
+            return Infeasible(limit.name, least, alone=False)
+    raise TimeoutError(f"no choice was found in {seconds:.0f} s, though there is one: allow more time")
+
+
+def _least(losses: Sequence[Sequence[float]], limit: LinearLimit, others: Sequence[LinearLimit], seconds: float) -> int:
+    """The least sum of `limit` with the `others` kept, which is known to be possible."""
+    model = _Model(losses)
+    for other in others:
+        model.keep(other)
+    model.minimise(limit)
+    answer = model.solve(seconds)
+    if answer is None or not answer[2]:
+        raise TimeoutError(f"whether {limit.name} can be kept was not settled in {seconds:.0f} s: allow more time")
+    return limit.total(answer[0])
 
 
 class _Model:

@@ -76,15 +76,15 @@ def test_quantizing_twice_changes_nothing_and_keeps_the_input(bits: int) -> None
     assert not torch.equal(once, x)
 
 
-# Against 2000 scales, in all and for the worst channel of 144: the error has many local minima at 6 bits and more,
-# where a scale is 1/40 off the best grid point and codes near the ends move by more than 1.  Measured for several
-# seeds: 0.3 % in all up to 5 bits, 1 % at 6, 3 % at 7 and 8 (9 % for a channel).
+# Error over that of the best of 2000 scales: mean and worst of 16 channels of 144.  From 6 bits on the error has many
+# local minima, so that a grid of 40 and least squares stop beside the best one.  The largest of six seeds were 0.1 %
+# up to 4 bits, 0.4, 1.5, 3 and 4.2 % at 5 to 8 bits for the mean, and 0.8, 2, 7, 13 and 32 % for a channel.
 @pytest.mark.parametrize(
-    ("bits", "in_all", "worst"),
-    [(2, 1.01, 1.02), (3, 1.01, 1.02), (4, 1.01, 1.03), (5, 1.02, 1.05)]
-    + [(6, 1.03, 1.08), (7, 1.06, 1.15), (8, 1.06, 1.2)],
+    ("bits", "mean", "worst"),
+    [(2, 1.005, 1.01), (3, 1.005, 1.01), (4, 1.005, 1.02), (5, 1.01, 1.04)]
+    + [(6, 1.03, 1.15), (7, 1.06, 1.25), (8, 1.08, 1.5)],
 )
-def test_symmetric_scales_are_near_a_fine_grid(bits: int, in_all: float, worst: float) -> None:
+def test_symmetric_scales_are_near_a_fine_grid(bits: int, mean: float, worst: float) -> None:
     random, (low, high) = torch.Generator().manual_seed(bits), signed_range(bits)
     weight = torch.randn(16, 16, 3, 3, generator=random) * torch.logspace(-3, 2, 16)[:, None, None, None]
     scales, rows = symmetric_scales(weight, bits), weight.reshape(16, -1)
@@ -96,7 +96,7 @@ def test_symmetric_scales_are_near_a_fine_grid(bits: int, in_all: float, worst: 
     assert bool((found <= _error(rows, widest[:, None], 0, low, high) * (1 + 1e-6)).all())
     grid = torch.arange(1, 2001, dtype=torch.float64)[:, None, None] / 2000 * widest[:, None]
     ratio = found / _error(rows, grid, 0, low, high).amin(0)
-    assert float(ratio.mean()) < in_all
+    assert float(ratio.mean()) < mean
     assert float(ratio.max()) < worst
 
 
@@ -123,8 +123,9 @@ def test_affine_range_is_near_brute_force(first: float, last: float, bits: int) 
     width = max(last, 0.0) - min(first, 0.0)
     grid = torch.arange(1, 401, dtype=torch.float64)[:, None] / 400 * width / high
     best = min(float(_error(values, grid, z, 0, high, counts).min()) for z in range(high + 1))
-    # at 6 bits a bin is as wide as a step, so the error is ragged in the scale: 5 % was the worst of many seeds
-    assert float(_error(values, torch.tensor(scale), zero, 0, high, counts)) < best * 1.1
+    # At 6 bits a bin is as wide as a step, so the error is ragged in the scale: 5 % was the worst of 28 histograms.
+    # Below it is smooth: 0.004 % was the worst.
+    assert float(_error(values, torch.tensor(scale), zero, 0, high, counts)) < best * (1.1 if bits == 6 else 1.01)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

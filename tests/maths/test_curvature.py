@@ -65,7 +65,7 @@ def test_mean_is_the_dense_trace(hessian: list[list[Tensor]], samples: Tensor, b
     mean, stderr = mean_and_stderr(samples[:, block].tolist())
     # 5 standard errors: a correct estimate fails for one seed in two million
     assert abs(mean - float(hessian[block][block].trace())) < 5 * stderr
-    assert stderr == pytest.approx(math.sqrt(_variance(hessian, block) / PROBES), rel=0.1)  # as in the variance test
+    assert stderr == pytest.approx(math.sqrt(_variance(hessian, block) / PROBES), rel=0.05)  # deviates by 0.8 %
 
 
 @pytest.mark.parametrize("block", range(3))

@@ -106,9 +106,8 @@ def test_native_parts_make_up_every_code(bits: int) -> None:
     assert [a.dtype for a in arrays] == [np.int8, np.uint8, np.uint8]
     assert {a.shape for a in arrays} == {(2, len(codes) // 2)}
     high, pair, bit = (a.reshape(-1).tolist() for a in arrays)
-    assert [
-        h * 2 ** (parts.pair + parts.bit) + p * 2**parts.bit + b for h, p, b in zip(high, pair, bit, strict=True)
-    ] == (codes)
+    rebuilt = zip(high, pair, bit, strict=True)
+    assert [h * 2 ** (parts.pair + parts.bit) + p * 2**parts.bit + b for h, p, b in rebuilt] == codes
     assert set(high) == set(_every_code(parts.high))  # all of the signed type, and no more
     assert set(pair) == set(range(2**parts.pair))
     assert set(bit) == set(range(2**parts.bit))

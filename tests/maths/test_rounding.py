@@ -34,6 +34,7 @@ def _nearest(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor
     return (weight / scale).round().clamp(low, high)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies the input, which is no matter here
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "padding", "dilation", "groups"),
     [
@@ -58,8 +59,8 @@ def test_patches_are_what_a_convolution_multiplies(
     expected = CONVOLUTIONS[dims - 1](x, weight, None, stride, padding, dilation, groups)
     rows = patches(x, kernel, stride, padding, dilation, groups)
     assert rows.shape == (groups, expected.numel() // outputs, weight[0].numel())
-    product_ = weight.reshape(groups, 2, -1) @ rows.transpose(1, 2)  # (groups, R, N * positions)
-    got = product_.reshape(outputs, 2, *expected.shape[2:]).transpose(0, 1)
+    products = weight.reshape(groups, 2, -1) @ rows.transpose(1, 2)  # (groups, R, N * positions)
+    got = products.reshape(outputs, 2, *expected.shape[2:]).transpose(0, 1)
     # sums of at most 36 products in float64, in another order
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -97,11 +98,11 @@ def test_identity_moment_rounds_to_nearest_within_range(bits: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_each_rounding_is_compensated_by_least_squares(seed: int) -> None:
     """Before a column is rounded, the columns left are where the weighted error of those rounded is the least."""
-    weight, moment = _randn(1, 3, 7, seed=seed), _correlated(1, 7, seed)
+    weight, moment = _randn(1, 200, 7, seed=seed), _correlated(1, 7, seed)
     scale, low, high = _grid(weight, 4)
     damped = moment[0] + DAMPING * moment[0].diagonal().mean() * torch.eye(7)
     order = sorted(range(7), key=lambda k: -float(moment[0, k, k]))
-    codes = torch.zeros(3, 7, dtype=torch.float64)
+    codes = torch.zeros(200, 7, dtype=torch.float64)
     for done in range(7):
         fixed, free = order[:done], order[done:]
         error = codes[:, fixed] * scale[0] - weight[0][:, fixed]
@@ -140,8 +141,8 @@ def test_against_brute_force_over_every_code_of_three_columns() -> None:
         found.append(weighted_error(compensated(weight, moment, *grid) * grid[0] - weight, moment))
         least.append(min(weighted_error(codes * grid[0] - weight, moment) for codes in every.reshape(-1, 1, 1, 3)))
         assert found[-1] >= least[-1] * (1 - 1e-12)  # the same sums
-    # greedy, and what clipping loses in the last column cannot be moved on: 1.4 times the least for other seeds
-    assert sum(found) < 1.7 * sum(least)
+    # greedy, and what clipping loses in the last column cannot be moved on: 1.1 to 1.4 times for five sets of seeds
+    assert sum(found) < 1.6 * sum(least)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

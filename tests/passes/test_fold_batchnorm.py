@@ -1,18 +1,21 @@
 """fold_batchnorm: the function stays, the batch-norms go, and a weight under two of them is left alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from hawqfx.capture import capture
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
+from hawqfx.program import Program
 from hawqfx.runner import run
 from hawqfx.vocabulary import BATCH_NORM
 from tests.nets import IMAGES, Plain, SharedLayer, SharedWeightTwoNorms, build, images
 from tests.tools import after, captured, study
 
 
-def norms(program: object) -> int:
-    return len(program.graph.graph.find_nodes(op="call_function", target=BATCH_NORM))  # type: ignore[attr-defined]
+def norms(program: Program) -> int:
+    return len(program.graph.graph.find_nodes(op="call_function", target=BATCH_NORM))
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -24,13 +27,13 @@ def test_keeps_the_function(name: str) -> None:
 
 
 def test_agrees_with_the_formula_in_float64() -> None:
-    model = build(Plain)
+    model: Any = build(Plain)
     folded = after("fold_batchnorm", Plain)
     norm = model.norm1
-    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()  # type: ignore[union-attr,operator]
-    expected = (model.conv1.weight.double() * gain[:, None, None, None]).float()  # type: ignore[union-attr,operator]
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    expected = (model.conv1.weight.double() * gain[:, None, None, None]).float()
     assert torch.equal(folded.tensor("conv1.weight"), expected)
-    bias = (norm.bias.double() - norm.running_mean.double() * gain).float()  # type: ignore[union-attr,operator]
+    bias = (norm.bias.double() - norm.running_mean.double() * gain).float()
     # one rounding to float32, after sums in another order
     torch.testing.assert_close(folded.tensor("conv1.folded_bias"), bias, rtol=1e-6, atol=1e-7)
 

@@ -58,7 +58,7 @@ def test_values_stay_on_the_grid() -> None:
 def test_gradients_reach_weights_and_biases_through_the_quantizers() -> None:
     compiled = quick(Residual, "size=60%")
     x, y = images()[0]
-    torch.nn.functional.cross_entropy(compiled.model(x), y).backward()  # type: ignore[no-untyped-call]
+    torch.nn.functional.cross_entropy(compiled.model(x), y).backward()
     parameters = dict(compiled.model.named_parameters())
     assert {site.key for site in compiled.planned.weights} <= set(parameters)
     for name, parameter in parameters.items():

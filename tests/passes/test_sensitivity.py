@@ -1,6 +1,7 @@
 """sensitivity: mean traces against the dense float64 Hessian, for weights and for activations, from shared probes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hawqfx.program import ActivationSite, Program
 from hawqfx.runner import run
 from hawqfx.study import Batch, Study, cross_entropy
 from tests.nets import Attention, Mlp, Plain, SharedLayer, TiedWeights, build, images
-from tests.tools import after, study
+from tests.tools import after, study, tensor_at
 
 
 def double_study() -> Study:
@@ -26,13 +27,6 @@ def double_study() -> Study:
 def double_program(make: type[nn.Module]) -> Program:
     program = capture(build(make).double(), double_study().batches[0])
     return run([FindSites()], program, double_study())
-
-
-def tensor_at(program: Program, batch: Batch, node: str) -> Tensor:
-    """The value that a node has on a batch."""
-    seen: list[Tensor] = []
-    program.run(batch.args, {}, lambda _, value: (seen.append(value), value)[1], at=[node])
-    return seen[0].detach()
 
 
 def dense_trace(program: Program, work: Study, site: str) -> float:
@@ -56,8 +50,8 @@ def dense_trace(program: Program, work: Study, site: str) -> float:
                 return F.cross_entropy(program.run(batch.args, {}, tensors={site: weight}), batch.target)
 
             hessian = torch.autograd.functional.hessian(loss_of_weight, program.tensor(site).detach())
-        n = round(hessian.numel() ** 0.5)  # type: ignore[union-attr]
-        total += share * float(hessian.reshape(n, n).trace())  # type: ignore[union-attr]
+        n = round(hessian.numel() ** 0.5)
+        total += share * float(hessian.reshape(n, n).trace())
     return total
 
 
@@ -98,9 +92,9 @@ def test_one_backward_per_probe_serves_every_site(monkeypatch: pytest.MonkeyPatc
     calls = []
     original = torch.autograd.grad
 
-    def counted(*args: object, **kwargs: object) -> object:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs.get("create_graph", False))
-        return original(*args, **kwargs)  # type: ignore[arg-type]
+        return original(*args, **kwargs)
 
     program, work = double_program(Mlp), double_study()
     monkeypatch.setattr(torch.autograd, "grad", counted)
