@@ -149,8 +149,8 @@ class Attention(nn.Module):
         self.qkv, self.out, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x.flatten(1).reshape(-1, 8, 8)).chunk(3, -1)
-        x = self.out(F.scaled_dot_product_attention(q, k, v))
+        q, k, v = self.qkv(x.flatten(1).reshape(-1, 1, 8, 8)).chunk(3, -1)
+        x = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return self.head(x.mean(1))
 
 

@@ -1,0 +1,93 @@
+"""The command line does what compile() does."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hawqfx import cli
+from hawqfx.errors import HawqfxError
+from hawqfx.plan import Plan
+from tests.nets import Plain, build, images
+
+run = CliRunner()
+
+
+def model() -> object:
+    return build(Plain)
+
+
+def loader() -> object:
+    return images()
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    here = "tests.test_cli"
+    out = str(folder / "model.onnx")
+    return [
+        "compile",
+        f"{here}:model",
+        "--budget",
+        "size=60%",
+        "--data",
+        f"{here}:loader",
+        "--out",
+        out,
+        "--probes",
+        "2",
+        *more,
+    ]
+
+
+def test_compile_writes_the_file_the_plan_and_the_dump(tmp_path: Path) -> None:
+    plan, dump = tmp_path / "plan.json", tmp_path / "dump"
+    result = run.invoke(cli.app, arguments(tmp_path, "--plan", str(plan), "--dump", str(dump), "--time-passes"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+    assert set(Plan.read(plan).bits) == {"conv1.weight", "conv2.weight", "head.weight", "x", "relu", "relu_1", "mean"}
+    assert len(list(dump.iterdir())) == 9
+    assert "conv1.weight" in result.output
+    assert "time per pass" in result.output
+
+
+def test_print_after_names_a_pass(tmp_path: Path) -> None:
+    result = run.invoke(cli.app, arguments(tmp_path, "--print-after", "nonsense"))
+    assert isinstance(result.exception, HawqfxError)
+    assert "fold_batchnorm, find_sites" in str(result.exception)
+
+
+def test_errors_are_one_line_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["hawqfx", *arguments(tmp_path, "--keep-float", "*")])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "hawqfx: the graph has no convolution or linear layer" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("spec", ["tests.test_cli", "no_such_module:f", "tests.test_cli:missing"])
+def test_a_factory_that_cannot_be_loaded(tmp_path: Path, spec: str) -> None:
+    wrong = arguments(tmp_path)
+    wrong[1] = spec
+    assert isinstance(run.invoke(cli.app, wrong).exception, HawqfxError)
+
+
+def test_passes_lists_the_recipe_in_order() -> None:
+    output = run.invoke(cli.app, ["passes"]).output
+    names = [
+        "fold_batchnorm",
+        "find_sites",
+        "sensitivity",
+        "calibration",
+        "rounding",
+        "perturbation",
+        "cost",
+        "allocation",
+        "lowering",
+    ]
+    positions = [output.index(name) for name in names]
+    assert positions == sorted(positions)
