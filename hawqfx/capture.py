@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import CaptureError
 from hawqfx.program import Program
 from hawqfx.study import Batch
-from hawqfx.vocabulary import training_argument
+from hawqfx.vocabulary import BATCH_NORM, DECOMPOSED_BATCH_NORM, operands, training_argument
 
 Model = nn.Module | torch.export.ExportedProgram
 
@@ -26,11 +27,14 @@ def capture(model: Model, example: Batch) -> Program:
     else:
         _refuse_training(model)
         exported = export(model, example)
-    graph = exported.module(check_guards=False)
-    assert isinstance(graph, fx.GraphModule)
-    for node in graph.graph.nodes:
+    for node in exported.graph.nodes:
         if training_argument(node):
             raise CaptureError(f"{node.name} was captured in train mode: call model.eval() before torch.export")
+    if any(_writes_in_place(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})
+    graph = exported.module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    _one_form_of_batchnorm(graph.graph)
     for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CaptureError(f"{name} holds NaN or infinity: the checkpoint is damaged, or training diverged")
@@ -81,6 +85,23 @@ def _refuse_training(model: nn.Module) -> None:
             f"the model is in train mode ({', '.join(training[:3])}{', ...' if len(training) > 3 else ''}): "
             "call model.eval() first, since batch-norm and dropout behave differently in training"
         )
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _one_form_of_batchnorm(graph: fx.Graph) -> None:
+    """Decomposition splits batch-norm with frozen statistics into a triple and its first item: make it one node."""
+    for node in graph.find_nodes(op="call_function", target=DECOMPOSED_BATCH_NORM):
+        *arguments, momentum, epsilon = operands(node)
+        (item,) = node.users  # the other two items are statistics of training
+        with graph.inserting_after(node):
+            whole = graph.call_function(BATCH_NORM, (*arguments, False, momentum, epsilon, False))
+        whole.meta = dict(item.meta)
+        item.replace_all_uses_with(whole)
+        graph.erase_node(item)
+        graph.erase_node(node)
 
 
 def _name_each_tensor_once(graph: fx.GraphModule) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.node import Target
 
 _aten = torch.ops.aten
@@ -33,10 +34,10 @@ FLOAT_ONLY: dict[Target, str] = {
 }
 
 # Integer kernels of two activations.
-BINARY: dict[Target, str] = {_aten.add.Tensor: "add", _aten.add_.Tensor: "add"}
+BINARY: dict[Target, str] = {_aten.add.Tensor: "add"}
 
 # Absorbed by the quantizer of the tensor that they end in: it cannot represent what they cut off.
-RECTIFIERS: set[Target] = {_aten.relu.default, _aten.relu_.default}
+RECTIFIERS: set[Target] = {_aten.relu.default}
 
 # Move values about and change none: input and output share a quantizer.
 CARRIERS: set[Target] = {
@@ -54,12 +55,12 @@ CARRIERS: set[Target] = {
     _aten.cat.default,
 }
 
-BATCH_NORM: Target = _aten.batch_norm.default
-DROPOUT: set[Target] = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default}
+BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
+DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
+DROPOUT: set[Target] = {_aten.dropout.default, _aten.feature_dropout.default}
 IDENTITIES: set[Target] = {
     _aten.alias.default,
     _aten.detach.default,
-    _aten.detach_.default,
     _aten.clone.default,
     _aten.contiguous.default,
     _aten.lift_fresh_copy.default,

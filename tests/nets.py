@@ -141,6 +141,25 @@ class KeywordInputs(nn.Module):
         return {"logits": self.head(torch.relu(self.left(first) + self.right(second)))}
 
 
+class InPlace(nn.Module):
+    """Operators that write over their input, which is read again later; batch-norm among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.inner = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 3, padding=1),
+        )
+        self.rectify, self.head = nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        y = self.inner(self.rectify(x))
+        y += x  # as rectified
+        return self.head(self.rectify(y).mean((2, 3)))
+
+
 class Attention(nn.Module):
     """Self-attention, whose fused kernel cannot be differentiated twice."""
 
@@ -164,6 +183,7 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "depthwise": Depthwise,
     "flattened": Flattened,
     "mlp": Mlp,
+    "in_place": InPlace,
     "attention": Attention,
 }
 
