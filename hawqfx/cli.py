@@ -10,13 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqfx import pipeline
-from hawqfx.budget import Budget, Limit
+from hawqfx.budget import Budget
 from hawqfx.compiler import compile as compile_model
 from hawqfx.contract import Observer
 from hawqfx.errors import HawqfxError
 from hawqfx.observe import Dump, PrintAfter, TimePasses
-from hawqfx.passes.calibration import Calibration
-from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.sensitivity import Sensitivity
 
 app = typer.Typer(
@@ -81,25 +79,15 @@ def demo(
 def passes() -> None:
     """List the passes in the order in which they run."""
     table = Table("pass", "kind", "needs", "gives")
-    for step in _recipe():
+    for step in pipeline.recipe(Budget()):
         kind = type(step).__mro__[1].__name__.lower()
         needs, gives = (", ".join(found.__name__ for found in facts) for facts in (step.needs, step.gives))
         table.add_row(step.name, kind, needs, gives)
     Console().print(table)
 
 
-def _recipe() -> list[Any]:
-    return [
-        *pipeline.finding(),
-        *pipeline.measuring(Sensitivity(), Calibration()),
-        *pipeline.pricing(Rounding()),
-        *pipeline.deciding(Budget(size=Limit(1.0, relative=True))),
-        *pipeline.lowering(),
-    ]
-
-
 def _pass_names() -> list[str]:
-    return [step.name for step in _recipe()]
+    return [step.name for step in pipeline.recipe(Budget())]
 
 
 def _load(spec: str) -> Any:

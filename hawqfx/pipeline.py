@@ -38,3 +38,14 @@ def deciding(budget: Budget) -> Sequence[Pass]:
 def lowering() -> Sequence[Pass]:
     """The chosen quantizers, in the graph."""
     return [Lowering()]
+
+
+def recipe(budget: Budget) -> Sequence[Pass]:
+    """All of it, with default options."""
+    return [
+        *finding(),
+        *measuring(Sensitivity(), Calibration()),
+        *pricing(Rounding()),
+        *deciding(budget),
+        *lowering(),
+    ]

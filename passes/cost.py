@@ -1,8 +1,8 @@
 """What every site costs at every bit width.
 
 A weight: the bytes of the exported file that belong to it, namely packed integers, one float32 scale per channel, and
-an int32 bias for every layer that uses it.  An activation: the bytes of one sample, as onnxruntime keeps them (its
-integer kernels hold 4- and 6-bit activations in a byte, so these are bytes at the chosen width, for devices that pack).
+an int32 bias for every layer that uses it.  An activation: the bytes of one sample packed at that width (onnxruntime
+itself holds 4 and 6 bits in a byte each).
 """
 
 from collections.abc import Mapping

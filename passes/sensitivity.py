@@ -69,9 +69,6 @@ class Sensitivity(Analysis):
 
     def learn(self, program: Program, study: Study) -> Mapping[str, SensitivityFact]:
         traces: dict[str, list[float]] = {}
-        steps = iter(
-            study.track(range(len(study.batches) * self.probes), "sensitivity", len(study.batches) * self.probes)
-        )
         for index, batch in enumerate(study.batches):
             share = batch.size / study.samples
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
@@ -79,13 +76,14 @@ class Sensitivity(Analysis):
                 gradients = curvature.gradient(blocks.loss, blocks.tensors)
                 _check_finite(blocks, gradients, index)
                 for probe in range(self.probes):
-                    next(steps)
                     random = generator(study.seed, "probe", index, probe, device=study.device)
-                    samples = curvature.trace_samples(gradients, blocks.tensors, random, last=probe == self.probes - 1)
+                    last = probe == self.probes - 1
+                    samples = curvature.trace_samples(gradients, blocks.tensors, random, last=last)
                     for name, sample in zip(blocks.names, samples, strict=True):
                         sums = traces.setdefault(name, [0.0] * self.probes)
                         sums[probe] += share * sample
-        next(steps, None)
+                    done = index * self.probes + probe + 1
+                    study.progress("sensitivity", done, len(study.batches) * self.probes)
         return {site.key: self._fact(site, traces) for site in program.sites}
 
     def _fact(self, site: WeightSite | ActivationSite, traces: Mapping[str, list[float]]) -> SensitivityFact:

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from hawqfx.cli import _recipe
+from hawqfx.budget import Budget
 from hawqfx.contract import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.errors import PassError
 from hawqfx.facts import Bits, Cost, Fact, FactTable, Sensitivity
 from hawqfx.passes.lowering import Lowering
+from hawqfx.pipeline import recipe
 from hawqfx.program import Program, copy_graph
 from hawqfx.runner import run
 from hawqfx.study import Study
@@ -108,7 +109,7 @@ def test_importing_hawqfx_loads_no_backend() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("step", _recipe(), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", recipe(Budget()), ids=lambda step: step.name)
 def test_every_pass_is_a_frozen_dataclass_named_as_its_file(step: Pass) -> None:
     assert is_dataclass(step)
     assert type(step).__dataclass_params__.frozen
@@ -120,7 +121,7 @@ def test_every_pass_is_a_frozen_dataclass_named_as_its_file(step: Pass) -> None:
 
 
 def test_the_recipe_gives_what_it_needs_and_uses_every_pass_file() -> None:
-    names = [step.name for step in _recipe()]
+    names = [step.name for step in recipe(Budget())]
     files = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__"}
     assert set(names) == files
 
