@@ -7,7 +7,7 @@ concat) only move values, so what goes in and what comes out share a quantizer; 
 components of the graph of carriers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import ClassVar
@@ -77,20 +77,27 @@ def _groups(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     return {node: group for group in networkx.connected_components(ties) for node in group}
 
 
-def _rectified(node: fx.Node) -> fx.Node:
-    """The tensor that a kernel ends in: its rectifier's, if nothing else reads the value before."""
-    if len(node.users) == 1:
-        (user,) = node.users
-        if user.target in RECTIFIERS:
+def _nonnegative(tensors: Iterable[fx.Node]) -> bool:
+    """Whether a quantizer that these tensors share can start at zero."""
+    return all(tensor.target in RECTIFIERS for tensor in tensors if tensor.target not in CARRIERS)
+
+
+def _end(kernel: fx.Node, groups: Mapping[fx.Node, set[fx.Node]]) -> fx.Node:
+    """The tensor that a kernel ends in: its rectifier's, if nothing else reads the value before, and if the
+    quantizer after the rectifier starts at zero, so that onnxruntime may drop the rectifier."""
+    if len(kernel.users) == 1:
+        (user,) = kernel.users
+        if user.target in RECTIFIERS and _nonnegative(groups[user]):
             return user
-    return node
+    return kernel
 
 
-def _leaves_integers(node: fx.Node, wanted: set[fx.Node]) -> bool:
-    """Whether the output of a kernel must be quantized.  A linear layer may hand out floats, at the edge of the
-    integer part of the graph; convolutions and additions have no such kernel."""
-    if WEIGHTED.get(node.target) == "linear":
-        return _rectified(node) in wanted
+def _leaves_integers(kernel: fx.Node, end: fx.Node, wanted: set[fx.Node]) -> bool:
+    """Whether the output of a kernel must be quantized.  A linear layer without a rectifier may hand out floats, at
+    the edge of the integer part of the graph; with one, onnxruntime would fuse the two into a float kernel.
+    Convolutions and additions have no integer kernel with a float output."""
+    if WEIGHTED.get(kernel.target) == "linear":
+        return end is not kernel or end in wanted
     return True
 
 
@@ -98,8 +105,9 @@ def _wanted(kernels: list[fx.Node], groups: Mapping[fx.Node, set[fx.Node]]) -> s
     """Every tensor that an integer kernel reads or makes."""
     wanted = {tensor for kernel in kernels for read in _reads(kernel) for tensor in groups[read]}
     for kernel in kernels:
-        if _leaves_integers(kernel, wanted):
-            wanted |= groups[_rectified(kernel)]
+        end = _end(kernel, groups)
+        if _leaves_integers(kernel, end, wanted):
+            wanted |= groups[end]
     return wanted
 
 
@@ -124,7 +132,7 @@ def _activation_sites(graph: fx.Graph, kernels: list[fx.Node]) -> list[Activatio
                 numel=sum(torch.Size(shape).numel() for shape in shapes),
                 nodes=tuple(origin.name for origin in origins),
                 carriers=tuple(member.name for member in group if member.target in CARRIERS),
-                nonnegative=all(origin.target in RECTIFIERS for origin in origins),
+                nonnegative=_nonnegative(origins),
             )
         )
     return sites

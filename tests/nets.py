@@ -92,6 +92,18 @@ class Concat(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class ConcatInput(nn.Module):
+    """A rectified branch concatenated with the input, so that its quantizer cannot start at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.join, self.head = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.join(torch.cat([x, torch.relu(self.branch(x))], 1)))
+        return self.head(x.mean((2, 3)))
+
+
 class Depthwise(nn.Module):
     """Grouped, dilated and strided convolutions."""
 
@@ -115,6 +127,20 @@ class Flattened(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.drop(torch.relu(self.conv(x)).flatten(1)))
+
+
+class RectifiedLinear(nn.Module):
+    """Linear layers, of rows and of matrices, that end in a rectifier which no integer kernel reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.matrices = nn.Linear(8, 6, bias=False), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, 8, 8)
+        matrices = torch.tanh(torch.relu(self.rows(x))).mean(1)
+        return self.head(matrices + torch.tanh(torch.relu(self.matrices(x.mean(1)))))
 
 
 class Mlp(nn.Module):
@@ -180,8 +206,10 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "shared_weight_two_norms": SharedWeightTwoNorms,
     "tied_weights": TiedWeights,
     "concat": Concat,
+    "concat_input": ConcatInput,
     "depthwise": Depthwise,
     "flattened": Flattened,
+    "rectified_linear": RectifiedLinear,
     "mlp": Mlp,
     "in_place": InPlace,
     "attention": Attention,
