@@ -2,9 +2,11 @@
 
 import importlib
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +17,8 @@ from hawqfx.compiler import compile as compile_model
 from hawqfx.contract import Observer
 from hawqfx.errors import HawqfxError
 from hawqfx.observe import Dump, PrintAfter, TimePasses
-from hawqfx.passes.sensitivity import Sensitivity
+from hawqfx.pipeline import DEFAULT_METRIC
+from hawqfx.workers import launched
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mixed-precision integer compiler for PyTorch models."
@@ -30,14 +33,22 @@ def compile(
     out: Annotated[Path, typer.Option(help="the ONNX file to write")],
     plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
     packing: Annotated[str, typer.Option(help="portable (onnxruntime >= 1.20) or native (>= 1.24)")] = "portable",
-    probes: Annotated[int, typer.Option(min=2, help="Hessian-vector products per batch")] = Sensitivity.probes,
+    sensitivity: Annotated[str, typer.Option(help=f"one of {', '.join(pipeline.METRICS)}")] = DEFAULT_METRIC,
+    probes: Annotated[int | None, typer.Option(min=2, help="the most probes per batch")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="take so many samples of the data")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="the most samples to measure at once")] = None,
+    cache: Annotated[Path | None, typer.Option(help="folder to keep measurements in, and to go on from")] = None,
+    device: Annotated[str, typer.Option(help="where to measure, such as cuda")] = "cpu",
     keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
     seed: int = 0,
     dump: Annotated[Path | None, typer.Option(help="write the graph after every pass into this folder")] = None,
     print_after: Annotated[str | None, typer.Option(help="print the graph after this pass")] = None,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="print seconds per pass")] = False,
 ) -> None:
-    """Compile a trained model to a packed integer ONNX file."""
+    """Compile a trained model to a packed integer ONNX file.
+
+    `torchrun --nproc-per-node=N -m hawqfx compile ...` shares the measuring among N processes.
+    """
     timing = TimePasses()
     observers: list[Observer] = [timing]
     if dump is not None:
@@ -46,15 +57,28 @@ def compile(
         if print_after not in _pass_names():
             raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(_pass_names())}")
         observers.append(PrintAfter(print_after))
-    compiled = compile_model(
-        _load(model)(),
-        budget,
-        _load(data)(),
-        sensitivity=Sensitivity(probes),
-        keep_float=keep_float or (),
-        seed=seed,
-        observers=observers,
-    )
+    metric = pipeline.metric(sensitivity)
+    if probes is not None:
+        if "probes" not in {field.name for field in fields(metric)}:  # type: ignore[arg-type]
+            raise HawqfxError(f"--probes: the metric {sensitivity} draws none")
+        metric = replace(metric, probes=probes)  # type: ignore[type-var]
+    with launched(torch.device(device)) as rank:
+        compiled = compile_model(
+            _load(model)(),
+            budget,
+            _load(data)(),
+            sensitivity=metric,
+            keep_float=keep_float or (),
+            samples=samples,
+            batch=batch,
+            cache=cache,
+            device=device,
+            seed=seed,
+            observers=observers if rank == 0 else (),
+            console=None if rank == 0 else Console(quiet=True),
+        )
+    if rank != 0:  # the first process writes and speaks for all
+        return
     compiled.export(out, packing)  # type: ignore[arg-type]
     if plan is not None:
         compiled.plan.write(plan)

@@ -1,6 +1,7 @@
 """compile(): from a trained network, a budget and calibration data to a Compiled."""
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +15,17 @@ from torch import fx
 from hawqfx import pipeline
 from hawqfx.budget import Budget
 from hawqfx.capture import Model, capture
-from hawqfx.contract import Observer
+from hawqfx.contract import Analysis, Observer
 from hawqfx.errors import HawqfxError
-from hawqfx.facts import Bits, Cost, Sensitivity
+from hawqfx.facts import Bits, Cost, LossIncrease, Sensitivity
 from hawqfx.observe import progress_bars
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.rounding import Rounding
-from hawqfx.passes.sensitivity import Sensitivity as SensitivityPass
+from hawqfx.pipeline import DEFAULT_METRIC
 from hawqfx.plan import Plan
 from hawqfx.program import Program, WeightSite
 from hawqfx.runner import run
-from hawqfx.study import Loss, Study, cross_entropy, gather, silent
+from hawqfx.study import Draw, Loss, Study, cross_entropy, gather, silent
 
 if TYPE_CHECKING:
     from hawqfx.export import Packing
@@ -36,12 +37,16 @@ def compile(
     data: Iterable[Any],
     *,
     loss: Loss = cross_entropy,
-    sensitivity: SensitivityPass = SensitivityPass(),
+    sensitivity: str | Analysis = DEFAULT_METRIC,
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     activation_bits: Sequence[int] = (4, 6, 8),
     rounding: Literal["compensated", "nearest"] = "compensated",
     keep_float: Sequence[str] = (),
     plan: Plan | str | Path | None = None,
+    draw: Draw | None = None,
+    samples: int | None = None,
+    batch: int | None = None,
+    cache: str | Path | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
     observers: Sequence[Observer] = (),
@@ -54,31 +59,45 @@ def compile(
     data: an iterable of batches, each a tensor, a pair (inputs, target) or a dict of keyword inputs, with or without
         `labels`.  Without targets, labels are sampled from the model's own output distribution.
     loss: a function of (output, target), the mean over the batch; cross-entropy of logits by default.
+    sensitivity: how the loss increase is predicted: "hawq-v2", "fisher", "taylor", "measured", "mse" or "hawq-v1", or
+        such a pass with its options, as in HawqV2(probes=100).
     weight_bits, activation_bits: widths to choose from, within 2 to 8; fewer bits of activation than 8 are chosen only
         where a limit (bops) asks for it.
     rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper.
     keep_float: patterns of names of weights whose layers stay in float.
     plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
+    draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
+        without targets and for "fisher"; labels by softmax of the logits by default.
+    samples: take so many samples of the data and no more; a warning says so when there are fewer.
+    batch: the most samples to measure at once; by default as many as free memory allows.
+    cache: a folder where measurements are kept, batch by batch: a run that was killed goes on where it was, and the
+        same model is never measured twice.
     console: where progress bars go, if it is a terminal; by default stderr.
 
-    Raises CaptureError, NothingToQuantize, DataError, LossError, BudgetError, InfeasibleBudget or PlanError.
+    Raises CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError, InfeasibleBudget,
+    PlanError, CacheError or WorkerError.
     """
     limits = Budget.parse(budget) if isinstance(budget, str) else budget
     given = Plan.read(plan) if plan is not None else None
     if limits is None and given is None:
         raise HawqfxError("give a budget, such as 'size=12.5%', or a plan")
+    metric = pipeline.metric(sensitivity)
+    if batch is not None and batch < 1:
+        raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
     device = torch.device(device)
-    batches = tuple(batch.to(device) for batch in gather(data))
+    batches = tuple(part.to(device) for part in gather(data, samples))
     program = capture(model, batches[0])
     with progress_bars(console or Console(stderr=True)) as progress:
-        study = Study(batches, loss, seed, device, progress)
+        study = Study(batches, loss, seed, device, progress, draw, batch, None if cache is None else Path(cache))
         found = run(pipeline.finding(tuple(keep_float)), program, study, observers)
         if given is None:
             calibration = Calibration(_widths(weight_bits), _widths(activation_bits))
-            quantizers = run(pipeline.measuring(sensitivity, calibration), found, study, observers)
+            quantizers = run(pipeline.quantizing(calibration), found, study, observers)
         else:
             quantizers = given.facts_for(found)
         measured = run(pipeline.pricing(Rounding(rounding)), quantizers, study, observers)
+        if given is None:
+            measured = run(pipeline.measuring(metric), measured, study, observers)
     session = Session(measured, replace(study, progress=silent), tuple(observers))
     if given is not None:
         return session.lowered(measured, given.budget)
@@ -115,8 +134,13 @@ class Session:
         widths = {
             site.key: weight_bits if isinstance(site, WeightSite) else activation_bits for site in self.measured.sites
         }
-        planned = self.measured.learn({key: Bits(bits, float("nan")) for key, bits in widths.items()})
+        planned = self.measured.learn({key: Bits(bits, self._increase(key, bits)) for key, bits in widths.items()})
         return self.lowered(planned, f"uniform W{weight_bits}A{activation_bits}")
+
+    def _increase(self, key: str, bits: int) -> float:
+        """What is predicted for a site at a width; NaN where nothing was measured."""
+        known = self.measured.facts.has(key, LossIncrease)
+        return self.measured.facts.get(key, LossIncrease).by_bits.get(bits, math.nan) if known else math.nan
 
     def lowered(self, planned: Program, budget: str) -> "Compiled":
         """The network with the bits that `planned` knows."""
@@ -160,8 +184,8 @@ class Compiled:
 
     @property
     def predicted_loss(self) -> float:
-        """The sum of Omega over the sites."""
-        return sum(self.planned.facts.get(site.key, Bits).omega for site in self.planned.sites)
+        """The sum of the predicted loss increases over the sites."""
+        return sum(self.planned.facts.get(site.key, Bits).increase for site in self.planned.sites)
 
     @torch.no_grad()
     def calibration_loss(self) -> tuple[float, float]:
@@ -190,20 +214,19 @@ class Compiled:
         export(self.session.measured, self.session.study.batches[0], path)
 
     def table(self) -> Table:
-        """Every site: kind, shape, mean trace and its standard error, chosen bits, bytes, predicted loss."""
-        table = Table(
-            "site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "omega", title=f"budget {self.budget}"
-        )
+        """Every site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
+        columns = ("site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
+        table = Table(*columns, title=f"budget {self.budget}")
         for site in self.planned.sites:
             bits = self.planned.facts.get(site.key, Bits)
             trace = error = size = "-"
             if self.planned.facts.has(site.key, Sensitivity):
                 fact = self.planned.facts.get(site.key, Sensitivity)
-                trace, error = f"{fact.mean_trace:.2e}", f"{fact.stderr:.0e}"
+                trace, error = f"{fact.curvature:.2e}", f"{fact.stderr:.0e}"
             if self.planned.facts.has(site.key, Cost):
                 size = str(self.planned.facts.get(site.key, Cost).bytes[bits.bits])
             shape = "x".join(map(str, site.shape))
-            table.add_row(site.key, site.kind, shape, trace, error, str(bits.bits), size, f"{bits.omega:.1e}")
+            table.add_row(site.key, site.kind, shape, trace, error, str(bits.bits), size, f"{bits.increase:.1e}")
         return table
 
     def summary(self) -> str:
@@ -217,7 +240,7 @@ class Compiled:
         )
         console.print(
             f"loss on {self.session.study.samples} calibration samples {loss:.4f}, float32 {float_loss:.4f}; "
-            f"predicted (Omega, in the paper's units) {self.predicted_loss:.4f}"
+            f"predicted increase, in the unit of the metric, {self.predicted_loss:.4g}"
         )
         for node, reason in self.planned.left_float.items():
             console.print(f"in float: {node}: {reason}")

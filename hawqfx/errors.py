@@ -21,6 +21,18 @@ class LossError(HawqfxError, ValueError):
     """The loss is not a finite scalar, or cannot be computed from what the model returns."""
 
 
+class DerivativeError(HawqfxError):
+    """An operator of the graph cannot be differentiated as often as the metric needs."""
+
+
+class WorkerError(HawqfxError):
+    """The processes that measure together do not agree on what to measure."""
+
+
+class CacheError(HawqfxError):
+    """The cache folder cannot be read or written, or the loss cannot be told from another one."""
+
+
 class BudgetError(HawqfxError, ValueError):
     """The text of a budget does not parse."""
 

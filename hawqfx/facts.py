@@ -9,27 +9,28 @@ from torch import Tensor
 
 from hawqfx.errors import PassError
 
-SIGNIFICANT = 2.0  # standard errors: a trace below this many is not told from zero
+SIGNIFICANT = 2.0  # standard errors: an estimate below this many is not told from zero
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The average Hessian trace Tr(H)/n of the loss at a site, per element squared of the site's tensor.
+    """The curvature of the loss at a site, per element squared of the site's tensor: its average Hessian trace
+    Tr(H)/n, or what a metric has in its place.
 
-    `stderr` is the standard error of `mean_trace` over the probes, for the batches at hand.  An estimate may be
-    negative; it is kept as it is.
+    `stderr` is the standard error over the probes, for the batches at hand.  `probes`: the fewest on a batch.  An
+    estimate may be negative; it is kept as it is.
     """
 
-    mean_trace: float
+    curvature: float
     stderr: float
     probes: int
 
-    @property
-    def upper(self) -> float:
-        """What the allocation uses: the estimate, or its upper confidence bound where noise hides its sign."""
-        if self.mean_trace > SIGNIFICANT * self.stderr:
-            return self.mean_trace
-        return max(0.0, self.mean_trace + SIGNIFICANT * self.stderr)
+    def times(self, squared_error: Mapping[int, float]) -> "LossIncrease":
+        """Omega(b) = Tr(H)/n ||Q_b(x) - x||^2 (HAWQ-V2, equation 8; the Taylor expansion's 1/2 is dropped there)."""
+        return LossIncrease(
+            {bits: self.curvature * error for bits, error in squared_error.items()},
+            {bits: self.stderr * error for bits, error in squared_error.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,23 @@ class Perturbation:
 
 
 @dataclass(frozen=True)
+class LossIncrease:
+    """By how much the loss is predicted to rise when the site has so many bits, and the standard error of that.
+
+    In the unit of the metric that predicts it: Omega for traces and eigenvalues, the loss itself for `taylor` and
+    `measured`, the squared error for `mse`.
+    """
+
+    by_bits: Mapping[int, float]
+    stderr: Mapping[int, float]
+
+    def upper(self, bits: int) -> float:
+        """What the allocation uses: the estimate, or its upper confidence bound where noise hides its sign."""
+        mean, noise = self.by_bits[bits], SIGNIFICANT * self.stderr[bits]
+        return mean if mean > noise else max(0.0, mean + noise)
+
+
+@dataclass(frozen=True)
 class Cost:
     """Bytes that a site takes at each bit width: in the exported file (weight), or live for one sample (activation)."""
 
@@ -78,14 +96,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bits:
-    """The width that the allocation chose, and the loss increase Omega that it predicts for the site."""
+    """The width that the allocation chose, and the loss increase that is predicted for the site."""
 
     bits: int
-    omega: float
+    increase: float
 
 
-Fact = Sensitivity | Quantizers | Rounding | Perturbation | Cost | Bits
-F = TypeVar("F", Sensitivity, Quantizers, Rounding, Perturbation, Cost, Bits)
+Fact = Sensitivity | Quantizers | Rounding | Perturbation | LossIncrease | Cost | Bits
+F = TypeVar("F", Sensitivity, Quantizers, Rounding, Perturbation, LossIncrease, Cost, Bits)
 
 
 class FactTable:

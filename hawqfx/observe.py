@@ -79,13 +79,14 @@ class TimePasses(Observer):
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Report]:
     """Rich progress bars, one per label, for Study.progress; silent when `console` is not a terminal."""
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, int] = {}
 
-        def report(label: str, done: int, total: int) -> None:
+        def report(label: str, done: int, total: int, note: str = "") -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)  # type: ignore[arg-type]
+                tasks[label] = bars.add_task(label, total=total, note="")
+            bars.update(tasks[label], completed=done, total=total, note=note)  # type: ignore[arg-type]
 
         yield report

@@ -1,18 +1,24 @@
 """The recipe: how a captured network becomes an integer one, read from top to bottom."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hawqfx.budget import Budget
-from hawqfx.contract import Pass
+from hawqfx.contract import Analysis, Pass
+from hawqfx.errors import HawqfxError
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.cost import Cost
 from hawqfx.passes.find_sites import FindSites
+from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
+from hawqfx.passes.hawq_v1 import HawqV1
+from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.lowering import Lowering
+from hawqfx.passes.measured import Measured
+from hawqfx.passes.mse import Mse
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
-from hawqfx.passes.sensitivity import Sensitivity
+from hawqfx.passes.taylor import Taylor
 
 
 def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
@@ -20,14 +26,42 @@ def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
     return [FoldBatchnorm(), FindSites(keep_float)]
 
 
-def measuring(sensitivity: Sensitivity, calibration: Calibration) -> Sequence[Pass]:
-    """How much each site matters, and its quantizer at each width."""
-    return [sensitivity, calibration]
+def quantizing(calibration: Calibration) -> Sequence[Pass]:
+    """The quantizer of each site at each width."""
+    return [calibration]
 
 
 def pricing(rounding: Rounding) -> Sequence[Pass]:
     """What each quantizer leaves of a tensor, and what it costs."""
     return [rounding, Perturbation(), Cost()]
+
+
+# how the loss increase of a site at a width is predicted, by name on the command line
+METRICS: Mapping[str, Callable[[], Analysis]] = {
+    "hawq-v2": HawqV2,
+    "fisher": Fisher,
+    "taylor": Taylor,
+    "measured": Measured,
+    "mse": Mse,
+    "hawq-v1": HawqV1,
+}
+
+
+DEFAULT_METRIC = "hawq-v2"
+
+
+def metric(name: str | Analysis) -> Analysis:
+    """The pass of this name, with default options; a pass stays as it is.  Raises HawqfxError."""
+    if not isinstance(name, str):
+        return name
+    if name not in METRICS:
+        raise HawqfxError(f"sensitivity={name!r}: must be one of {', '.join(METRICS)}, or such a pass")
+    return METRICS[name]()
+
+
+def measuring(metric: Analysis) -> Sequence[Pass]:
+    """What each quantizer does to the loss."""
+    return [metric]
 
 
 def deciding(budget: Budget) -> Sequence[Pass]:
@@ -44,8 +78,9 @@ def recipe(budget: Budget) -> Sequence[Pass]:
     """All of it, with default options."""
     return [
         *finding(),
-        *measuring(Sensitivity(), Calibration()),
+        *quantizing(Calibration()),
         *pricing(Rounding()),
+        *measuring(metric(DEFAULT_METRIC)),
         *deciding(budget),
         *lowering(),
     ]

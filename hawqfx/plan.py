@@ -21,7 +21,7 @@ class Plan:
 
     budget: str
     quantizers: Mapping[str, QuantParams]
-    omega: Mapping[str, float]
+    increase: Mapping[str, float]
 
     @staticmethod
     def of(program: Program, budget: str) -> "Plan":
@@ -29,7 +29,7 @@ class Plan:
         return Plan(
             budget,
             {key: program.facts.get(key, Quantizers).by_bits[bits.bits] for key, bits in chosen.items()},
-            {key: bits.omega for key, bits in chosen.items()},
+            {key: bits.increase for key, bits in chosen.items()},
         )
 
     @property
@@ -42,7 +42,7 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        sites = {key: asdict(q) | {"omega": self.omega[key]} for key, q in self.quantizers.items()}
+        sites = {key: asdict(q) | {"loss_increase": self.increase[key]} for key, q in self.quantizers.items()}
         return json.dumps({"hawqfx_plan": FORMAT, "budget": self.budget, "sites": sites}, indent=1)
 
     @staticmethod
@@ -55,9 +55,9 @@ class Plan:
                     f"the plan has format {data['hawqfx_plan']}, this version reads {FORMAT}: compile again"
                 )
             sites = {key: dict(entry) for key, entry in data["sites"].items()}
-            omega = {key: float(entry.pop("omega")) for key, entry in sites.items()}
+            increase = {key: float(entry.pop("loss_increase")) for key, entry in sites.items()}
             quantizers = {key: _quantizer(entry) for key, entry in sites.items()}
-            return Plan(str(data["budget"]), quantizers, omega)
+            return Plan(str(data["budget"]), quantizers, increase)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -88,7 +88,7 @@ class Plan:
             if len(self.quantizers[site.key].scale) != site.shape[0]:
                 raise PlanError(f"the plan is for another model: {site.key} has {site.shape[0]} channels here")
         quantizers: dict[str, Fact] = {key: Quantizers({q.bits: q}) for key, q in self.quantizers.items()}
-        bits: dict[str, Fact] = {key: Bits(q.bits, self.omega[key]) for key, q in self.quantizers.items()}
+        bits: dict[str, Fact] = {key: Bits(q.bits, self.increase[key]) for key, q in self.quantizers.items()}
         return program.learn(quantizers).learn(bits)
 
 

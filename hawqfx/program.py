@@ -106,14 +106,22 @@ class Program:
 
     def float_bytes(self) -> int:
         """Bytes of the float32 network's parameters and constants, the 100% of a relative size."""
-        return sum(_float_bytes(tensor) for tensor in self._constants().values())
+        return sum(_float_bytes(tensor) for tensor in self.constants().values())
 
     def fixed_bytes(self) -> int:
         """Bytes of those that no site covers, so that they stay as they are."""
         covered = {layer.weight for layer in self.layers} | {layer.bias for layer in self.layers}
-        return sum(_float_bytes(tensor) for key, tensor in self._constants().items() if key not in covered)
+        return sum(_float_bytes(tensor) for key, tensor in self.constants().items() if key not in covered)
 
-    def _constants(self) -> dict[str, Tensor]:
+    def forward_bytes(self) -> int:
+        """Bytes of all tensors that one sample makes on its way through the graph, as far as the capture recorded."""
+        values = [node.meta.get("val") for node in self.graph.graph.nodes if node.op == "call_function"]
+        (batch, *_), *_ = [node.meta["val"].shape for node in self.graph.graph.find_nodes(op="placeholder")]
+        total = sum(_hint(value.numel()) * value.element_size() for value in values if isinstance(value, Tensor))
+        return total // _hint(batch)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the graph reads."""
         nodes = self.graph.graph.find_nodes(op="get_attr")
         return {str(node.target): self.tensor(str(node.target)) for node in nodes}
 
@@ -124,18 +132,28 @@ class Program:
         tap: Tap | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         at: Iterable[str] | None = None,
+        operators: Mapping[Any, Callable[..., Any]] | None = None,
     ) -> Any:
         """The model's output.  `tap` may look at, and replace, tensors as they are made: those of the activation
-        sites, or those of the nodes `at`.  `tensors` stand in for parameters of the same name."""
+        sites, or those of the nodes `at`.  `tensors` stand in for parameters of the same name, and `operators` for
+        what nodes call."""
         spots = set(at) if at is not None else {node for site in self.activations for node in site.nodes}
-        interpreter = _Interpreter(self.graph, spots, tap, tensors or {})
+        interpreter = _Interpreter(self.graph, spots, tap, tensors or {}, operators or {})
+        output = interpreter.run(*self.flat_inputs(args, kwargs), enable_io_processing=False)
+        return self.graph.graph.process_outputs(output)
+
+    def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The values of the graph's placeholders, in their order."""
         spec = self.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
         ordered = dict(kwargs)
         if len(spec.children()) == 2 and spec.children()[1].context:
             ordered = {name: kwargs[name] for name in spec.children()[1].context}
-        flat = pytree.tree_leaves((args, ordered))
-        output = interpreter.run(*flat, enable_io_processing=False)
-        return self.graph.graph.process_outputs(output)
+        return pytree.tree_leaves((args, ordered))
+
+
+def _hint(size: Any) -> int:
+    """A size as it was when the graph was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _float_bytes(tensor: Tensor) -> int:
@@ -143,9 +161,19 @@ def _float_bytes(tensor: Tensor) -> int:
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule, spots: set[str], tap: Tap | None, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        spots: set[str],
+        tap: Tap | None,
+        tensors: Mapping[str, Tensor],
+        operators: Mapping[Any, Callable[..., Any]],
+    ) -> None:
         super().__init__(graph)
-        self.spots, self.tap, self.tensors = spots, tap, tensors
+        self.spots, self.tap, self.tensors, self.operators = spots, tap, tensors, operators
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(self.operators.get(target, target), args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr" and n.target in self.tensors:

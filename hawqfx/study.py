@@ -1,8 +1,10 @@
 """What measuring needs from outside the program: batches, a loss, a device, a seed."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +14,17 @@ from torch.utils import _pytree as pytree
 from hawqfx.errors import DataError, LossError
 
 Loss = Callable[[Any, Any], Tensor]
-Progress = Callable[[str, int, int], None]
+Draw = Callable[[Any, torch.Generator], Any]
 T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Told how far the work called `label` is, with a word on how well it goes."""
+
+    def __call__(self, label: str, done: int, total: int, note: str = "") -> None: ...
+
+
+log = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
 
@@ -35,29 +46,47 @@ class Batch:
         return self.tensors[0].shape[0]
 
     def to(self, device: torch.device) -> "Batch":
-        def move(leaf: Any) -> Any:
-            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+        return self._map(lambda tensor: tensor.to(device))
 
-        return Batch(
-            pytree.tree_map(move, self.args),
-            pytree.tree_map(move, dict(self.kwargs)),
-            pytree.tree_map(move, self.target),
-        )
+    def split(self, most: int) -> list["Batch"]:
+        """The batch in parts of at most so many samples."""
+        return [self._part(start, start + most) for start in range(0, self.size, most)]
+
+    def first(self, most: int) -> "Batch":
+        """The first few samples."""
+        return self._part(0, most)
+
+    def _part(self, start: int, stop: int) -> "Batch":
+        size = self.size
+        return self._map(lambda tensor: tensor[start:stop] if tensor.shape[:1] == (size,) else tensor)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def leafwise(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return Batch(*(pytree.tree_map(leafwise, part) for part in (self.args, dict(self.kwargs), self.target)))
 
 
-def silent(label: str, done: int, total: int) -> None:
+def silent(label: str, done: int, total: int, note: str = "") -> None:
     """Progress that nobody wants to see."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Batches on a device, a scalar loss of (output, target), and a seed.  Never stored in a Program."""
+    """Batches on a device, a scalar loss of (output, target), and a seed.  Never stored in a Program.
+
+    draw: gives a target for an output, drawn from the distribution that the loss is the negative logarithm of.
+    batch: the most samples to measure at once; None: as memory allows.  cache: a folder for what was measured.
+    """
 
     batches: tuple[Batch, ...]
     loss: Loss
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
+    draw: Draw | None = None
+    batch: int | None = None
+    cache: Path | None = None
 
     @property
     def samples(self) -> int:
@@ -74,7 +103,15 @@ class Study:
         """The mean loss of a batch, a finite scalar."""
         target = batch.target
         if target is None:
-            target = sample_labels(_logits(output), generator(self.seed, "labels", index, device=self.device))
+            target = self.drawn(output, generator(self.seed, "labels", index, device=self.device))
+        return self.loss_at(output, target, index)
+
+    def drawn(self, output: Any, random: torch.Generator) -> Any:
+        """A target drawn from the model's own output distribution: labels of a classifier, unless `draw` is given."""
+        return self.draw(output, random) if self.draw else sample_labels(_logits(output), random)
+
+    def loss_at(self, output: Any, target: Any, index: int) -> Tensor:
+        """The loss of an output of batch `index`, a finite scalar."""
         value = self.loss(output, target)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -132,24 +169,37 @@ def _logits(output: Any) -> Tensor:
     return found
 
 
-def gather(data: Iterable[Any]) -> tuple[Batch, ...]:
+def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]:
     """The batches in `data`, checked: at least one, equal shapes but for dimension 0, every float finite.
+
+    `samples`: how many to take; all, if there are fewer, with a warning.
 
     A batch is a tensor, a pair (inputs, target), or a dict of keyword inputs with or without `labels`.  The inputs of
     a pair are a tensor, a tuple of tensors or a dict.
     """
     if isinstance(data, Tensor):
         data = [data]
+    if samples is not None and samples < 1:
+        raise DataError(f"samples={samples}: at least one sample is needed")
     try:
-        items = list(data)
+        items = iter(data)
     except TypeError as error:
         raise DataError(f"data must be an iterable of batches, not {type(data).__name__}") from error
-    if not items:
+    batches: list[Batch] = []
+    left = samples
+    for index, item in enumerate(items):
+        batch = _batch(item, index)
+        _check(batch, batches[0] if batches else batch, index)
+        batches.append(batch if left is None else batch.first(left))
+        left = None if left is None else left - batches[-1].size
+        if left == 0:
+            break
+    if not batches:
         raise DataError("data is empty: give at least one batch of calibration inputs")
-    batches = tuple(_batch(item, index) for index, item in enumerate(items))
-    for index, batch in enumerate(batches):
-        _check(batch, batches[0], index)
-    return batches
+    if left:
+        assert samples is not None
+        log.warning("samples=%d were asked for, and the data has %d: all of them are used", samples, samples - left)
+    return tuple(batches)
 
 
 def _batch(item: Any, index: int) -> Batch:

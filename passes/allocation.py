@@ -1,8 +1,7 @@
 """One bit width per site, by integer programming: the least predicted loss increase within the budget.
 
-The loss that a choice b costs at site i is Omega_i(b) = Tr(H_i)/n_i * ||Q_b(x_i) - x_i||^2 (HAWQ-V2, equation 8; the
-Taylor expansion's factor 1/2 is dropped there and here), and the total is their sum.  A trace that noise does not tell
-from zero enters by its upper confidence bound.
+The total is the sum over the sites (HAWQ-V2, equation 8, for Omega).  An increase that noise does not tell from zero
+enters by its upper confidence bound.
 """
 
 import logging
@@ -14,7 +13,7 @@ from typing import ClassVar
 from hawqfx.budget import Budget
 from hawqfx.contract import Analysis, Kind
 from hawqfx.errors import InfeasibleBudget, PassError
-from hawqfx.facts import Bits, Cost, Perturbation, Sensitivity
+from hawqfx.facts import Bits, Cost, LossIncrease
 from hawqfx.maths.knapsack import Infeasible, LinearLimit, choose
 from hawqfx.maths.pricing import FLOAT_BITS, bops
 from hawqfx.program import ActivationSite, Program, Site
@@ -23,13 +22,12 @@ from hawqfx.study import Study
 log = logging.getLogger(__name__)
 
 
-def omega(program: Program, site: Site) -> dict[int, float]:
+def increases(program: Program, site: Site) -> dict[int, float]:
     """The predicted loss increase of a site at every width, lowest first."""
-    sensitivity, perturbation = program.facts.get(site.key, Sensitivity), program.facts.get(site.key, Perturbation)
-    numbers = (sensitivity.mean_trace, sensitivity.stderr, *perturbation.squared_error.values())
-    if not all(map(math.isfinite, numbers)):
-        raise PassError(f"the sensitivity of {site.key!r} is not finite: {sensitivity}, {perturbation}")
-    return {bits: sensitivity.upper * error for bits, error in sorted(perturbation.squared_error.items())}
+    predicted = program.facts.get(site.key, LossIncrease)
+    if not all(map(math.isfinite, (*predicted.by_bits.values(), *predicted.stderr.values()))):
+        raise PassError(f"the sensitivity of {site.key!r} is not finite: {predicted}")
+    return {bits: predicted.upper(bits) for bits in sorted(predicted.by_bits)}
 
 
 @dataclass(frozen=True)
@@ -121,13 +119,13 @@ class Allocation(Analysis):
 
     budget: Budget
     seconds: float = 60.0
-    needs: ClassVar[tuple[Kind, ...]] = (Sensitivity, Perturbation, Cost)
+    needs: ClassVar[tuple[Kind, ...]] = (LossIncrease, Cost)
     gives: ClassVar[tuple[Kind, ...]] = (Bits,)
 
     def learn(self, program: Program, study: Study) -> Mapping[str, Bits]:
-        omegas = [omega(program, site) for site in program.sites]
-        widths = [_undominated(losses) for losses in omegas]
-        losses = [[by_bits[bits] for bits in kept] for by_bits, kept in zip(omegas, widths, strict=True)]
+        predicted = [increases(program, site) for site in program.sites]
+        widths = [_undominated(losses) for losses in predicted]
+        losses = [[by_bits[bits] for bits in kept] for by_bits, kept in zip(predicted, widths, strict=True)]
         measures = _limits(program, self.budget, widths)
         answer = choose(losses, [measure.limit for measure in measures.values()], self.seconds)
         if isinstance(answer, Infeasible):
@@ -142,5 +140,5 @@ class Allocation(Analysis):
         picked = [kept[pick] for kept, pick in zip(widths, answer.picks, strict=True)]
         return {
             site.key: Bits(bits, by_bits[bits])
-            for site, bits, by_bits in zip(program.sites, picked, omegas, strict=True)
+            for site, bits, by_bits in zip(program.sites, picked, predicted, strict=True)
         }

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from hawqfx.contract import Kind, Rewrite
 from hawqfx.facts import Bits, Quantizers, QuantParams, Rounding
-from hawqfx.ops import FAKE_QUANTIZE, dequantize
-from hawqfx.program import SCALE, Program, WeightSite, copy_graph, set_tensor
+from hawqfx.ops import FAKE_QUANTIZE
+from hawqfx.program import SCALE, Program, copy_graph, set_tensor
+from hawqfx.quantized import weight_at
 
 INT32 = torch.iinfo(torch.int32)
 
@@ -71,12 +72,13 @@ class Lowering(Rewrite):
             for site in program.sites
         }
         emit = _Emitter(program)
-        for key in {
-            layer.bias for layer in program.layers if layer.bias is not None
-        }:  # its own tensors: a lowered graph may be trained
+        biases = {layer.bias for layer in program.layers if layer.bias is not None}
+        for key in biases:  # its own tensors: a lowered graph may be trained
             set_tensor(emit.module, key, program.tensor(key).detach().clone(), parameter=True)
         for weight in program.weights:
-            set_tensor(emit.module, weight.key, self._rounded(program, weight, chosen[weight.key]), parameter=True)
+            # the quantizer maps these values onto themselves
+            rounded = weight_at(program, weight.key, chosen[weight.key].bits)
+            set_tensor(emit.module, weight.key, rounded, parameter=True)
             emit.quantize(emit.constants[weight.key], emit.scale(weight.key, chosen[weight.key]), chosen[weight.key])
         for site in program.activations:
             quantizer = chosen[site.key]
@@ -89,8 +91,3 @@ class Lowering(Rewrite):
         emit.graph.eliminate_dead_code()
         emit.module.recompile()
         return replace(program, graph=fx.GraphModule(emit.module, emit.graph))
-
-    def _rounded(self, program: Program, site: WeightSite, quantizer: QuantParams) -> Tensor:
-        """The values of the codes, which the quantizer maps onto themselves."""
-        codes = program.facts.get(site.key, Rounding).codes[quantizer.bits]
-        return dequantize(codes, torch.tensor(quantizer.scale, device=codes.device))

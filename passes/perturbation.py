@@ -13,16 +13,16 @@ from torch import Tensor
 
 from hawqfx.contract import Analysis, Kind
 from hawqfx.facts import Perturbation as PerturbationFact
-from hawqfx.facts import Quantizers, QuantParams, Rounding
-from hawqfx.maths import affine
+from hawqfx.facts import Quantizers, Rounding
+from hawqfx.maths import curvature
 from hawqfx.program import Program
+from hawqfx.quantized import activation_at
 from hawqfx.study import Study
 
 
-def _squared_error(x: Tensor, quantizer: QuantParams) -> float:
-    scale = torch.tensor(quantizer.scale[0], device=x.device)
-    rounded = affine.fake_quantize(x, scale, quantizer.zero_point, quantizer.low, quantizer.high)
-    return float((rounded - x).square_().sum(dtype=torch.float64))
+def _squared_error(program: Program, key: str, bits: int, x: Tensor) -> float:
+    error = activation_at(program, key, bits, x) - x
+    return curvature.dot(error, error)
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,16 @@ class Perturbation(Analysis):
         facts = {
             site.key: PerturbationFact(program.facts.get(site.key, Rounding).squared_error) for site in program.weights
         }
-        quantizers = {site.key: program.facts.get(site.key, Quantizers).by_bits for site in program.activations}
-        errors = {key: dict.fromkeys(by_bits, 0.0) for key, by_bits in quantizers.items()}
+        errors = {
+            site.key: dict.fromkeys(program.facts.get(site.key, Quantizers).by_bits, 0.0)
+            for site in program.activations
+        }
         site_of = {node: site.key for site in program.activations for node in site.nodes}
 
         def look(node: str, value: Tensor) -> Tensor:
             key = site_of[node]
-            for bits, quantizer in quantizers[key].items():
-                errors[key][bits] += _squared_error(value, quantizer) / study.samples
+            for bits in errors[key]:
+                errors[key][bits] += _squared_error(program, key, bits, value) / study.samples
             return value
 
         for batch in study.track(study.batches, "perturbation", len(study.batches)):

@@ -16,7 +16,7 @@ from hawqfx.contract import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.errors import PassError
 from hawqfx.facts import Bits, Cost, Fact, FactTable, Sensitivity
 from hawqfx.passes.lowering import Lowering
-from hawqfx.pipeline import recipe
+from hawqfx.pipeline import METRICS, recipe
 from hawqfx.program import Program, copy_graph
 from hawqfx.runner import run
 from hawqfx.study import Study
@@ -38,13 +38,23 @@ LAW: dict[str, set[str]] = {
     "study": {"errors"},
     "budget": {"errors"},
     "vocabulary": set(),
+    "quantized": {"facts", "maths", "ops", "program"},
     "contract": {"program", "facts", "study"},
+    "derivatives": {"errors", "program", "study"},
+    "shelf": {"errors", "files"},
+    "workers": {"errors"},
+    "measure": {
+        "contract", "derivatives", "errors", "facts", "maths", "program", "shelf", "study", "workers",
+    },
     "verify": {"program", "errors"},
     "capture": {"program", "study", "errors", "vocabulary"},
-    "passes": {"maths", "program", "facts", "study", "contract", "errors", "vocabulary", "ops", "budget"},
+    "passes": {
+        "maths", "program", "facts", "study", "contract", "errors", "vocabulary", "ops", "budget", "quantized",
+        "measure", "derivatives",
+    },
     "runner": {"contract", "verify", "program", "errors", "facts", "study"},
     "observe": {"contract", "program", "study"},
-    "pipeline": {"passes", "contract", "budget"},
+    "pipeline": {"passes", "contract", "budget", "errors"},
     "plan": {"errors", "facts", "files", "program"},
     "runtime": set(),
     "export": {"capture", "errors", "files", "maths", "ops", "program", "study", "vocabulary"},
@@ -54,7 +64,8 @@ LAW: dict[str, set[str]] = {
         "program", "runner", "study",
     },
     "demo": {"compiler", "observe", "runtime", "zoo"},
-    "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "passes", "pipeline"},
+    "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "pipeline", "workers"},
+    "__main__": {"cli"},
     "__init__": {"budget", "compiler", "plan"},
 }  # fmt: skip
 
@@ -109,7 +120,10 @@ def test_importing_hawqfx_loads_no_backend() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("step", recipe(Budget()), ids=lambda step: step.name)
+EVERY_PASS = {step.name: step for step in (*recipe(Budget()), *(make() for make in METRICS.values()))}
+
+
+@pytest.mark.parametrize("step", EVERY_PASS.values(), ids=EVERY_PASS)
 def test_every_pass_is_a_frozen_dataclass_named_as_its_file(step: Pass) -> None:
     assert is_dataclass(step)
     assert type(step).__dataclass_params__.frozen
@@ -121,9 +135,8 @@ def test_every_pass_is_a_frozen_dataclass_named_as_its_file(step: Pass) -> None:
 
 
 def test_the_recipe_gives_what_it_needs_and_uses_every_pass_file() -> None:
-    names = [step.name for step in recipe(Budget())]
     files = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__"}
-    assert set(names) == files
+    assert EVERY_PASS.keys() == files
 
 
 class Liar(Analysis):
@@ -184,10 +197,10 @@ def test_the_order_is_checked_before_anything_runs() -> None:
 
 
 def test_history_tells_what_ran() -> None:
-    assert [step.name for step in after("sensitivity", Plain).history] == [
+    assert [step.name for step in after("calibration", Plain).history] == [
         "fold_batchnorm",
         "find_sites",
-        "sensitivity",
+        "calibration",
     ]
 
 

@@ -17,7 +17,7 @@ from hawqfx.errors import (
     NothingToQuantize,
     PlanError,
 )
-from hawqfx.passes.sensitivity import Sensitivity
+from hawqfx.passes.hawq_v2 import HawqV2
 from tests.nets import Mlp, Plain, SharedLayer, build, images
 from tests.tools import quick
 
@@ -174,7 +174,7 @@ def test_widths_that_do_not_exist() -> None:
 
 def test_one_probe_has_no_standard_error() -> None:
     with pytest.raises(HawqfxError, match="at least two"):
-        Sensitivity(probes=1)
+        HawqV2(probes=1)
 
 
 def test_nothing_to_quantize() -> None:
@@ -203,7 +203,7 @@ def test_a_layer_used_twice_is_right() -> None:
 def test_the_users_model_is_left_as_it_was() -> None:
     model = build(Plain)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    compiled = hawqfx.compile(model, "size=60%", images(), sensitivity=Sensitivity(2))
+    compiled = hawqfx.compile(model, "size=60%", images(), sensitivity=HawqV2(2))
     compiled.model(images()[0][0]).sum().backward()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

@@ -81,11 +81,11 @@ def test_passes_lists_the_recipe_in_order() -> None:
     names = [
         "fold_batchnorm",
         "find_sites",
-        "sensitivity",
         "calibration",
         "rounding",
         "perturbation",
         "cost",
+        "hawq_v2",
         "allocation",
         "lowering",
     ]

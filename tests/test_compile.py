@@ -11,7 +11,7 @@ from hawqfx import zoo
 from hawqfx.errors import PlanError
 from hawqfx.facts import Bits
 from hawqfx.observe import Dump, PrintAfter, TimePasses
-from hawqfx.passes.sensitivity import Sensitivity
+from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.plan import Plan
 from tests.nets import Plain, Residual, build, images
 from tests.tools import quick
@@ -20,7 +20,7 @@ from tests.tools import quick
 @pytest.fixture(scope="module")
 def compiled_zoo() -> hawqfx.Compiled:
     """ResNet-20 at an eighth of its size, from a quarter of the calibration images and few probes."""
-    return hawqfx.compile(zoo.resnet20(), "size=12.5%", zoo.calibration()[:1], sensitivity=Sensitivity(8))
+    return hawqfx.compile(zoo.resnet20(), "size=12.5%", zoo.calibration()[:1], sensitivity=HawqV2(8))
 
 
 def top1(model: torch.nn.Module) -> float:
@@ -61,7 +61,7 @@ def test_another_budget_measures_nothing_again(compiled_zoo: hawqfx.Compiled, mo
     def forbidden(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(Sensitivity, "learn", forbidden)
+    monkeypatch.setattr(HawqV2, "learn", forbidden)
     smaller = compiled_zoo.at("size=10%")
     assert smaller.weight_bytes < compiled_zoo.weight_bytes
     assert compiled_zoo.at("size=12.5%").plan == compiled_zoo.plan
@@ -94,7 +94,7 @@ def test_an_exported_program_and_a_graph_module_compile_to_the_same() -> None:
     model, data = build(Plain), images()
     exported = torch.export.export(model, (data[0][0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     plans = [
-        hawqfx.compile(source, "size=60%", data, sensitivity=Sensitivity(2)).plan
+        hawqfx.compile(source, "size=60%", data, sensitivity=HawqV2(2)).plan
         for source in (model, exported, exported.module(check_guards=False))
     ]
     assert plans[0] == plans[1] == plans[2]
@@ -131,7 +131,7 @@ def test_the_summary_says_what_it_cost_and_why() -> None:
         "mean trace",
         "bits",
         "bytes",
-        "omega",
+        "loss increase",
         "loss on 32 calibration samples",
     ):
         assert expected in text
@@ -139,7 +139,8 @@ def test_the_summary_says_what_it_cost_and_why() -> None:
 
 def test_predicted_loss_is_the_sum_of_omega() -> None:
     compiled = quick(Plain, "size=60%")
-    assert compiled.predicted_loss == sum(compiled.planned.facts.get(s.key, Bits).omega for s in compiled.planned.sites)
+    planned = compiled.planned
+    assert compiled.predicted_loss == sum(planned.facts.get(site.key, Bits).increase for site in planned.sites)
 
 
 def test_observers(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_observers(tmp_path: Path) -> None:
     with (tmp_path / "printed.txt").open("w") as stream:
         quick(Plain, "size=60%", observers=[timing, Dump(tmp_path / "dump"), PrintAfter("lowering", stream)])
     names = [
-        "fold_batchnorm", "find_sites", "sensitivity", "calibration", "rounding", "perturbation", "cost", "allocation",
+        "fold_batchnorm", "find_sites", "calibration", "rounding", "perturbation", "cost", "hawq_v2", "allocation",
         "lowering",
     ]  # fmt: skip
     assert list(timing.seconds) == names
@@ -166,4 +167,4 @@ def test_progress_goes_to_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
         with (tmp_path / "out").open("w") as stream:
             quick(Plain, "size=60%", console=Console(file=stream, force_terminal=terminal, width=100))
         text = (tmp_path / "out").read_text()
-        assert ("sensitivity" in text) == terminal
+        assert ("hawq_v2" in text and "+-" in text) == terminal

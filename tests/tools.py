@@ -10,8 +10,8 @@ from hawqfx import pipeline
 from hawqfx.capture import capture
 from hawqfx.contract import Pass
 from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.rounding import Rounding
-from hawqfx.passes.sensitivity import Sensitivity
 from hawqfx.program import Program
 from hawqfx.runner import run
 from hawqfx.study import Batch, Loss, Study, cross_entropy, gather
@@ -30,8 +30,9 @@ def measuring(probes: int = 4) -> list[Pass]:
     """All passes before a budget is known, with few probes."""
     return [
         *pipeline.finding(),
-        *pipeline.measuring(Sensitivity(probes), Calibration()),
+        *pipeline.quantizing(Calibration()),
         *pipeline.pricing(Rounding()),
+        *pipeline.measuring(HawqV2(probes, tolerance=0)),
     ]
 
 
@@ -44,7 +45,8 @@ def after(name: str, make: Callable[[], nn.Module], probes: int = 4) -> Program:
 
 def quick(make: Callable[[], nn.Module], budget: str = "size=30%", **options: Any) -> hawqfx.Compiled:
     """Compile a tiny network with few probes."""
-    return hawqfx.compile(build(make), budget, options.pop("data", images()), sensitivity=Sensitivity(4), **options)
+    few = HawqV2(4, tolerance=0)
+    return hawqfx.compile(build(make), budget, options.pop("data", images()), sensitivity=few, **options)
 
 
 def tensor_at(program: Program, batch: Batch, node: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hessian-vector products and Hutchinson's estimate of the trace of Hessian blocks.
+"""Hessian-vector products, Hutchinson's estimate of the trace of Hessian blocks, and power iteration.
 
 For a loss L of tensors x_1 ... x_k with Hessian blocks H_ij and Rademacher probes z_i (entries -1 or +1, independent),
 
@@ -9,53 +9,139 @@ estimate of the trace of every diagonal block at once; the other blocks only add
 
     Var = 2 (||H_ii||_F^2 - sum of squared diagonal entries) + sum_{j != i} ||H_ij||_F^2.
 
+The same holds for any vectors d_i under independent random signs s_i:  E[ s_i d_i^T (H (s d))_i ] = d_i^T H_ii d_i.
+
 Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Dong et al., "HAWQ-V2" (NeurIPS
 2020), section 3.1, for the use per layer.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+_ROW = 4096  # a dot product is summed in rows of this many in the tensor's type, and over the rows in float64
 
 
-def gradient(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """dL/dx for every x, ready to be differentiated again; zeros where L does not depend on x."""
-    return torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
+def gradient(loss: Tensor, inputs: Sequence[Tensor], *, again: bool = True) -> tuple[Tensor, ...]:
+    """dL/dx for every x, zeros where L does not depend on x; `again`: ready to be differentiated once more."""
+    return torch.autograd.grad(loss, inputs, create_graph=again, materialize_grads=True)
+
+
+def hessian_product(
+    gradients: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """sum_j H_ij v_j for every input i (reverse over reverse).
+
+    `gradients` come from `gradient`, in the order of `inputs`; their graph is kept for further products.
+    """
+    used = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]
+    if not used:  # the loss is linear in every input
+        return tuple(torch.zeros_like(x) for x in inputs)
+    return torch.autograd.grad(
+        [g for g, _ in used], inputs, [v for _, v in used], retain_graph=True, materialize_grads=True
+    )
 
 
 def rademacher(like: Tensor, random: torch.Generator) -> Tensor:
     """Independent entries -1 or +1, in the shape of `like`."""
-    coins = torch.randint(0, 2, like.shape, generator=random, device=like.device, dtype=torch.int8)
-    return coins.to(like.dtype).mul_(2).sub_(1)
+    words = torch.empty(-(-like.numel() // 64), dtype=torch.int64, device=like.device)
+    octets = words.random_(-(2**63), None, generator=random).view(torch.uint8)  # 64 signs per draw
+    signs = F.embedding(octets.int(), _signs_of_octets(like))
+    return signs.reshape(-1)[: like.numel()].reshape(like.shape)
 
 
-def trace_samples(
-    gradients: Sequence[Tensor], inputs: Sequence[Tensor], random: torch.Generator, *, last: bool
-) -> list[float]:
-    """One unbiased sample of Tr(H_ii) for every input, from one Hessian-vector product (reverse over reverse).
+def _signs_of_octets(like: Tensor) -> Tensor:
+    """(256, 8): the signs that each octet stands for."""
+    shifts = torch.arange(8, device=like.device)
+    bits = torch.arange(256, device=like.device)[:, None].bitwise_right_shift(shifts) & 1
+    return (2 * bits - 1).to(like.dtype)
 
-    `gradients` come from `gradient`; their graph is kept for further probes unless this is the `last`.
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """<x, y> over all elements."""
+    x, y = x.detach().reshape(-1), y.detach().reshape(-1)
+    whole = len(x) // _ROW * _ROW
+    rows = torch.linalg.vecdot(x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
+    rest = torch.linalg.vecdot(x[whole:], y[whole:])
+    return float(rows.sum(dtype=torch.float64) + rest.double())
+
+
+def trace_samples(gradients: Sequence[Tensor], inputs: Sequence[Tensor], probes: Sequence[Tensor]) -> list[float]:
+    """One unbiased sample of Tr(H_ii) for every input, from one Hessian-vector product with independent `probes`."""
+    products = hessian_product(gradients, inputs, probes)
+    return [dot(z, hz) for z, hz in zip(probes, products, strict=True)]
+
+
+def top_eigenvalues(
+    gradients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    start: Sequence[Tensor],
+    axes: Sequence[int],
+    blocks: int,
+    iterations: int,
+    tolerance: float,
+) -> Tensor:
+    """The eigenvalue of largest magnitude of each of the `blocks` that the Hessian of `inputs` consists of.
+
+    Block k is that of the k-th equal part of every input along its axis in `axes`; power iteration works on all of
+    them at once, from `start`.  It stops when no Rayleigh quotient changes by more than `tolerance` of itself, or
+    after `iterations` products.
     """
-    probes = [rademacher(x, random) for x in inputs]
-    differentiable = [(g, z) for g, z in zip(gradients, probes, strict=True) if g.requires_grad]
-    if not differentiable:  # the loss is linear in every input
-        return [0.0] * len(inputs)
-    products = torch.autograd.grad(
-        [g for g, _ in differentiable],
-        inputs,
-        [z for _, z in differentiable],
-        retain_graph=not last,
-        materialize_grads=True,
-    )
-    return [float((z * hz).sum(dtype=torch.float64)) for z, hz in zip(probes, products, strict=True)]
+    vectors = list(start)
+    eigenvalues = torch.zeros(blocks, dtype=torch.float64, device=inputs[0].device)
+    for _ in range(iterations):
+        norms = _block_dots(vectors, vectors, axes, blocks).sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)  # a block that is zero stays so
+        vectors = [v * _spread(inverse, v, axis) for v, axis in zip(vectors, axes, strict=True)]
+        products = hessian_product(gradients, inputs, vectors)
+        before, eigenvalues = eigenvalues, _block_dots(vectors, products, axes, blocks)
+        if bool(((eigenvalues - before).abs() <= tolerance * eigenvalues.abs()).all()):
+            break
+        vectors = list(products)
+    return eigenvalues
 
 
-def mean_and_stderr(samples: Sequence[float]) -> tuple[float, float]:
-    """The mean of independent samples and its standard error, sqrt(s^2 / n); infinite for a single sample."""
-    n = len(samples)
-    mean = math.fsum(samples) / n
-    if n == 1:
-        return mean, math.inf
-    return mean, math.sqrt(math.fsum((sample - mean) ** 2 for sample in samples) / (n - 1) / n)
+def _block_dots(xs: Sequence[Tensor], ys: Sequence[Tensor], axes: Sequence[int], blocks: int) -> Tensor:
+    """(blocks,): <x, y> within every block."""
+    products = [(x.double() * y).movedim(axis, 0).reshape(blocks, -1) for x, y, axis in zip(xs, ys, axes, strict=True)]
+    return torch.stack([product.sum(1) for product in products]).sum(0)
+
+
+def _spread(per_block: Tensor, like: Tensor, axis: int) -> Tensor:
+    """One factor per block, to multiply `like` with."""
+    values = per_block.to(like.dtype).repeat_interleave(like.shape[axis] // len(per_block))
+    return values.reshape(-1, *[1] * (like.ndim - 1 - axis))
+
+
+class Moments(NamedTuple):
+    """Independent samples of one quantity: their number, their mean, and the sum of squared deviations from it."""
+
+    samples: int
+    mean: float
+    squares: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Moments":
+        mean = math.fsum(samples) / len(samples)
+        return Moments(len(samples), mean, math.fsum((sample - mean) ** 2 for sample in samples))
+
+    @property
+    def variance(self) -> float:
+        """Of the mean: s^2 / n; infinite for a single sample."""
+        return self.squares / (self.samples - 1) / self.samples if self.samples > 1 else math.inf
+
+
+def pooled(parts: Sequence[Moments], shares: Sequence[float], *, exact: bool = False) -> tuple[float, float]:
+    """The mean of sum_b share_b X_b and its standard error, from independent samples of every X_b.
+
+    `exact`: every X_b is known without noise from its one sample.
+    """
+    mean = math.fsum(share * part.mean for share, part in zip(shares, parts, strict=True))
+    if exact:
+        return mean, 0.0
+    variance = math.fsum(share**2 * part.variance for share, part in zip(shares, parts, strict=True))
+    return mean, math.sqrt(variance)

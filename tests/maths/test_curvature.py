@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawqfx.maths.curvature import gradient, mean_and_stderr, rademacher, trace_samples
+from hawqfx.maths.curvature import Moments, dot, gradient, pooled, rademacher, top_eigenvalues, trace_samples
 
 SHAPES = ((4, 3), (2, 4), (3, 4))  # two weights, and a perturbation of the hidden activation of 3 samples
 SMALL, LARGE, FEW, MANY = 4, 64, 512, 128  # FEW estimates of SMALL probes, then MANY estimates of LARGE probes
@@ -50,7 +50,7 @@ def samples(point: list[Tensor]) -> Tensor:
 
 def _draw(loss: Tensor, inputs: Sequence[Tensor], count: int) -> Tensor:
     gradients, random = gradient(loss, inputs), torch.Generator().manual_seed(2)
-    rows = [trace_samples(gradients, inputs, random, last=k == count - 1) for k in range(count)]
+    rows = [trace_samples(gradients, inputs, [rademacher(x, random) for x in inputs]) for _ in range(count)]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -62,7 +62,7 @@ def _variance(hessian: list[list[Tensor]], i: int) -> float:
 
 @pytest.mark.parametrize("block", range(3))
 def test_mean_is_the_dense_trace(hessian: list[list[Tensor]], samples: Tensor, block: int) -> None:
-    mean, stderr = mean_and_stderr(samples[:, block].tolist())
+    mean, stderr = pooled([Moments.of(samples[:, block].tolist())], [1.0])
     # 5 standard errors: a correct estimate fails for one seed in two million
     assert abs(mean - float(hessian[block][block].trace())) < 5 * stderr
     assert stderr == pytest.approx(math.sqrt(_variance(hessian, block) / PROBES), rel=0.05)  # deviates by 0.8 %
@@ -116,12 +116,52 @@ def test_rademacher_is_signs_seeded_and_balanced() -> None:
 
 
 @pytest.mark.parametrize("samples", [[1.0, 2.0, 4.0, -3.5], [1e9, 1e9 + 1, 1e9 + 2], [0.0, 0.0]])
-def test_mean_and_stderr_agree_with_statistics(samples: list[float]) -> None:
-    mean, stderr = mean_and_stderr(samples)
+def test_moments_agree_with_statistics(samples: list[float]) -> None:
+    moments = Moments.of(samples)
     # both round correctly up to a few operations in float64
-    assert mean == pytest.approx(statistics.mean(samples), rel=1e-14)
-    assert stderr == pytest.approx(statistics.stdev(samples) / math.sqrt(len(samples)), rel=1e-14)
+    assert moments.mean == pytest.approx(statistics.mean(samples), rel=1e-14)
+    assert moments.variance == pytest.approx(statistics.variance(samples) / len(samples), rel=1e-14)
 
 
-def test_one_sample_has_no_finite_error() -> None:
-    assert mean_and_stderr([2.5]) == (2.5, math.inf)
+def test_one_sample_has_no_finite_error_unless_it_is_the_truth() -> None:
+    assert Moments.of([2.5]).variance == math.inf
+    assert pooled([Moments.of([2.5])], [1.0], exact=True) == (2.5, 0.0)
+
+
+def test_pooling_weighs_means_by_shares_and_variances_by_their_squares() -> None:
+    parts = [Moments.of([1.0, 3.0]), Moments.of([5.0, 5.0, 8.0])]  # means 2 and 6, variances of the mean 1 and 1
+    assert pooled(parts, [0.25, 0.75]) == pytest.approx((5.0, math.sqrt(0.0625 + 0.5625)), rel=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (63, 65), (4096,), (3, 4097)])
+def test_dot_is_that_of_float64(shape: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(shape, generator=random) for _ in range(2))
+    # rows of 4096 are summed in float32: relative to the sum of magnitudes, below 4096 roundings of 6e-8
+    assert dot(x, y) == pytest.approx(float((x.double() * y).sum()), abs=2.5e-4 * float((x * y).abs().sum()))
+
+
+def _power(point: list[Tensor], i: int, blocks: int, iterations: int) -> Tensor:
+    gradients = gradient(_loss(*point), point)
+    start = torch.randn(point[i].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return top_eigenvalues([gradients[i]], [point[i]], [start], [0], blocks, iterations, 1e-12)
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_top_eigenvalue_is_the_dense_one(point: list[Tensor], hessian: list[list[Tensor]], block: int) -> None:
+    eigenvalues = torch.linalg.eigvalsh(hessian[block][block])
+    expected = float(eigenvalues[eigenvalues.abs().argmax()])
+    # the error of a Rayleigh quotient falls by (second/first)^2 per step: below 1e-6 of it after 500 here
+    assert float(_power(point, block, 1, 500)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_blocks_of_samples_have_their_own_eigenvalues(point: list[Tensor], hessian: list[list[Tensor]]) -> None:
+    dense = hessian[2][2].reshape(3, 4, 3, 4)
+    for sample, found in enumerate(_power(point, 2, 3, 500)):
+        eigenvalues = torch.linalg.eigvalsh(dense[sample, :, sample])
+        assert float(found) == pytest.approx(float(eigenvalues[eigenvalues.abs().argmax()]), rel=1e-6)
+
+
+def test_a_block_without_curvature_has_eigenvalue_zero() -> None:
+    x = torch.ones(3, requires_grad=True)
+    assert top_eigenvalues(gradient((2 * x).sum(), [x]), [x], [torch.ones(3)], [0], 1, 5, 0.1).tolist() == [0.0]

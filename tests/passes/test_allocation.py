@@ -9,19 +9,20 @@ import pytest
 
 from hawqfx.budget import Budget
 from hawqfx.errors import InfeasibleBudget, PassError
-from hawqfx.facts import Bits, Cost, Fact, Perturbation, Sensitivity
-from hawqfx.passes.allocation import Allocation, omega
+from hawqfx.facts import Bits, Cost, Fact, LossIncrease, Perturbation, Sensitivity
+from hawqfx.passes.allocation import Allocation, increases
 from hawqfx.program import Program, WeightSite
 from hawqfx.runner import run
 from tests.nets import Plain, Residual, SharedLayer
 from tests.tools import after, study
 
+WIDTHS = range(2, 9)
 MEASURED: dict[type, Program] = {}
 
 
 def measured(make: type) -> Program:
     if make not in MEASURED:
-        MEASURED[make] = after("cost", make)
+        MEASURED[make] = after("hawq_v2", make)
     return MEASURED[make]
 
 
@@ -30,13 +31,12 @@ def narrowed(program: Program, seed: int) -> Program:
     draw = random.Random(seed)
     facts: dict[str, Fact] = {}
     costs: dict[str, Fact] = {}
-    errors: dict[str, Fact] = {}
     for site in program.sites:
-        facts[site.key] = Sensitivity(draw.lognormvariate(0, 2), 0.0, 8)
         kept = (2, 4, 8) if isinstance(site, WeightSite) else (4, 8)
-        errors[site.key] = Perturbation({b: program.facts.get(site.key, Perturbation).squared_error[b] for b in kept})
+        errors = {b: program.facts.get(site.key, Perturbation).squared_error[b] for b in kept}
+        facts[site.key] = Sensitivity(draw.lognormvariate(0, 2), 0.0, 8).times(errors)
         costs[site.key] = Cost({b: program.facts.get(site.key, Cost).bytes[b] for b in kept})
-    return program.learn(facts).learn(errors).learn(costs)
+    return program.learn(facts).learn(costs)
 
 
 def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
@@ -50,8 +50,8 @@ def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
 
 
 def brute_force(program: Program, bounds: dict[str, float]) -> float:
-    options = [sorted(program.facts.get(site.key, Perturbation).squared_error) for site in program.sites]
-    losses = {site.key: omega(program, site) for site in program.sites}
+    options = [sorted(program.facts.get(site.key, LossIncrease).by_bits) for site in program.sites]
+    losses = {site.key: increases(program, site) for site in program.sites}
     best = math.inf
     for widths in itertools.product(*options):
         bits = {site.key: width for site, width in zip(program.sites, widths, strict=True)}
@@ -75,7 +75,7 @@ def test_equals_brute_force(make: type, limits: tuple[str, ...], seed: int) -> N
     text = ", ".join(f"{name}={bound:.6f}" for name, bound in bounds.items())
     planned = run([Allocation(Budget.parse(text))], program, study())
     assert all(totals(program, planned.bits())[name] <= bound + 1e-6 for name, bound in bounds.items())
-    found = sum(planned.facts.get(site.key, Bits).omega for site in planned.sites)
+    found = sum(planned.facts.get(site.key, Bits).increase for site in planned.sites)
     # losses become integers of 2^-40 of the largest: 8 sites' rounding is below 1e-11 of it
     assert found == pytest.approx(brute_force(program, bounds), rel=1e-9)
 
@@ -83,16 +83,15 @@ def test_equals_brute_force(make: type, limits: tuple[str, ...], seed: int) -> N
 def test_omega_is_the_mean_trace_times_the_sum_of_squares() -> None:
     program = measured(Plain)
     site = program.weights[0]
-    facts: dict[str, Fact] = {site.key: Sensitivity(3.0, 0.1, 8)}
-    program = program.learn(facts).learn({site.key: Perturbation({2: 0.5, 4: 0.125})})
-    assert omega(program, site) == {2: 1.5, 4: 0.375}
+    program = program.learn({site.key: Sensitivity(3.0, 0.1, 8).times({2: 0.5, 4: 0.125})})
+    assert increases(program, site) == {2: 1.5, 4: 0.375}
 
 
 @pytest.mark.parametrize(
     ("mean", "stderr", "used"), [(3.0, 0.1, 3.0), (1.0, 0.6, 2.2), (-0.5, 0.6, 0.7), (-5.0, 1.0, 0.0), (0.0, 0.0, 0.0)]
 )
 def test_a_trace_that_noise_hides_enters_by_its_upper_bound(mean: float, stderr: float, used: float) -> None:
-    assert Sensitivity(mean, stderr, 8).upper == pytest.approx(used, rel=1e-12)
+    assert Sensitivity(mean, stderr, 8).times({4: 2.0}).upper(4) == pytest.approx(2 * used, rel=1e-12)
 
 
 def test_a_percentage_is_of_float32() -> None:
@@ -107,12 +106,14 @@ def test_more_budget_never_predicts_more_loss() -> None:
     losses = []
     for percent in range(26, 60, 3):
         planned = run([Allocation(Budget.parse(f"size={percent}%"))], measured(Residual), study())
-        losses.append(sum(planned.facts.get(site.key, Bits).omega for site in planned.sites))
+        losses.append(sum(planned.facts.get(site.key, Bits).increase for site in planned.sites))
     assert losses == sorted(losses, reverse=True)
 
 
 def test_a_site_without_sensitivity_takes_the_fewest_bits() -> None:
-    program = measured(Plain).learn({"conv2.weight": Sensitivity(0.0, 0.0, 8)})
+    program = measured(Plain).learn(
+        {"conv2.weight": LossIncrease(dict.fromkeys(WIDTHS, 0.0), dict.fromkeys(WIDTHS, 0.0))}
+    )
     assert run([Allocation(Budget.parse("size=90%"))], program, study()).bits()["conv2.weight"] == 2
 
 
@@ -133,6 +134,8 @@ def test_an_infeasible_limit_names_the_least_that_can_be_reached(name: str, unit
 
 
 def test_a_sensitivity_that_is_not_finite_never_reaches_the_solver() -> None:
-    program = measured(Plain).learn({"conv2.weight": Sensitivity(math.nan, 0.0, 8)})
+    program = measured(Plain).learn(
+        {"conv2.weight": LossIncrease(dict.fromkeys(WIDTHS, math.nan), dict.fromkeys(WIDTHS, 0.0))}
+    )
     with pytest.raises(PassError, match=r"sensitivity of 'conv2\.weight' is not finite"):
         run([Allocation(Budget.parse("size=50%"))], program, study())

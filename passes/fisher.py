@@ -1,0 +1,63 @@
+"""The trace of the Fisher information, which is the Gauss-Newton matrix of the loss, times the squared error.
+
+For labels y drawn from the model's own output distribution and the loss -log p(y), the gradient has mean zero and its
+second moment is the Fisher information.  With c independent draws in a batch, over which the loss is the mean,
+
+    Tr(F) = c E ||g||^2,   g the gradient of the batch's loss,
+
+for a weight, and likewise for an activation, whose samples do not mix.  One ordinary backward pass per probe, and no
+second derivatives.  Where the loss is -log p and the labels are the model's own, Tr(F) is the expected Tr(H) of HAWQ-V2
+(Martens 2020, "New insights and perspectives on the natural gradient method", sections 5 and 9).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawqfx.derivatives import Operators
+from hawqfx.maths import curvature
+from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradients, forward
+from hawqfx.program import Program
+from hawqfx.study import Study, cross_entropy, generator
+
+
+class _Backward(Measurement):
+    """Keeps the graph of one forward pass, for any number of backward passes."""
+
+    def __init__(self, program: Program, study: Study, index: int, run: Forward) -> None:
+        self.program, self.study, self.index, self.run = program, study, index, run
+
+    def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
+        random = generator(self.study.seed, "drawn", self.index, probe, device=self.study.device)
+        target = self.study.drawn(self.run.output, random)
+        loss = self.study.loss_at(self.run.output, target, self.index)
+        sites = [quantity.site for quantity in wanted]
+        flat = torch.autograd.grad(loss, self.run.of(sites), retain_graph=True, materialize_grads=True)
+        found = iter(flat)
+        gradients = {site: [next(found) for _ in self.run.tensors[site]] for site in sites}
+        check_gradients([site for site in self.program.sites if site.key in gradients], gradients, self.index)
+        draws = self._draws(target)
+        return {q: draws * sum(curvature.dot(g, g) for g in gradients[q.site]) for q in wanted}
+
+    def _draws(self, target: object) -> int:
+        """Over how many independent draws the loss is the mean: cross-entropy's over all labels, another loss's over
+        the samples of the batch."""
+        if self.study.loss is cross_entropy and isinstance(target, Tensor):
+            return target.numel()
+        return self.study.batches[self.index].size
+
+    def worth(self, quantity: Quantity) -> float:
+        return self.run.mean_square(quantity.site)
+
+
+@dataclass(frozen=True)
+class Fisher(CurvatureMetric):
+    """`probes`: the most backward passes per batch.  `tolerance`: see Metric."""
+
+    probes: int = 50
+    tolerance: float = 0.1
+
+    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
+        return _Backward(program, study, index, forward(program, study.batches[index], operators))

@@ -1,0 +1,53 @@
+"""HAWQ-V1's metric, to compare with: the top Hessian eigenvalue of each block times the squared error.
+
+Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision" (ICCV 2019), section 3.  The
+eigenvalue is that of largest magnitude, by power iteration on the block of one weight at a time, averaged over the
+batches; for an activation, whose block is again block-diagonal, it is averaged over the samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hawqfx.derivatives import Operators
+from hawqfx.maths import curvature
+from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradients, forward, sample_axis
+from hawqfx.program import ActivationSite, Program
+from hawqfx.study import Study, generator
+
+
+class _Power(Measurement):
+    def __init__(self, metric: "HawqV1", program: Program, study: Study, index: int, run: Forward) -> None:
+        self.metric, self.study, self.index, self.run = metric, study, index, run
+        self.activations = {site.key for site in program.sites if isinstance(site, ActivationSite)}
+        self.gradients = run.gradients(study.loss_of(run.output, study.batches[index], index))
+        check_gradients(program.sites, self.gradients, index)
+
+    def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
+        return {quantity: self._eigenvalue(quantity.site) for quantity in wanted}
+
+    def _eigenvalue(self, site: str) -> float:
+        random = generator(self.study.seed, "start", self.index, site, device=self.study.device)
+        tensors = self.run.tensors[site]
+        start = [torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype) for x in tensors]
+        blocks = self.study.batches[self.index].size if site in self.activations else 1
+        axes = [sample_axis(x, blocks) for x in tensors]
+        limits = self.metric.iterations, self.metric.precision
+        eigenvalues = curvature.top_eigenvalues(self.gradients[site], tensors, start, axes, blocks, *limits)
+        return float(eigenvalues.sum())  # of the mean loss over the batch, in which a sample counts 1/N
+
+
+@dataclass(frozen=True)
+class HawqV1(CurvatureMetric):
+    """`iterations`: the most per block; stops earlier when the eigenvalues change by less than `precision`."""
+
+    iterations: int = 20
+    precision: float = 1e-2
+    exact: ClassVar[bool] = True
+    average: ClassVar[bool] = False
+    second_order: ClassVar[bool] = True
+
+    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
+        return _Power(self, program, study, index, forward(program, study.batches[index], operators))

@@ -1,0 +1,52 @@
+"""HAWQ-V2's metric: the average Hessian trace of the loss times the squared error (sections 3.1 and 3.3, equation 8).
+
+One Hessian-vector product per probe serves every weight and every activation at once.  The Hessian of the mean loss
+over a batch is block-diagonal over its samples for an activation (batch-norm has frozen statistics), each block 1/N of
+that sample's own, so one probe over the whole batch gives the mean over the samples of Tr(H_a).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hawqfx.derivatives import Operators
+from hawqfx.maths import curvature
+from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradients, forward
+from hawqfx.program import Program
+from hawqfx.study import Study, generator
+
+
+class _Hutchinson(Measurement):
+    """Keeps the graph of the gradient of one batch, for any number of products."""
+
+    def __init__(self, study: Study, index: int, run: Forward) -> None:
+        self.study, self.index, self.run = study, index, run
+        self.gradients = run.gradients(study.loss_of(run.output, study.batches[index], index))
+
+    def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
+        gradients, tensors, vectors = [], [], []
+        for site, _ in wanted:
+            random = generator(self.study.seed, "probe", self.index, probe, site, device=self.study.device)
+            for gradient, tensor in zip(self.gradients[site], self.run.tensors[site], strict=True):
+                gradients.append(gradient)
+                tensors.append(tensor)
+                vectors.append(curvature.rademacher(tensor, random))
+        samples = iter(curvature.trace_samples(gradients, tensors, vectors))
+        return {quantity: sum(next(samples) for _ in self.run.tensors[quantity.site]) for quantity in wanted}
+
+    def worth(self, quantity: Quantity) -> float:
+        return self.run.mean_square(quantity.site)
+
+
+@dataclass(frozen=True)
+class HawqV2(CurvatureMetric):
+    """`probes`: the most Hessian-vector products per batch; the paper uses 50.  `tolerance`: see Metric."""
+
+    probes: int = 50
+    tolerance: float = 0.1
+    second_order: ClassVar[bool] = True
+
+    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
+        measurement = _Hutchinson(study, index, forward(program, study.batches[index], operators))
+        check_gradients(program.sites, measurement.gradients, index)
+        return measurement

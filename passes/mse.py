@@ -1,0 +1,20 @@
+"""The floor to compare metrics with: the squared error ||Q_b(x) - x||^2 alone, as if every site mattered alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hawqfx.contract import Analysis, Kind
+from hawqfx.facts import LossIncrease, Perturbation
+from hawqfx.program import Program
+from hawqfx.study import Study
+
+
+@dataclass(frozen=True)
+class Mse(Analysis):
+    needs: ClassVar[tuple[Kind, ...]] = (Perturbation,)
+    gives: ClassVar[tuple[Kind, ...]] = (LossIncrease,)
+
+    def learn(self, program: Program, study: Study) -> Mapping[str, LossIncrease]:
+        errors = {site.key: program.facts.get(site.key, Perturbation).squared_error for site in program.sites}
+        return {key: LossIncrease(by_bits, dict.fromkeys(by_bits, 0.0)) for key, by_bits in errors.items()}

@@ -1,0 +1,93 @@
+"""The Taylor expansion of the loss along the quantizers' own errors: g.d + 1/2 d^T H d, d = Q_b(x) - x.
+
+HAWQ-V2 (equation 8) drops the gradient and takes the average of all directions; here both are as they are.  Every site
+has its d with a random sign, so one Hessian-vector product per pair of widths gives d_i^T H_ii d_i of all sites at once
+(hawqfx.maths.curvature); an activation has a sign per sample.  The unit is that of the loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hawqfx.derivatives import Operators
+from hawqfx.facts import Quantizers
+from hawqfx.maths import curvature
+from hawqfx.measure import Forward, Measurement, Quantity, WidthMetric, check_gradients, forward, sample_axis
+from hawqfx.program import Program, WeightSite
+from hawqfx.quantized import activation_at, weight_at
+from hawqfx.study import Study, generator
+
+
+class _Directions(Measurement):
+    def __init__(self, program: Program, study: Study, index: int, run: Forward) -> None:
+        self.program, self.study, self.index, self.run = program, study, index, run
+        self.sites = {site.key: site for site in program.sites}
+        self.gradients = run.gradients(study.loss_of(run.output, study.batches[index], index))
+        check_gradients(program.sites, self.gradients, index)
+        self.slopes: dict[Quantity, float] = {}
+
+    def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
+        found: dict[Quantity, float] = {}
+        for together in self._by_rank(wanted):
+            found |= self._product(probe, together)
+        return found
+
+    def _by_rank(self, wanted: Sequence[Quantity]) -> list[list[Quantity]]:
+        """Quantities whose widths share a product: the widest of weights with the widest of activations, and so on,
+        so that small errors are not drowned by large ones."""
+        ranks: dict[int, list[Quantity]] = {}
+        for quantity in wanted:
+            widths = sorted(self.program.facts.get(quantity.site, Quantizers).by_bits, reverse=True)
+            ranks.setdefault(widths.index(quantity.bits), []).append(quantity)
+        return list(ranks.values())
+
+    def _product(self, probe: int, together: Sequence[Quantity]) -> dict[Quantity, float]:
+        gradients, tensors, vectors = [], [], []
+        for quantity in together:
+            random = generator(self.study.seed, "sign", self.index, probe, *quantity, device=self.study.device)
+            errors = self._errors(quantity)
+            if quantity not in self.slopes:
+                self.slopes[quantity] = sum(
+                    curvature.dot(g, d) for g, d in zip(self._gradients(quantity), errors, strict=True)
+                )
+            gradients += self._gradients(quantity)
+            tensors += self.run.tensors[quantity.site]
+            vectors += [error * self._signs(quantity.site, error, random) for error in errors]
+        products = curvature.hessian_product(gradients, tensors, vectors)
+        curved = iter([curvature.dot(v, hv) for v, hv in zip(vectors, products, strict=True)])
+        return {q: self.slopes[q] + 0.5 * sum(next(curved) for _ in self.run.tensors[q.site]) for q in together}
+
+    def _gradients(self, quantity: Quantity) -> list[Tensor]:
+        return self.gradients[quantity.site]
+
+    @torch.no_grad()
+    def _errors(self, quantity: Quantity) -> list[Tensor]:
+        """Q_b(x) - x for every tensor of the site."""
+        tensors = self.run.tensors[quantity.site]
+        if isinstance(self.sites[quantity.site], WeightSite):
+            return [weight_at(self.program, *quantity) - tensors[0]]
+        return [activation_at(self.program, *quantity, x) - x for x in tensors]
+
+    def _signs(self, site: str, error: Tensor, random: torch.Generator) -> Tensor:
+        """One sign, or one per sample of an activation."""
+        if isinstance(self.sites[site], WeightSite):
+            return curvature.rademacher(error.new_empty(()), random)
+        samples = self.study.batches[self.index].size
+        axis = sample_axis(error, samples)
+        signs = curvature.rademacher(error.new_empty(samples), random).repeat_interleave(error.shape[axis] // samples)
+        return signs.reshape(-1, *[1] * (error.ndim - 1 - axis))
+
+
+@dataclass(frozen=True)
+class Taylor(WidthMetric):
+    """`probes`: the most Hessian-vector products per batch and pair of widths.  `tolerance`: see Metric."""
+
+    probes: int = 50
+    tolerance: float = 0.1
+    second_order: ClassVar[bool] = True
+
+    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
+        return _Directions(program, study, index, forward(program, study.batches[index], operators))

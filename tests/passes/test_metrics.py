@@ -1,0 +1,348 @@
+"""The metrics, each against an oracle of its own: dense Hessians, Jacobians, derivatives along a line, plain losses."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hawqfx.capture import capture
+from hawqfx.errors import LossError
+from hawqfx.facts import LossIncrease, Perturbation, Sensitivity
+from hawqfx.passes.fisher import Fisher
+from hawqfx.passes.hawq_v1 import HawqV1
+from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.passes.measured import Measured
+from hawqfx.passes.mse import Mse
+from hawqfx.passes.taylor import Taylor
+from hawqfx.program import ActivationSite, Program
+from hawqfx.quantized import activation_at, weight_at
+from hawqfx.runner import run
+from hawqfx.study import Batch, Study, cross_entropy
+from tests.nets import Attention, Mlp, Plain, SharedLayer, TiedWeights, build, images
+from tests.tools import after, measuring, study, tensor_at
+
+
+def double_study() -> Study:
+    return study([(x.double(), y) for x, y in images(count=2, batch=6)])
+
+
+def double_program(make: type[nn.Module]) -> Program:
+    program = capture(build(make).double(), double_study().batches[0])
+    return run(measuring()[1:-1], program, double_study())  # nothing to fold; all but the metric
+
+
+def dense_trace(program: Program, work: Study, site: str) -> float:
+    """Mean trace of the Hessian of the mean loss: column by column in float64, no probes and no sharing."""
+    total = 0.0
+    for batch in work.batches:
+        share = batch.size / work.samples
+        if any(site == activation.key for activation in program.activations):
+
+            def loss_of_shift(shift: Tensor, batch: Batch = batch) -> Tensor:
+                output = program.run(batch.args, {}, lambda _, value: value + shift, at=[site])
+                return F.cross_entropy(output, batch.target)
+
+            hessian = torch.autograd.functional.hessian(
+                loss_of_shift, torch.zeros_like(tensor_at(program, batch, site))
+            )
+            # the Hessian of the mean over N samples, so its trace is the mean of the samples' traces
+        else:
+
+            def loss_of_weight(weight: Tensor, batch: Batch = batch) -> Tensor:
+                return F.cross_entropy(program.run(batch.args, {}, tensors={site: weight}), batch.target)
+
+            hessian = torch.autograd.functional.hessian(loss_of_weight, program.tensor(site).detach())
+        n = round(hessian.numel() ** 0.5)
+        total += share * float(hessian.reshape(n, n).trace())
+    return total
+
+
+@pytest.mark.parametrize("make", [Mlp, TiedWeights])
+def test_converges_to_the_dense_traces_at_the_rate_of_hutchinson(make: type[nn.Module]) -> None:
+    """Every site at once, from shared probes: within 5 standard errors (22 estimates: chance of one outside, 1e-5),
+    and a 16 times larger number of probes gives a 4 times smaller standard error."""
+    program, work = double_program(make), double_study()
+    few = run([HawqV2(40, tolerance=0)], program, work)
+    many = run([HawqV2(640, tolerance=0)], program, work)
+    for site in program.sites:
+        exact = dense_trace(program, work, site.key) / site.numel
+        for measured in (few, many):
+            fact = measured.facts.get(site.key, Sensitivity)
+            assert abs(fact.curvature - exact) <= 5 * fact.stderr, site.key
+        # the standard deviation of 40 samples is itself known to about 11%, and heavy tails double that: 4 +- 40%
+        assert 2.4 < few.facts.get(site.key, Sensitivity).stderr / many.facts.get(site.key, Sensitivity).stderr < 5.6, (
+            site.key
+        )
+
+
+def test_the_error_itself_falls_like_one_over_the_root_of_probes() -> None:
+    """rms of (estimate - dense) over 8 seeds and all sites, each in units of its own standard deviation, at 8 and at
+    128 probes: ratio 4.  Of 8 x 8 errors the rms is known to about 1/sqrt(2 * 64) = 9%; 4 +- 45%."""
+    program, work = double_program(Mlp), double_study()
+    exact = {site.key: dense_trace(program, work, site.key) / site.numel for site in program.sites}
+    long = run([HawqV2(256, tolerance=0)], program, work)
+    deviation = {key: 16 * long.facts.get(key, Sensitivity).stderr for key in exact}
+
+    def rms(probes: int) -> float:
+        errors = []
+        for seed in range(8):
+            measured = run([HawqV2(probes, tolerance=0)], program, replace(work, seed=seed))
+            found = {key: measured.facts.get(key, Sensitivity).curvature for key in exact}
+            errors += [(found[key] - exact[key]) / deviation[key] for key in exact]
+        return float(torch.tensor(errors).square().mean().sqrt())
+
+    assert 2.2 < rms(8) / rms(128) < 5.8
+
+
+def test_one_backward_per_probe_serves_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("create_graph", False))
+        return original(*args, **kwargs)
+
+    program, work = double_program(Mlp), double_study()
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    run([HawqV2(3, tolerance=0)], program, work)
+    # before these, every operator is tried on its own
+    assert calls[-8:] == [True, False, False, False] * len(work.batches)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
+    program = double_program(Mlp)
+
+    def traces(seed: int) -> list[float]:
+        measured = run([HawqV2(4, tolerance=0)], program, replace(double_study(), seed=seed))
+        return [measured.facts.get(site.key, Sensitivity).curvature for site in program.sites]
+
+    assert traces(0) == traces(0)
+    assert traces(0) != traces(1)
+
+
+def test_batchnorm_is_in_eval_mode_so_that_samples_are_independent() -> None:
+    """Traces over two batches of one size are the mean of those over each."""
+    program, data = after("cost", Plain), images(count=2, batch=8)
+
+    def exact(batches: list[tuple[Tensor, Tensor]]) -> float:
+        return dense_trace(program, study(batches), "head.weight")
+
+    joined = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
+    assert exact(joined) == pytest.approx(exact(data), rel=1e-4)  # float32 Hessian entries
+
+
+def test_attention_is_measured_by_its_mathematical_kernel() -> None:
+    measured = after("hawq_v2", Attention)
+    assert all(measured.facts.get(site.key, Sensitivity).curvature != 0 for site in measured.weights)
+
+
+def test_labels_are_sampled_where_none_are_given() -> None:
+    """With labels from the model's own distribution the expected Hessian of the head is the Fisher block, p(1-p) x^2:
+    positive, and the same for the same seed."""
+    program = double_program(Mlp)
+    unlabelled = study([x.double() for x, _ in images(count=2, batch=6)])
+    measured = run([HawqV2(64, tolerance=0)], program, unlabelled)
+    batch = unlabelled.batches
+    total = 0.0
+    for one in batch:
+        inputs = tensor_at(program, one, "tanh_1")
+        p = program.run(one.args, {}).detach().softmax(1)
+        total += float((p * (1 - p)).sum(1) @ inputs.square().sum(1)) / unlabelled.samples
+    fact = measured.facts.get("head.weight", Sensitivity)
+    # the loss is convex in the last layer and its Hessian there does not depend on the labels at all
+    assert abs(fact.curvature - total / 12) <= 5 * fact.stderr
+
+
+def test_a_loss_that_ignores_a_site_gives_it_zero_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    program = double_program(Mlp)
+    zero = run([HawqV2(2, tolerance=0)], program, replace(double_study(), loss=lambda output, target: 0 * output.sum()))
+    assert all(zero.facts.get(site.key, Sensitivity).curvature == 0 for site in program.sites)
+    assert "no curvature at 'first.weight'" in caplog.text
+
+
+def test_a_loss_that_is_no_scalar_or_not_finite_is_refused() -> None:
+    program = double_program(Mlp)
+    with pytest.raises(LossError, match="must be a scalar"):
+        run([HawqV2(2, tolerance=0)], program, replace(double_study(), loss=lambda output, target: output))
+    with pytest.raises(LossError, match="loss of batch 0 is nan"):
+        run(
+            [HawqV2(2, tolerance=0)],
+            program,
+            replace(double_study(), loss=lambda o, t: cross_entropy(o, t) * float("nan")),
+        )
+
+
+def test_a_gradient_that_is_not_finite_names_the_site() -> None:
+    def infinite(output: Tensor, target: Tensor) -> Tensor:
+        return (output - output.detach()).abs().sqrt().sum()  # slope 1/sqrt(0)
+
+    with pytest.raises(LossError, match=r"gradient at 'first\.weight' is not finite on batch 0"):
+        run([HawqV2(2, tolerance=0)], double_program(Mlp), replace(double_study(), loss=infinite))
+
+
+def test_a_shared_layer_has_one_trace_over_all_its_uses() -> None:
+    program = after("cost", SharedLayer)
+    work = study()
+    fact = run([HawqV2(256, tolerance=0)], program, work).facts.get("twice.weight", Sensitivity)
+    exact = dense_trace(program, work, "twice.weight") / 144
+    assert abs(fact.curvature - exact) <= 5 * fact.stderr
+    assert isinstance(program.activations[0], ActivationSite)
+
+
+def dense_fisher(program: Program, work: Study, site: str) -> float:
+    """Tr(J^T (diag(p) - p p^T) J), mean over samples: the Gauss-Newton matrix by its definition, from Jacobians."""
+    total = 0.0
+    for batch in work.batches:
+        for k in range(batch.size):
+            one = Batch((batch.args[0][k : k + 1],), {})
+
+            def logits_of_shift(shift: Tensor, one: Batch = one) -> Tensor:
+                return program.run(one.args, {}, lambda _, value: value + shift, at=[site])
+
+            def logits_of_weight(weight: Tensor, one: Batch = one) -> Tensor:
+                return program.run(one.args, {}, tensors={site: weight})
+
+            if any(site == activation.key for activation in program.activations):
+                jacobian = torch.autograd.functional.jacobian(
+                    logits_of_shift, torch.zeros_like(tensor_at(program, one, site))
+                )
+            else:
+                jacobian = torch.autograd.functional.jacobian(logits_of_weight, program.tensor(site).detach())
+            j = jacobian.reshape(3, -1)
+            p = program.run(one.args, {}).detach().softmax(1)[0]
+            total += float(((p.diag() - torch.outer(p, p)) @ j * j).sum()) / work.samples
+    return total
+
+
+@pytest.mark.parametrize("make", [Mlp, TiedWeights])
+def test_fisher_is_the_trace_of_the_gauss_newton_matrix(make: type[nn.Module]) -> None:
+    program, work = double_program(make), double_study()
+    measured = run([Fisher(400, tolerance=0)], program, work)
+    for site in program.sites:
+        fact = measured.facts.get(site.key, Sensitivity)
+        assert fact.stderr > 0
+        # 400 probes, at most 10 sites: 5 standard errors
+        assert abs(fact.curvature * site.numel - dense_fisher(program, work, site.key)) <= 5 * fact.stderr * site.numel
+
+
+def test_fisher_needs_one_ordinary_backward_per_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    original = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("create_graph", False))
+        return original(*args, **kwargs)
+
+    program, work = double_program(Mlp), double_study()
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    run([Fisher(3, tolerance=0)], program, work)
+    assert calls == [False] * 3 * len(work.batches)
+
+
+def test_fisher_draws_from_the_distribution_that_the_user_gives() -> None:
+    """Half the squared error is a Gaussian's -log p: the Gauss-Newton matrix is J^T J."""
+
+    def half_squares(output: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * (output - target).square().sum(1).mean()
+
+    def gaussian(output: Tensor, random: torch.Generator) -> Tensor:
+        return output.detach() + torch.randn(output.shape, generator=random, dtype=output.dtype)
+
+    program = double_program(Mlp)
+    work = replace(double_study(), loss=half_squares, draw=gaussian)
+    fact = run([Fisher(400, tolerance=0)], program, work).facts.get("head.weight", Sensitivity)
+    squares = [tensor_at(program, batch, "tanh_1").square().sum() for batch in work.batches]
+    expected = 3 * float(torch.stack(squares).sum()) / work.samples  # J of the last layer is its input, three times
+    assert abs(fact.curvature * 12 - expected) <= 5 * fact.stderr * 12
+
+
+def second_order_loss(program: Program, work: Study, site: str, bits: int) -> float:
+    """g.d + 1/2 d^T H d along the quantizer's error, by autograd's own derivatives along a line."""
+    total = 0.0
+    for batch in work.batches:
+
+        def along(t: Tensor, batch: Batch = batch) -> Tensor:
+            if any(site == activation.key for activation in program.activations):
+
+                def moved(_: str, x: Tensor) -> Tensor:
+                    return x + t * (activation_at(program, site, bits, x.detach()) - x.detach())
+
+                return F.cross_entropy(program.run(batch.args, {}, moved, at=[site]), batch.target)
+            weight = program.tensor(site).detach()
+            changed = weight + t * (weight_at(program, site, bits) - weight)
+            return F.cross_entropy(program.run(batch.args, {}, tensors={site: changed}), batch.target)
+
+        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(along(zero), zero, create_graph=True)
+        (curved,) = torch.autograd.grad(slope, zero)
+        total += batch.size / work.samples * float(slope + 0.5 * curved)
+    return total
+
+
+@pytest.mark.parametrize("make", [Mlp, TiedWeights])
+def test_taylor_is_the_expansion_along_the_quantization_error(make: type[nn.Module]) -> None:
+    program, work = double_program(make), double_study()
+    measured = run([Taylor(200, tolerance=0)], program, work)
+    for site in program.sites:
+        fact = measured.facts.get(site.key, LossIncrease)
+        for bits, increase in fact.by_bits.items():
+            exact = second_order_loss(program, work, site.key, bits)
+            # 200 probes, about 50 estimates: 5 standard errors, and float32 scales beside float64 weights
+            assert abs(increase - exact) <= 5 * fact.stderr[bits] + 1e-6 * abs(exact), (site.key, bits)
+
+
+def test_measured_is_the_loss_with_one_site_quantized() -> None:
+    program, work = double_program(Mlp), double_study()
+    fact = run([Measured()], program, work).facts
+    for key, bits in (("second.weight", 3), ("tanh", 4)):
+        total = 0.0
+        for batch in work.batches:
+            x, *_ = batch.args
+            names = ("first", "second", "head")
+            weights = {name: program.tensor(f"{name}.weight") for name in names}
+            if key == "second.weight":
+                weights["second"] = weight_at(program, key, bits)
+            hidden = torch.tanh(F.linear(x.flatten(1), weights["first"], program.tensor("first.bias")))
+            before = hidden if key == "second.weight" else activation_at(program, key, bits, hidden)
+            out = torch.tanh(F.linear(before, weights["second"], program.tensor("second.bias")))
+            loss = F.cross_entropy(F.linear(out, weights["head"], program.tensor("head.bias")), batch.target)
+            total += float(loss - work.loss_of(program.run(batch.args, {}), batch, 0)) * batch.size / work.samples
+        found = fact.get(key, LossIncrease)
+        assert found.by_bits[bits] == pytest.approx(total, rel=1e-9)  # the same float64 operations
+        assert found.stderr[bits] == 0.0
+
+
+def test_mse_is_the_squared_error_alone() -> None:
+    program = double_program(Mlp)
+    facts = run([Mse()], program, double_study()).facts
+    for site in program.sites:
+        assert facts.get(site.key, LossIncrease).by_bits == facts.get(site.key, Perturbation).squared_error
+
+
+def test_hawq_v1_is_the_top_eigenvalue_of_every_block() -> None:
+    program = double_program(Mlp)
+    work = replace(double_study(), batches=double_study().batches[:1])
+    facts = run([HawqV1(iterations=2000, precision=1e-10)], program, work).facts
+    batch = work.batches[0]
+
+    def of_head(weight: Tensor) -> Tensor:
+        return F.cross_entropy(program.run(batch.args, {}, tensors={"head.weight": weight}), batch.target)
+
+    def of_shift(shift: Tensor) -> Tensor:
+        output = program.run(batch.args, {}, lambda _, value: value + shift, at=["tanh"])
+        return F.cross_entropy(output, batch.target)
+
+    dense = torch.autograd.functional.hessian(of_head, program.tensor("head.weight").detach()).reshape(12, 12)
+    # the error of a Rayleigh quotient is quadratic in that of the vector
+    assert facts.get("head.weight", Sensitivity).curvature == pytest.approx(_largest(dense), rel=1e-6)
+    samples = torch.autograd.functional.hessian(of_shift, torch.zeros_like(tensor_at(program, batch, "tanh")))
+    blocks = [_largest(samples[k, :, k]) for k in range(batch.size)]
+    assert facts.get("tanh", Sensitivity).curvature == pytest.approx(sum(blocks), rel=1e-6)
+
+
+def _largest(matrix: Tensor) -> float:
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    return float(eigenvalues[eigenvalues.abs().argmax()])
