@@ -20,10 +20,15 @@ console = Console(width=120)
 
 
 def arguments(doc: str) -> argparse.Namespace:
+    return parser(doc).parse_args()
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a reduced run of a minute or two; writes no results")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a claim does not hold")
-    return parser.parse_args()
+    return parser
 
 
 def environment() -> dict[str, Any]:

@@ -156,6 +156,14 @@ def distillation(output: Tensor, target: Tensor) -> Tensor:
     return (_cross_entropy(output[..., 4], sure) + sure * (classes + box)).sum(1).mean()
 
 
+def drawn(output: Tensor, random: torch.Generator) -> Tensor:
+    """A target from the distribution of which `distillation` is the negative logarithm: Bernoulli for the object, and
+    where there is one, for each class; Gaussian with variance 1/2 for the box."""
+    output = output.detach()
+    box = output[..., :4] + 0.5**0.5 * torch.randn(output[..., :4].shape, generator=random)
+    return torch.cat([box, torch.bernoulli(output[..., 4:], generator=random)], -1)
+
+
 def _cross_entropy(p: Tensor, q: Tensor) -> Tensor:
     """Of probabilities with soft labels; both are kept off 0 and 1 by as much as makes second derivatives safe."""
     tiny = 1e-6

@@ -14,7 +14,7 @@ from rich.table import Table
 from hawqfx import pipeline
 from hawqfx.budget import Budget
 from hawqfx.compiler import compile as compile_model
-from hawqfx.contract import Observer
+from hawqfx.contract import Analysis, Observer, Pass
 from hawqfx.errors import HawqfxError
 from hawqfx.observe import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
@@ -54,8 +54,9 @@ def compile(
     if dump is not None:
         observers.append(Dump(dump))
     if print_after is not None:
-        if print_after not in _pass_names():
-            raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(_pass_names())}")
+        names = [step.name for step in _passes()]
+        if print_after not in names:
+            raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(names)}")
         observers.append(PrintAfter(print_after))
     metric = pipeline.metric(sensitivity)
     if probes is not None:
@@ -101,17 +102,19 @@ def demo(
 
 @app.command()
 def passes() -> None:
-    """List the passes in the order in which they run."""
+    """List the passes in the order in which they run, then the other metrics that --sensitivity may choose."""
     table = Table("pass", "kind", "needs", "gives")
-    for step in pipeline.recipe(Budget()):
-        kind = type(step).__mro__[1].__name__.lower()
+    for step in _passes():
+        kind = "analysis" if isinstance(step, Analysis) else "rewrite"
         needs, gives = (", ".join(found.__name__ for found in facts) for facts in (step.needs, step.gives))
         table.add_row(step.name, kind, needs, gives)
     Console().print(table)
 
 
-def _pass_names() -> list[str]:
-    return [step.name for step in pipeline.recipe(Budget())]
+def _passes() -> list[Pass]:
+    """The recipe, and the metrics that are not in it."""
+    steps = list(pipeline.recipe(Budget()))
+    return steps + [make() for make in pipeline.METRICS.values() if make() not in steps]
 
 
 def _load(spec: str) -> Any:

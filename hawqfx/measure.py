@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hawqfx import heap
 from hawqfx.contract import Analysis, Kind
 from hawqfx.derivatives import Operators, stand_ins
 from hawqfx.errors import HawqfxError, LossError
 from hawqfx.facts import Fact, LossIncrease, Perturbation, Quantizers, Rounding, Sensitivity
 from hawqfx.maths import curvature
 from hawqfx.maths.curvature import Moments
-from hawqfx.program import ActivationSite, Program, Site, WeightSite
+from hawqfx.program import ActivationSite, Program, WeightSite
 from hawqfx.shelf import Shelf, digest
 from hawqfx.study import Batch, Study
 from hawqfx.workers import Team, Workers, local_count
@@ -160,7 +161,7 @@ def measure(metric: Metric, program: Program, study: Study) -> dict[Quantity, Es
     kept = _kept(shelf, len(study.batches), workers)
     mine, team = workers.share([index for index, have in enumerate(kept) if not have])
     table = torch.zeros(len(study.batches), len(quantities), len(_Known._fields), dtype=torch.float64)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+    with heap.kept(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
         operators = stand_ins(program, study.batches[0]) if metric.second_order else {}
         for done, index in enumerate(mine):
             known = _on_batch(_Task(metric, program, study, operators, quantities, team), index, done, len(mine))
@@ -356,13 +357,11 @@ class Forward:
     output: object
     tensors: Mapping[str, list[Tensor]]
 
-    def of(self, sites: Sequence[str]) -> list[Tensor]:
-        return [tensor for site in sites for tensor in self.tensors[site]]
-
-    def gradients(self, loss: Tensor) -> dict[str, list[Tensor]]:
-        """Those of the tensors of every site, ready to be differentiated again."""
-        found = iter(curvature.gradient(loss, self.of(list(self.tensors))))
-        return {site: [next(found) for _ in tensors] for site, tensors in self.tensors.items()}
+    def gradients(self, loss: Tensor, sites: Sequence[str], *, again: bool) -> dict[str, list[Tensor]]:
+        """Those of the tensors of some sites; `again`: ready to be differentiated once more."""
+        tensors = [tensor for site in sites for tensor in self.tensors[site]]
+        found = iter(curvature.gradient(loss, tensors, again=again))
+        return {site: [next(found) for _ in self.tensors[site]] for site in sites}
 
     def mean_square(self, site: str) -> float:
         """Of the site's elements: what a unit of trace is worth, since at equal bits the squared error per element is
@@ -391,11 +390,10 @@ def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
     return Forward(output, tensors)
 
 
-def check_gradients(sites: Sequence[Site], tensors: Mapping[str, list[Tensor]], index: int) -> None:
-    """Raises LossError that names the first site, in the order of the graph, whose gradient is not finite."""
-    for site in sites:
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors[site.key]):
-            raise LossError(f"the gradient at {site.key!r} is not finite on batch {index}: the loss overflows there")
+def check_gradient(index: int, site: str, gradients: Sequence[Tensor]) -> None:
+    """Raises LossError that names the site if its gradient is not finite.  Sites come in the order of the graph."""
+    if not all(map(curvature.is_finite, gradients)):
+        raise LossError(f"the gradient at {site!r} is not finite on batch {index}: the loss overflows there")
 
 
 def sample_axis(tensor: Tensor, samples: int) -> int:

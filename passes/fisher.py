@@ -13,12 +13,11 @@ second derivatives.  Where the loss is -log p and the labels are the model's own
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hawqfx.derivatives import Operators
 from hawqfx.maths import curvature
-from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradients, forward
+from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
 from hawqfx.program import Program
 from hawqfx.study import Study, cross_entropy, generator
 
@@ -26,18 +25,17 @@ from hawqfx.study import Study, cross_entropy, generator
 class _Backward(Measurement):
     """Keeps the graph of one forward pass, for any number of backward passes."""
 
-    def __init__(self, program: Program, study: Study, index: int, run: Forward) -> None:
-        self.program, self.study, self.index, self.run = program, study, index, run
+    def __init__(self, study: Study, index: int, run: Forward) -> None:
+        self.study, self.index, self.run = study, index, run
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         random = generator(self.study.seed, "drawn", self.index, probe, device=self.study.device)
         target = self.study.drawn(self.run.output, random)
         loss = self.study.loss_at(self.run.output, target, self.index)
         sites = [quantity.site for quantity in wanted]
-        flat = torch.autograd.grad(loss, self.run.of(sites), retain_graph=True, materialize_grads=True)
-        found = iter(flat)
-        gradients = {site: [next(found) for _ in self.run.tensors[site]] for site in sites}
-        check_gradients([site for site in self.program.sites if site.key in gradients], gradients, self.index)
+        gradients = self.run.gradients(loss, sites, again=False)
+        for site in sites:
+            check_gradient(self.index, site, gradients[site])
         draws = self._draws(target)
         return {q: draws * sum(curvature.dot(g, g) for g in gradients[q.site]) for q in wanted}
 
@@ -60,4 +58,4 @@ class Fisher(CurvatureMetric):
     tolerance: float = 0.1
 
     def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        return _Backward(program, study, index, forward(program, study.batches[index], operators))
+        return _Backward(study, index, forward(program, study.batches[index], operators))

@@ -13,7 +13,7 @@ import torch
 
 from hawqfx.derivatives import Operators
 from hawqfx.maths import curvature
-from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradients, forward, sample_axis
+from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward, sample_axis
 from hawqfx.program import ActivationSite, Program
 from hawqfx.study import Study, generator
 
@@ -22,8 +22,10 @@ class _Power(Measurement):
     def __init__(self, metric: "HawqV1", program: Program, study: Study, index: int, run: Forward) -> None:
         self.metric, self.study, self.index, self.run = metric, study, index, run
         self.activations = {site.key for site in program.sites if isinstance(site, ActivationSite)}
-        self.gradients = run.gradients(study.loss_of(run.output, study.batches[index], index))
-        check_gradients(program.sites, self.gradients, index)
+        loss = study.loss_of(run.output, study.batches[index], index)
+        self.gradients = run.gradients(loss, [site.key for site in program.sites], again=True)
+        for site, gradients in self.gradients.items():
+            check_gradient(index, site, gradients)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         return {quantity: self._eigenvalue(quantity.site) for quantity in wanted}

@@ -7,11 +7,14 @@ that sample's own, so one probe over the whole batch gives the mean over the sam
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
+
+from torch import Tensor
 
 from hawqfx.derivatives import Operators
 from hawqfx.maths import curvature
-from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradients, forward
+from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
 from hawqfx.program import Program
 from hawqfx.study import Study, generator
 
@@ -21,18 +24,16 @@ class _Hutchinson(Measurement):
 
     def __init__(self, study: Study, index: int, run: Forward) -> None:
         self.study, self.index, self.run = study, index, run
-        self.gradients = run.gradients(study.loss_of(run.output, study.batches[index], index))
+        loss = study.loss_of(run.output, study.batches[index], index)
+        self.hessian = curvature.Hessian(loss, run.tensors, partial(check_gradient, index))
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
-        gradients, tensors, vectors = [], [], []
-        for site, _ in wanted:
-            random = generator(self.study.seed, "probe", self.index, probe, site, device=self.study.device)
-            for gradient, tensor in zip(self.gradients[site], self.run.tensors[site], strict=True):
-                gradients.append(gradient)
-                tensors.append(tensor)
-                vectors.append(curvature.rademacher(tensor, random))
-        samples = iter(curvature.trace_samples(gradients, tensors, vectors))
-        return {quantity: sum(next(samples) for _ in self.run.tensors[quantity.site]) for quantity in wanted}
+        samples = self.hessian.forms({site: partial(self._signs, probe, site) for site, _ in wanted})
+        return {quantity: samples[quantity.site] for quantity in wanted}
+
+    def _signs(self, probe: int, site: str) -> list[Tensor]:
+        random = generator(self.study.seed, "probe", self.index, probe, site, device=self.study.device)
+        return [curvature.rademacher(tensor, random) for tensor in self.run.tensors[site]]
 
     def worth(self, quantity: Quantity) -> float:
         return self.run.mean_square(quantity.site)
@@ -47,6 +48,4 @@ class HawqV2(CurvatureMetric):
     second_order: ClassVar[bool] = True
 
     def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        measurement = _Hutchinson(study, index, forward(program, study.batches[index], operators))
-        check_gradients(program.sites, measurement.gradients, index)
-        return measurement
+        return _Hutchinson(study, index, forward(program, study.batches[index], operators))

@@ -7,6 +7,7 @@ has its d with a random sign, so one Hessian-vector product per pair of widths g
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from hawqfx.derivatives import Operators
 from hawqfx.facts import Quantizers
 from hawqfx.maths import curvature
-from hawqfx.measure import Forward, Measurement, Quantity, WidthMetric, check_gradients, forward, sample_axis
+from hawqfx.measure import Forward, Measurement, Quantity, WidthMetric, check_gradient, forward, sample_axis
 from hawqfx.program import Program, WeightSite
 from hawqfx.quantized import activation_at, weight_at
 from hawqfx.study import Study, generator
@@ -25,9 +26,9 @@ class _Directions(Measurement):
     def __init__(self, program: Program, study: Study, index: int, run: Forward) -> None:
         self.program, self.study, self.index, self.run = program, study, index, run
         self.sites = {site.key: site for site in program.sites}
-        self.gradients = run.gradients(study.loss_of(run.output, study.batches[index], index))
-        check_gradients(program.sites, self.gradients, index)
         self.slopes: dict[Quantity, float] = {}
+        loss = study.loss_of(run.output, study.batches[index], index)
+        self.hessian = curvature.Hessian(loss, run.tensors, self._note_slopes)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         found: dict[Quantity, float] = {}
@@ -45,23 +46,19 @@ class _Directions(Measurement):
         return list(ranks.values())
 
     def _product(self, probe: int, together: Sequence[Quantity]) -> dict[Quantity, float]:
-        gradients, tensors, vectors = [], [], []
-        for quantity in together:
-            random = generator(self.study.seed, "sign", self.index, probe, *quantity, device=self.study.device)
-            errors = self._errors(quantity)
-            if quantity not in self.slopes:
-                self.slopes[quantity] = sum(
-                    curvature.dot(g, d) for g, d in zip(self._gradients(quantity), errors, strict=True)
-                )
-            gradients += self._gradients(quantity)
-            tensors += self.run.tensors[quantity.site]
-            vectors += [error * self._signs(quantity.site, error, random) for error in errors]
-        products = curvature.hessian_product(gradients, tensors, vectors)
-        curved = iter([curvature.dot(v, hv) for v, hv in zip(vectors, products, strict=True)])
-        return {q: self.slopes[q] + 0.5 * sum(next(curved) for _ in self.run.tensors[q.site]) for q in together}
+        curved = self.hessian.forms({q.site: partial(self._signed_errors, probe, q) for q in together})
+        return {q: self.slopes[q] + 0.5 * curved[q.site] for q in together}
 
-    def _gradients(self, quantity: Quantity) -> list[Tensor]:
-        return self.gradients[quantity.site]
+    def _note_slopes(self, site: str, gradients: Sequence[Tensor]) -> None:
+        """g.d at every width, while the gradient is there."""
+        check_gradient(self.index, site, gradients)
+        for bits in self.program.facts.get(site, Quantizers).by_bits:
+            errors = self._errors(Quantity(site, bits))
+            self.slopes[Quantity(site, bits)] = sum(map(curvature.dot, gradients, errors))
+
+    def _signed_errors(self, probe: int, quantity: Quantity) -> list[Tensor]:
+        random = generator(self.study.seed, "sign", self.index, probe, *quantity, device=self.study.device)
+        return [error * self._signs(quantity.site, error, random) for error in self._errors(quantity)]
 
     @torch.no_grad()
     def _errors(self, quantity: Quantity) -> list[Tensor]:

@@ -43,8 +43,9 @@ LAW: dict[str, set[str]] = {
     "derivatives": {"errors", "program", "study"},
     "shelf": {"errors", "files"},
     "workers": {"errors"},
+    "heap": set(),
     "measure": {
-        "contract", "derivatives", "errors", "facts", "maths", "program", "shelf", "study", "workers",
+        "contract", "derivatives", "errors", "facts", "maths", "heap", "program", "shelf", "study", "workers",
     },
     "verify": {"program", "errors"},
     "capture": {"program", "study", "errors", "vocabulary"},

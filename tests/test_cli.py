@@ -1,5 +1,8 @@
 """The command line does what compile() does."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from hawqfx.errors import HawqfxError
 from hawqfx.plan import Plan
 from tests.nets import Plain, build, images
 
+ROOT = Path(__file__).parent.parent
 run = CliRunner()
 
 
@@ -48,6 +52,25 @@ def test_compile_writes_the_file_the_plan_and_the_dump(tmp_path: Path) -> None:
     assert len(list(dump.iterdir())) == 9
     assert "conv1.weight" in result.output
     assert "time per pass" in result.output
+
+
+def test_a_metric_is_chosen_by_name_and_its_measurements_are_kept(tmp_path: Path) -> None:
+    options = ("--sensitivity", "fisher", "--cache", str(tmp_path / "cache"), "--samples", "20", "--batch", "8")
+    result = run.invoke(cli.app, arguments(tmp_path, *options))
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "cache").glob("*/batch-*.json"))) == 3  # 16 + 4 samples in parts of 8
+    refused = run.invoke(cli.app, arguments(tmp_path, "--sensitivity", "mse"))
+    assert "--probes: the metric mse draws none" in str(refused.exception)
+
+
+def test_torchrun_writes_one_file_and_speaks_with_one_voice(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "hawqfx"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *arguments(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+    assert done.stdout.count("budget size=60%") == 1
 
 
 def test_print_after_names_a_pass(tmp_path: Path) -> None:
@@ -89,5 +112,6 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "allocation",
         "lowering",
     ]
-    positions = [output.index(name) for name in names]
+    names += ["fisher", "taylor", "measured", "mse", "hawq_v1"]
+    positions = [output.index(f" {name} ") for name in names]
     assert positions == sorted(positions)

@@ -143,7 +143,8 @@ def test_hessians_of_every_network(make: Callable[[], nn.Module]) -> None:
 def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operators: set[str]) -> None:
     program, batch = captured(make), study().batches[0]
     found = stand_ins(program, batch)
-    assert {str(operator) for operator in found} == operators
+    convolutions = {f"aten.conv{dimensions}d.default" for dimensions in (1, 2, 3)}
+    assert {str(operator) for operator in found} == operators | convolutions
     plain, replaced = (program.run(batch.args, {}, operators=table) for table in ({}, found))
     # the same sums in another order
     assert torch.allclose(plain, replaced, rtol=1e-5, atol=1e-6)
@@ -152,7 +153,38 @@ def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operato
 def test_nothing_stands_in_where_nothing_need() -> None:
     for make in (bert, vit):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            assert stand_ins(captured(make), study().batches[0]) == {}
+            assert all("conv" in str(operator) for operator in stand_ins(captured(make), study().batches[0]))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "options"),
+    [
+        (1, {"stride": [2], "padding": [1], "dilation": [2]}),
+        (2, {}),
+        (2, {"stride": [2, 1], "padding": [1, 0], "groups": 2}),
+        (2, {"padding": [1, 1], "groups": 4}),
+        (3, {"dilation": [1, 2, 1], "padding": [1, 1, 0]}),
+    ],
+)
+def test_the_second_derivatives_of_convolutions_are_torchs_own(dimensions: int, options: dict[str, Any]) -> None:
+    random = torch.Generator().manual_seed(dimensions)
+    groups = options.get("groups", 1)
+    shapes = [(2, 4, *[7] * dimensions), (8, 4 // groups, *[3] * dimensions), (8,)]
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for shape in shapes]
+    operator = getattr(torch.ops.aten, f"conv{dimensions}d").default
+    stand_in = stand_ins(captured(InvertedResidual), study().batches[0])[operator]
+    found = []
+    for function in (operator, stand_in):
+        y = function(*inputs, **options) if function is stand_in else function(
+            *inputs, options.get("stride", [1] * dimensions), options.get("padding", [0] * dimensions),
+            options.get("dilation", [1] * dimensions), groups,
+        )  # fmt: skip
+        first = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
+        draws = torch.Generator().manual_seed(7)
+        vectors = [torch.randn(g.shape, generator=draws, dtype=g.dtype) for g in first]
+        found.append([y, *first, *torch.autograd.grad(first, inputs, vectors)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)  # float64, summed in another order
 
 
 def test_an_operator_that_nothing_helps_is_named_and_fisher_works() -> None:

@@ -16,19 +16,26 @@ Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990)
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Vectors = Callable[[], Sequence[Tensor]]
+
 _ROW = 4096  # a dot product is summed in rows of this many in the tensor's type, and over the rows in float64
 
 
 def gradient(loss: Tensor, inputs: Sequence[Tensor], *, again: bool = True) -> tuple[Tensor, ...]:
-    """dL/dx for every x, zeros where L does not depend on x; `again`: ready to be differentiated once more."""
-    return torch.autograd.grad(loss, inputs, create_graph=again, materialize_grads=True)
+    """dL/dx for every x, zeros where L does not depend on x; `again`: ready to be differentiated once more.
+
+    The graph of the loss is kept.
+    """
+    return torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=again, materialize_grads=True)
 
 
 def hessian_product(
@@ -70,10 +77,87 @@ def dot(x: Tensor, y: Tensor) -> float:
     return float(rows.sum(dtype=torch.float64) + rest.double())
 
 
-def trace_samples(gradients: Sequence[Tensor], inputs: Sequence[Tensor], probes: Sequence[Tensor]) -> list[float]:
-    """One unbiased sample of Tr(H_ii) for every input, from one Hessian-vector product with independent `probes`."""
-    products = hessian_product(gradients, inputs, probes)
-    return [dot(z, hz) for z, hz in zip(probes, products, strict=True)]
+def is_finite(x: Tensor) -> bool:
+    """Whether every element is."""
+    # a sum is ten times faster than a look at every element, and not finite if one of them is not
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+class Hessian:
+    """The Hessian of a loss by blocks of tensors, for any number of products with it.
+
+    Holds the graph of the gradient, but neither the gradient, nor vectors, nor products: a vector is made when the
+    backward pass comes to its block and once more when its product is there, and both go at once.  Over the
+    activations of a network they would take more memory than everything else.
+
+    `look` sees the gradient of every block once, in the order of `blocks`.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        blocks: Mapping[str, Sequence[Tensor]],
+        look: Callable[[str, Sequence[Tensor]], None] = lambda key, gradients: None,
+    ) -> None:
+        self.blocks = {key: list(tensors) for key, tensors in blocks.items()}
+        self.vectors = _Current()
+        self.leaves = [x for tensors in self.blocks.values() for x in tensors if x.is_leaf]
+        gradients = list(gradient(loss, [x for tensors in self.blocks.values() for x in tensors]))[::-1]
+        self.roots: dict[str, list[Tensor]] = {}
+        for key, tensors in self.blocks.items():
+            own = [gradients.pop() for _ in tensors]
+            look(key, [g.detach() for g in own])
+            # a gradient without a graph is that of a loss which is linear here
+            parts = [(g, number) for number, g in enumerate(own) if g.requires_grad]
+            self.roots[key] = [_Pairing.apply(g, self.vectors, key, number) for g, number in parts]  # type: ignore[no-untyped-call]
+
+    def forms(self, vectors: "Mapping[str, Vectors]") -> dict[str, float]:
+        """v_i^T (H v)_i for every block i of `vectors`, v being zero elsewhere, from one product.
+
+        `vectors`: block -> a function that gives its vector, one tensor for each of the block, always the same.
+        """
+        self.vectors.by_block = vectors
+        found = dict.fromkeys(vectors, 0.0)
+        hooks = []
+        for key in vectors:
+            for number, tensor in enumerate(self.blocks[key]):
+                hooks.append(tensor.register_hook(partial(self._meet, found, key, number)))
+        try:
+            inner = any(not tensor.is_leaf for key in vectors for tensor in self.blocks[key])
+            # an inner tensor is passed only on the way to a leaf, and which ones lie beyond it is not known here
+            ends = self.leaves if inner else [tensor for key in vectors for tensor in self.blocks[key]]
+            roots = [root for key in vectors for root in self.roots[key]]
+            if roots and ends:
+                ones = [torch.ones_like(root) for root in roots]
+                torch.autograd.grad(roots, ends, ones, retain_graph=True, allow_unused=True)
+        finally:
+            self.vectors.by_block = {}
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _meet(self, found: dict[str, float], key: str, number: int, product: Tensor) -> None:
+        found[key] += dot(self.vectors.by_block[key]()[number], product)
+
+
+class _Current:
+    """The vectors of the product in work.  The graph refers to this and not to the Hessian, which holds the graph: in
+    such a circle neither would ever go."""
+
+    by_block: "Mapping[str, Vectors]" = MappingProxyType({})
+
+
+class _Pairing(torch.autograd.Function):
+    """<g, v> for a vector v that is made only when the derivative by g is asked for; the value is of no use."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, vectors: _Current, key: str, number: int) -> Tensor:
+        ctx.vectors, ctx.key, ctx.number = vectors, key, number
+        return gradient.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        return ctx.vectors.by_block[ctx.key]()[ctx.number], None, None, None
 
 
 def top_eigenvalues(

@@ -1,14 +1,17 @@
 """Hutchinson's estimate against the dense float64 Hessian of a network of 32 numbers in three blocks."""
 
+import gc
 import math
 import statistics
+import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hawqfx.maths.curvature import Moments, dot, gradient, pooled, rademacher, top_eigenvalues, trace_samples
+from hawqfx.maths.curvature import Hessian, Moments, dot, gradient, is_finite, pooled, rademacher, top_eigenvalues
 
 SHAPES = ((4, 3), (2, 4), (3, 4))  # two weights, and a perturbation of the hidden activation of 3 samples
 SMALL, LARGE, FEW, MANY = 4, 64, 512, 128  # FEW estimates of SMALL probes, then MANY estimates of LARGE probes
@@ -49,8 +52,12 @@ def samples(point: list[Tensor]) -> Tensor:
 
 
 def _draw(loss: Tensor, inputs: Sequence[Tensor], count: int) -> Tensor:
-    gradients, random = gradient(loss, inputs), torch.Generator().manual_seed(2)
-    rows = [trace_samples(gradients, inputs, [rademacher(x, random) for x in inputs]) for _ in range(count)]
+    hessian, random = Hessian(loss, {str(i): [x] for i, x in enumerate(inputs)}), torch.Generator().manual_seed(2)
+    rows = []
+    for _ in range(count):
+        probes = {str(i): [rademacher(x, random)] for i, x in enumerate(inputs)}
+        found = hessian.forms({key: partial(list, probe) for key, probe in probes.items()})
+        rows.append(list(found.values()))
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -165,3 +172,46 @@ def test_blocks_of_samples_have_their_own_eigenvalues(point: list[Tensor], hessi
 def test_a_block_without_curvature_has_eigenvalue_zero() -> None:
     x = torch.ones(3, requires_grad=True)
     assert top_eigenvalues(gradient((2 * x).sum(), [x]), [x], [torch.ones(3)], [0], 1, 5, 0.1).tolist() == [0.0]
+
+
+def test_a_hessian_goes_with_its_last_reference() -> None:
+    """The graph of a gradient is gigabytes on a real network: no circle of references may keep it."""
+
+    class User:
+        def __init__(self) -> None:
+            x = torch.ones(3, requires_grad=True)
+            self.hessian = Hessian((x**3).sum(), {"x": [x]})
+
+        def vector(self) -> list[Tensor]:
+            return [torch.ones(3)]
+
+    gc.disable()
+    try:
+        user = User()
+        assert user.hessian.forms({"x": user.vector}) == {"x": 18.0}
+        gone = weakref.ref(user.hessian)
+        del user
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_is_finite_looks_twice_only_where_a_sum_overflows() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert is_finite(torch.tensor([largest, largest]))
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not is_finite(torch.tensor([1.0, bad]))
+    assert not is_finite(torch.tensor([math.inf, -math.inf]))
+
+
+def test_inner_tensors_and_leaves_have_the_same_forms_together_and_alone() -> None:
+    """y is computed from x: its block is passed on the way to x, and is asked for alone, too."""
+    x = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    y = x.sin()
+    hessian = Hessian((y**4).sum(), {"x": [x], "y": [y]})
+    v = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    second = 12 * y.detach() ** 2  # of y alone; x has the chain rule's terms
+    of_x = second * x.detach().cos() ** 2 - 4 * y.detach() ** 3 * x.detach().sin()
+    # the same few operations in float64
+    assert hessian.forms({"y": lambda: [v]})["y"] == pytest.approx(float((second * v * v).sum()), rel=1e-12)
+    assert hessian.forms({"x": lambda: [v]})["x"] == pytest.approx(float((of_x * v * v).sum()), rel=1e-12)
