@@ -30,7 +30,7 @@ from hawqfx import heap, pipeline, zoo
 from hawqfx.capture import capture
 from hawqfx.derivatives import stand_ins
 from hawqfx.maths import curvature
-from hawqfx.measure import Measurement, Quantity
+from hawqfx.measure import Measurement, Quantity, forward
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.program import Program
