@@ -70,6 +70,7 @@ def compile(
         without targets and for "fisher"; labels by softmax of the logits by default.
     samples: take so many samples of the data and no more; a warning says so when there are fewer.
     batch: the most samples to measure at once; by default as many as free memory allows.
+    device: where to measure, such as "cuda"; the model must be there, the data is moved.
     cache: a folder where measurements are kept, batch by batch: a run that was killed goes on where it was, and the
         same model is never measured twice.
     console: where progress bars go, if it is a terminal; by default stderr.
@@ -84,8 +85,9 @@ def compile(
     metric = pipeline.metric(sensitivity)
     if batch is not None and batch < 1:
         raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
-    device = torch.device(device)
+    device = _usable(device)
     batches = tuple(part.to(device) for part in gather(data, samples))
+    _check_device(model, device)
     program = capture(model, batches[0])
     with progress_bars(console or Console(stderr=True)) as progress:
         study = Study(batches, loss, seed, device, progress, draw, batch, None if cache is None else Path(cache))
@@ -103,6 +105,22 @@ def compile(
         return session.lowered(measured, given.budget)
     assert limits is not None
     return session.at(limits)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise HawqfxError(f"device={str(device)!r} cannot be used: {error}") from error
+    return found
+
+
+def _check_device(model: Model, device: torch.device) -> None:
+    state = model.state_dict if isinstance(model, torch.export.ExportedProgram) else model.state_dict()
+    stray = next((tensor.device for tensor in state.values() if tensor.device.type != device.type), None)
+    if stray is not None:
+        raise HawqfxError(f"the model is on {stray} and device={str(device)!r}: move it with model.to({str(device)!r})")
 
 
 def _widths(bits: Sequence[int]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ def stand_ins(program: Program, batch: Batch) -> Operators:
     Raises DerivativeError that names the operators, and a node of each, for which there is none.
     """
     trial = _Trial(program.graph, {site.key for site in program.weights})
-    few = batch.first(2)
+    few = batch.first(2) if program.dynamic_batch else batch
     with torch.no_grad():
         trial.run(*program.flat_inputs(few.args, few.kwargs), enable_io_processing=False)
     if trial.refused:

@@ -250,6 +250,7 @@ def _on_batch(task: _Task, index: int, done: int, batches: int) -> dict[Quantity
         if culprit is not None:
             error.add_note(f"the first tensor that is not finite there is {culprit!r}")
         raise
+    worth = {quantity: measurement.worth(quantity) for quantity in task.quantities}
     samples: dict[Quantity, list[float]] = {quantity: [] for quantity in task.quantities}
     wanted, probe, worst = list(task.quantities), 0, ""
     errors = dict.fromkeys(task.quantities, 0.0)
@@ -262,7 +263,7 @@ def _on_batch(task: _Task, index: int, done: int, batches: int) -> dict[Quantity
         for quantity, column in zip(wanted, team.total(block).T.tolist(), strict=True):
             samples[quantity] += column
         probe += count
-        errors = _relative_errors(task, samples, measurement, share)
+        errors = _relative_errors(task, samples, worth, share)
         if metric.tolerance > 0 and probe >= LEAST:
             wanted = [quantity for quantity in wanted if errors[quantity] > metric.tolerance]
         worst = "" if metric.exact or not errors else f"+-{max(errors.values()):.0%}"
@@ -285,7 +286,7 @@ def _first_not_finite(program: Program, batch: Batch) -> str | None:
 
 
 def _relative_errors(
-    task: _Task, samples: Mapping[Quantity, Sequence[float]], measurement: Measurement, share: float
+    task: _Task, samples: Mapping[Quantity, Sequence[float]], worth: Mapping[Quantity, float], share: float
 ) -> dict[Quantity, float]:
     """The standard error that every quantity would have over all batches, if they were like this one, relative to its
     own mean or to the average of its kind, whichever is larger."""
@@ -293,7 +294,6 @@ def _relative_errors(
         return dict.fromkeys(samples, 0.0)
     moments = {quantity: Moments.of(values) for quantity, values in samples.items()}
     kind = {site.key: isinstance(site, ActivationSite) for site in task.program.sites}
-    worth = {quantity: measurement.worth(quantity) for quantity in moments}
     by_kind: dict[tuple[bool, int], list[float]] = {}
     for quantity, part in moments.items():
         by_kind.setdefault((kind[quantity.site], quantity.bits), []).append(worth[quantity] * abs(part.mean))
@@ -310,6 +310,12 @@ def _relative_errors(
 def _split(metric: Metric, program: Program, study: Study, workers: Workers, shelf: Shelf | None) -> Study:
     """The study in batches that memory holds: as small as the user says, or as free memory asks."""
     largest = max(batch.size for batch in study.batches)
+    if not program.dynamic_batch:
+        if study.batch is not None and study.batch < largest:
+            raise HawqfxError(
+                f"batch={study.batch}: the exported program has a fixed batch of {largest}: use dynamic_shapes"
+            )
+        return study
     wanted = min(study.batch or _fitting(metric, program, study, largest), largest)
     wanted = workers.from_first(wanted)
     if shelf is not None:

@@ -113,6 +113,12 @@ class Program:
         covered = {layer.weight for layer in self.layers} | {layer.bias for layer in self.layers}
         return sum(_float_bytes(tensor) for key, tensor in self.constants().items() if key not in covered)
 
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the graph takes any number of samples at once."""
+        first = next(iter(self.graph.graph.find_nodes(op="placeholder")))
+        return not isinstance(first.meta["val"].shape[0], int)
+
     def forward_bytes(self) -> int:
         """Bytes of all tensors that one sample makes on its way through the graph, as far as the capture recorded."""
         values = [node.meta.get("val") for node in self.graph.graph.nodes if node.op == "call_function"]

@@ -207,3 +207,15 @@ def test_the_users_model_is_left_as_it_was() -> None:
     compiled.model(images()[0][0]).sum().backward()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_device_that_is_not_there_or_not_the_models() -> None:
+    with pytest.raises(HawqfxError, match="device='nonsense' cannot be used"):
+        hawqfx.compile(build(Plain), "size=50%", images(), device="nonsense")
+    with pytest.raises(HawqfxError, match=r"the model is on meta and device='cpu': move it with model\.to\('cpu'\)"):
+        hawqfx.compile(build(Plain).to("meta"), "size=50%", images())
+
+
+def test_less_than_one_sample_at_a_time() -> None:
+    with pytest.raises(HawqfxError, match="batch=0"):
+        hawqfx.compile(build(Plain), "size=50%", images(), batch=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -127,6 +128,14 @@ def test_batches_are_parted_until_they_fit_into_memory(plain: Program, monkeypat
     sizes.clear()
     run([HawqV2(2)], plain, study(images(count=2)))
     assert sizes == [16, 16]
+
+
+def test_an_exported_program_with_a_fixed_batch_is_measured_whole() -> None:
+    data = images(count=2)
+    exported = torch.export.export(build(Plain), (data[0][0],))
+    hawqfx.compile(exported, "size=50%", data, sensitivity=HawqV2(2))
+    with pytest.raises(HawqfxError, match="batch=8: the exported program has a fixed batch of 16"):
+        hawqfx.compile(exported, "size=50%", data, sensitivity=HawqV2(2), batch=8)
 
 
 def test_forward_bytes_are_those_of_all_tensors_of_one_sample() -> None:
