@@ -110,7 +110,8 @@ class Work:
                 parameter.requires_grad_(name in keys)
             with contextlib.redirect_stdout(io.StringIO()):
                 whole = hessian(graph, cross_entropy, data=(self.batch.args[0], self.batch.target), cuda=False)
-                samples: list[float] = whole.trace(maxIter=probes, tol=0.0)
+                samples: list[float] = whole.trace(maxIter=probes, tol=-1.0)  # never before
+            assert len(samples) == probes
             return samples
         finally:
             for parameter, required in kept:

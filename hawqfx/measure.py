@@ -329,9 +329,9 @@ def _split(metric: Metric, program: Program, study: Study, workers: Workers, she
     return replace(study, batches=tuple(piece for batch in study.batches for piece in batch.split(wanted)))
 
 
-# tensors alive at once per tensor of the forward pass: itself, its gradient, what the graph of the gradient keeps,
-# and those of the product in work (benchmarks/sensitivity.py measures the peak)
-_ALIVE = {False: 3, True: 6}
+# bytes at the peak per byte of the forward pass, rounded up from what benchmarks/sensitivity.py measures: 2.1 for a
+# Hessian-vector product of ResNet-50, 1.9 for ResNet-20
+_ALIVE = {False: 2, True: 3}
 
 
 def _fitting(metric: Metric, program: Program, study: Study, largest: int) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hawqfx.derivatives import Operators
+from hawqfx.errors import LossError
 from hawqfx.maths import curvature
 from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
 from hawqfx.program import Program
@@ -58,4 +59,9 @@ class Fisher(CurvatureMetric):
     tolerance: float = 0.1
 
     def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
+        if study.draw is None and study.loss is not cross_entropy:
+            raise LossError(
+                "fisher draws targets from the distribution that the loss is the negative logarithm of, and knows only "
+                'that of cross-entropy: give draw=, a function of (output, generator), or use sensitivity="hawq-v2"'
+            )
         return _Backward(study, index, forward(program, study.batches[index], operators))

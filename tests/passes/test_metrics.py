@@ -60,6 +60,19 @@ def dense_trace(program: Program, work: Study, site: str) -> float:
     return total
 
 
+def counted_gradients(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows with every backward pass from now on: whether it made a graph."""
+    calls: list[bool] = []
+    original = torch.autograd.grad
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs.get("create_graph", False))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    return calls
+
+
 @pytest.mark.parametrize("make", [Mlp, TiedWeights])
 def test_converges_to_the_dense_traces_at_the_rate_of_hutchinson(make: type[nn.Module]) -> None:
     """Every site at once, from shared probes: within 5 standard errors (22 estimates: chance of one outside, 1e-5),
@@ -98,15 +111,8 @@ def test_the_error_itself_falls_like_one_over_the_root_of_probes() -> None:
 
 
 def test_one_backward_per_probe_serves_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    original = torch.autograd.grad
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs.get("create_graph", False))
-        return original(*args, **kwargs)
-
     program, work = double_program(Mlp), double_study()
-    monkeypatch.setattr(torch.autograd, "grad", counted)
+    calls = counted_gradients(monkeypatch)
     run([HawqV2(3, tolerance=0)], program, work)
     # before these, every operator is tried on its own
     assert calls[-8:] == [True, False, False, False] * len(work.batches)
@@ -229,15 +235,8 @@ def test_fisher_is_the_trace_of_the_gauss_newton_matrix(make: type[nn.Module]) -
 
 
 def test_fisher_needs_one_ordinary_backward_per_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-    original = torch.autograd.grad
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs.get("create_graph", False))
-        return original(*args, **kwargs)
-
     program, work = double_program(Mlp), double_study()
-    monkeypatch.setattr(torch.autograd, "grad", counted)
+    calls = counted_gradients(monkeypatch)
     run([Fisher(3, tolerance=0)], program, work)
     assert calls == [False] * 3 * len(work.batches)
 
@@ -257,6 +256,12 @@ def test_fisher_draws_from_the_distribution_that_the_user_gives() -> None:
     squares = [tensor_at(program, batch, "tanh_1").square().sum() for batch in work.batches]
     expected = 3 * float(torch.stack(squares).sum()) / work.samples  # J of the last layer is its input, three times
     assert abs(fact.curvature * 12 - expected) <= 5 * fact.stderr * 12
+
+
+def test_fisher_refuses_a_loss_whose_distribution_it_does_not_know() -> None:
+    work = replace(double_study(), loss=lambda output, target: output.square().mean())
+    with pytest.raises(LossError, match=r'give draw=.*or use sensitivity="hawq-v2"'):
+        run([Fisher(2)], double_program(Mlp), work)
 
 
 def second_order_loss(program: Program, work: Study, site: str, bits: int) -> float:
