@@ -110,7 +110,7 @@ def fewer(base: Compiled, part: int) -> Study:
 
 
 def at(base: Compiled, program: Program, bits: float) -> Compiled:
-    return replace(base.session, measured=program).at(f"weight_bits={bits}")
+    return replace(base.session, measured=program).at(f"weight_bits={bits}", against_uniform=False)
 
 
 def quick() -> Subject:

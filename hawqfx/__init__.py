@@ -7,8 +7,10 @@ compiled.export("model.onnx")
 from importlib.metadata import version
 
 from hawqfx.budget import Budget, Limit
-from hawqfx.compiler import Compiled, Session, compile
+from hawqfx.compiler import compile, pareto
+from hawqfx.frontier import Frontier
 from hawqfx.plan import Plan
+from hawqfx.session import Compiled, Session
 
 __version__ = version("hawqfx")
-__all__ = ["Budget", "Compiled", "Limit", "Plan", "Session", "compile"]
+__all__ = ["Budget", "Compiled", "Frontier", "Limit", "Plan", "Session", "compile", "pareto"]

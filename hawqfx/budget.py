@@ -1,11 +1,15 @@
 """A budget: the limits that a plan must keep, and the text that they are written in."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from hawqfx.errors import BudgetError
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SECONDS = {"s": 1, "ms": 1e-3, "us": 1e-6}
+_UNITS: Mapping[str, Mapping[str, float]] = {"size": _BYTES, "activation_memory": _BYTES, "latency": _SECONDS}
+_ALLOWED = {"b": "bytes: B, kB, MB, GB, KiB, MiB, GiB", "s": "a time: s, ms, us", "": "a plain number"}
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)")
 
 
@@ -30,11 +34,17 @@ class Budget:
     size: bytes of the exported file that belong to weights (packed integers, scales, biases, and what stays float).
     weight_bits: average bits per quantized weight.
     bops: MACs x weight bits x activation bits, summed over the layers, for one sample.
+    activation_memory: bytes of the tensors that are live at once, at their widths, where that is most, for one sample.
+    latency: seconds of a run in onnxruntime, predicted from parts that are timed on this machine.
+    drop: by how much a metric on data may fall; then the smallest network that keeps it, and the other limits.
     """
 
     size: Limit | None = None
     weight_bits: Limit | None = None
     bops: Limit | None = None
+    activation_memory: Limit | None = None
+    latency: Limit | None = None
+    drop: Limit | None = None
 
     @staticmethod
     def parse(text: str) -> "Budget":
@@ -58,7 +68,9 @@ class Budget:
         return {name: limit for name, limit in found.items() if limit is not None}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={limit}" for name, limit in self.limits.items())
+        """The text that parses to the same budget."""
+        seconds = {"latency"} if self.latency is not None and not self.latency.relative else set()
+        return ", ".join(f"{name}={limit}{'s' * (name in seconds)}" for name, limit in self.limits.items())
 
 
 _NAMES = tuple(field.name for field in fields(Budget))
@@ -67,15 +79,15 @@ _NAMES = tuple(field.name for field in fields(Budget))
 def _limit(name: str, text: str) -> Limit:
     match = _NUMBER.fullmatch(text)
     if match is None:
-        raise BudgetError(f"{name}={text!r}: an amount is a number with a unit or %, as in 12.5%, 300kB or 1.2MB")
+        raise BudgetError(f"{name}={text!r}: an amount is a number with a unit or %, as in 12.5%, 300kB, 1.2MB or 3ms")
     number, unit = float(match[1]), match[2].lower()
     if number <= 0:
         raise BudgetError(f"{name}={text!r}: the amount must be above zero")
     if unit == "%":
         return Limit(number / 100, relative=True)
-    if unit == "" and (name != "size" or number >= 1):
+    units = _UNITS.get(name, {"": 1})
+    if unit in units:
+        return Limit(number * units[unit])
+    if unit == "" and units is _BYTES and number >= 1:
         return Limit(number)
-    if unit in _UNITS and name == "size":
-        return Limit(number * _UNITS[unit])
-    allowed = "%, or bytes: B, kB, MB, GB, KiB, MiB, GiB" if name == "size" else "%, or a plain number"
-    raise BudgetError(f"{name}={text!r}: the unit must be {allowed}")
+    raise BudgetError(f"{name}={text!r}: the unit must be %, or {_ALLOWED[next(iter(units))]}")

@@ -1,7 +1,8 @@
-"""The command line: hawqfx compile, demo, passes."""
+"""The command line: hawqfx compile, pareto, explain, demo, passes."""
 
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,12 @@ from rich.table import Table
 from hawqfx import pipeline
 from hawqfx.budget import Budget
 from hawqfx.compiler import compile as compile_model
+from hawqfx.compiler import pareto as pareto_of
 from hawqfx.contract import Analysis, Observer, Pass
 from hawqfx.errors import HawqfxError
 from hawqfx.observe import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
+from hawqfx.plan import Plan
 from hawqfx.workers import launched
 
 app = typer.Typer(
@@ -40,6 +43,11 @@ def compile(
     cache: Annotated[Path | None, typer.Option(help="folder to keep measurements in, and to go on from")] = None,
     device: Annotated[str, typer.Option(help="where to measure, such as cuda")] = "cpu",
     keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
+    fix: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, the width of the sites so named")] = None,
+    rule: Annotated[str, typer.Option(help="exact, or hawq-v2 for the paper's own")] = "exact",
+    metric: Annotated[str | None, typer.Option(help="pkg.module:function of (output, target), for drop=")] = None,
+    holdout: Annotated[str | None, typer.Option(help="pkg.module:loader of data to validate a drop on")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of the runs that latency= is for")] = 1,
     seed: int = 0,
     dump: Annotated[Path | None, typer.Option(help="write the graph after every pass into this folder")] = None,
     print_after: Annotated[str | None, typer.Option(help="print the graph after this pass")] = None,
@@ -58,22 +66,23 @@ def compile(
         if print_after not in names:
             raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(names)}")
         observers.append(PrintAfter(print_after))
-    metric = pipeline.metric(sensitivity)
-    if probes is not None:
-        if "probes" not in {field.name for field in fields(metric)}:  # type: ignore[arg-type]
-            raise HawqfxError(f"--probes: the metric {sensitivity} draws none")
-        metric = replace(metric, probes=probes)  # type: ignore[type-var]
+    chosen = _metric(sensitivity, probes)
     with launched(torch.device(device)) as rank:
         compiled = compile_model(
             _load(model)(),
             budget,
             _load(data)(),
-            sensitivity=metric,
+            metric=None if metric is None else _load(metric),
+            holdout=None if holdout is None else _load(holdout)(),
+            sensitivity=chosen,
             keep_float=keep_float or (),
+            fix=_fixed(fix or ()),
+            rule=rule,  # type: ignore[arg-type]
             samples=samples,
             batch=batch,
             cache=cache,
             device=device,
+            threads=threads,
             seed=seed,
             observers=observers if rank == 0 else (),
             console=None if rank == 0 else Console(quiet=True),
@@ -86,6 +95,44 @@ def compile(
     print(compiled.summary())
     if time_passes:
         Console().print(timing.table())
+
+
+@app.command()
+def pareto(
+    model: Annotated[str, typer.Argument(help="pkg.module:factory, a function that returns an eval-mode model")],
+    data: Annotated[str, typer.Option(help="pkg.module:loader, a function that returns an iterable of batches")],
+    limit: Annotated[str, typer.Option(help="size, weight_bits, bops or activation_memory")] = "size",
+    points: Annotated[int, typer.Option(min=2, help="budgets, a constant factor apart")] = 30,
+    evaluate: Annotated[int, typer.Option(min=0, help="how many of them to run on the data")] = 5,
+    sensitivity: Annotated[str, typer.Option(help=f"one of {', '.join(pipeline.METRICS)}")] = DEFAULT_METRIC,
+    probes: Annotated[int | None, typer.Option(min=2, help="the most probes per batch")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="take so many samples of the data")] = None,
+    cache: Annotated[Path | None, typer.Option(help="folder to keep measurements in, and to go on from")] = None,
+    seed: int = 0,
+) -> None:
+    """Print the whole curve of a budget against the predicted loss, from one measurement."""
+    frontier = pareto_of(
+        _load(model)(),
+        _load(data)(),
+        limit=limit,
+        points=points,
+        evaluate=evaluate,
+        sensitivity=_metric(sensitivity, probes),
+        samples=samples,
+        cache=cache,
+        seed=seed,
+    )
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(frontier.table())
+
+
+@app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(help="a plan, as `compile --plan` writes it")],
+    site: Annotated[str | None, typer.Argument(help="a site, or a pattern of sites; without one, the whole")] = None,
+) -> None:
+    """Say why a plan has the bits that it has."""
+    print(Plan.read(plan).explain(site))
 
 
 @app.command()
@@ -112,9 +159,29 @@ def passes() -> None:
 
 
 def _passes() -> list[Pass]:
-    """The recipe, and the metrics that are not in it."""
+    """The recipe, and the metrics and other passes that are not in it."""
     steps = list(pipeline.recipe(Budget()))
-    return steps + [make() for make in pipeline.METRICS.values() if make() not in steps]
+    return steps + [make() for make in (*pipeline.METRICS.values(), *pipeline.OPTIONAL) if make() not in steps]
+
+
+def _metric(name: str, probes: int | None) -> Analysis:
+    metric = pipeline.metric(name)
+    if probes is None:
+        return metric
+    if "probes" not in {field.name for field in fields(metric)}:  # type: ignore[arg-type]
+        raise HawqfxError(f"--probes: the metric {name} draws none")
+    return replace(metric, probes=probes)  # type: ignore[type-var]
+
+
+def _fixed(rules: Sequence[str]) -> dict[str, int]:
+    """Pattern -> bits from PATTERN=BITS."""
+    fixed = {}
+    for rule in rules:
+        pattern, _, bits = rule.rpartition("=")
+        if not pattern or not bits.isdecimal():
+            raise HawqfxError(f"--fix {rule}: write it as PATTERN=BITS, such as 'head.*=8'")
+        fixed[pattern] = int(bits)
+    return fixed
 
 
 def _load(spec: str) -> Any:

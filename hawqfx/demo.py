@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqfx import runtime, zoo
-from hawqfx.compiler import Compiled, compile
+from hawqfx.compiler import compile
 from hawqfx.observe import TimePasses
+from hawqfx.session import Compiled
 
 ROUNDS = 100
 

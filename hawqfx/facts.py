@@ -88,6 +88,14 @@ class LossIncrease:
 
 
 @dataclass(frozen=True)
+class Interactions:
+    """d_i^T F d_j for the errors d of every two choices, each a weight's name and its width; F: Fisher matrix."""
+
+    choices: tuple[tuple[str, int], ...]
+    gram: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Cost:
     """Bytes that a site takes at each bit width: in the exported file (weight), or live for one sample (activation)."""
 
@@ -95,11 +103,59 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Move:
+    """What it would do to change the width of one site alone: the rise of the predicted loss, and of what each limit
+    counts, in its unit.  A fall is negative."""
+
+    bits: int
+    loss: float
+    amounts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Why:
+    """A site's part in a plan: its fraction of the predicted loss (NaN if that is zero), the fraction of what each
+    limit counts that it has a part in (bops count for a weight and for its input), and the moves to its next widths.
+    """
+
+    loss_share: float
+    shares: Mapping[str, float]
+    wider: Move | None
+    narrower: Move | None
+
+
+@dataclass(frozen=True)
 class Bits:
-    """The width that the allocation chose, and the loss increase that is predicted for the site."""
+    """The width that the allocation chose (32: float), the loss increase that is predicted for the site, and why."""
 
     bits: int
     increase: float
+    why: Why | None = None
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a plan takes of a limit: `amount` of `bound`, in `unit`; float32 takes `reference`.
+
+    `price`: by how much the predicted loss would fall per further unit, by the linear relaxation; zero where the limit
+    does not bind."""
+
+    unit: str
+    amount: float
+    bound: float
+    reference: float
+    price: float
+
+
+@dataclass(frozen=True)
+class Account:
+    """A plan as a whole: what it takes of each limit, its predicted loss increase, a proven lower bound on that of any
+    plan within the limits (-infinity where nothing was proven), and whether it is proven to be the least."""
+
+    limits: Mapping[str, Use]
+    loss: float
+    bound: float
+    optimal: bool
 
 
 Fact = Sensitivity | Quantizers | Rounding | Perturbation | LossIncrease | Cost | Bits

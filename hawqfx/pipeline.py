@@ -13,6 +13,7 @@ from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.passes.interactions import Interactions
 from hawqfx.passes.lowering import Lowering
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
@@ -47,11 +48,20 @@ METRICS: Mapping[str, Callable[[], Analysis]] = {
 }
 
 
-DEFAULT_METRIC = "hawq-v2"
+# steps that compile() takes when asked to
+OPTIONAL: Sequence[Callable[[], Pass]] = (Interactions,)
+
+# what ranks best and costs least in benchmarks/fidelity.py; it draws targets from the model's own distribution
+DEFAULT_METRIC = "fisher"
+# for losses of which no distribution is known
+GENERAL_METRIC = "hawq-v2"
 
 
-def metric(name: str | Analysis) -> Analysis:
-    """The pass of this name, with default options; a pass stays as it is.  Raises HawqfxError."""
+def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
+    """The pass of this name, with default options; a pass stays as it is.  None: the default, where targets can be
+    `drawn`, else the one that every loss has.  Raises HawqfxError."""
+    if name is None:
+        name = DEFAULT_METRIC if drawn else GENERAL_METRIC
     if not isinstance(name, str):
         return name
     if name not in METRICS:
@@ -59,14 +69,14 @@ def metric(name: str | Analysis) -> Analysis:
     return METRICS[name]()
 
 
-def measuring(metric: Analysis) -> Sequence[Pass]:
-    """What each quantizer does to the loss."""
-    return [metric]
+def measuring(metric: Analysis, interactions: bool = False) -> Sequence[Pass]:
+    """What each quantizer does to the loss, alone and with others."""
+    return [metric, *[Interactions()] * interactions]
 
 
-def deciding(budget: Budget) -> Sequence[Pass]:
+def deciding(allocation: Allocation) -> Sequence[Pass]:
     """One width per site, within the budget."""
-    return [Allocation(budget)]
+    return [allocation]
 
 
 def lowering() -> Sequence[Pass]:
@@ -81,6 +91,6 @@ def recipe(budget: Budget) -> Sequence[Pass]:
         *quantizing(Calibration()),
         *pricing(Rounding()),
         *measuring(metric(DEFAULT_METRIC)),
-        *deciding(budget),
+        *deciding(Allocation(budget)),
         *lowering(),
     ]

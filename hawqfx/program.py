@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from hawqfx.facts import Bits, Fact, FactTable
+from hawqfx.facts import Account, Bits, Fact, FactTable, Interactions
+from hawqfx.timetable import Timetable
 
 SCALE = "_scale"  # the buffer with the scale of a site's quantizer is named KEY_scale
 
@@ -72,13 +73,18 @@ class Step:
 class Program:
     """An immutable value; a pass returns a new one.
 
-    `left_float` maps each node that multiplies but stays in float to the reason.
+    `left_float` maps each node that multiplies but stays in float to the reason.  `timetable`: what was measured of
+    its latency, if it was.  `interactions`: what errors of
+    weights do together, if that was measured.  `account`: what the chosen plan takes of its limits.
     """
 
     graph: fx.GraphModule
     sites: tuple[Site, ...] = ()
     layers: tuple[Layer, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
+    timetable: Timetable | None = None
+    interactions: Interactions | None = None
+    account: Account | None = None
     facts: FactTable = field(default_factory=FactTable)
     history: tuple[Step, ...] = ()
 

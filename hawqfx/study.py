@@ -56,6 +56,10 @@ class Batch:
         """The first few samples."""
         return self._part(0, most)
 
+    def last(self, most: int) -> "Batch":
+        """The last few samples."""
+        return self._part(self.size - most, self.size)
+
     def _part(self, start: int, stop: int) -> "Batch":
         size = self.size
         return self._map(lambda tensor: tensor[start:stop] if tensor.shape[:1] == (size,) else tensor)
@@ -109,6 +113,13 @@ class Study:
     def drawn(self, output: Any, random: torch.Generator) -> Any:
         """A target drawn from the model's own output distribution: labels of a classifier, unless `draw` is given."""
         return self.draw(output, random) if self.draw else sample_labels(_logits(output), random)
+
+    def draws(self, target: Any, index: int) -> int:
+        """Over how many independent draws the loss of a drawn target is the mean: cross-entropy's over all labels,
+        another loss's over the samples of the batch."""
+        if self.loss is cross_entropy and isinstance(target, Tensor):
+            return target.numel()
+        return self.batches[index].size
 
     def loss_at(self, output: Any, target: Any, index: int) -> Tensor:
         """The loss of an output of batch `index`, a finite scalar."""

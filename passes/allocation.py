@@ -1,144 +1,290 @@
 """One bit width per site, by integer programming: the least predicted loss increase within the budget.
 
 The total is the sum over the sites (HAWQ-V2, equation 8, for Omega).  An increase that noise does not tell from zero
-enters by its upper confidence bound.
+enters by its upper confidence bound.  The rule "hawq-v2" is the paper's own, to compare with: among the settings whose
+bits fall with the average trace, the least Omega (HAWQ-V2, section 3.2); weights and activations each have their order.
 """
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from itertools import combinations, pairwise
+from typing import ClassVar, Literal
 
 from hawqfx.budget import Budget
 from hawqfx.contract import Analysis, Kind
-from hawqfx.errors import InfeasibleBudget, PassError
-from hawqfx.facts import Bits, Cost, LossIncrease
-from hawqfx.maths.knapsack import Infeasible, LinearLimit, choose
-from hawqfx.maths.pricing import FLOAT_BITS, bops
-from hawqfx.program import ActivationSite, Program, Site
+from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
+from hawqfx.facts import Account, Bits, Cost, LossIncrease, Move, Sensitivity, Use, Why
+from hawqfx.limits import Measure, Space, measures
+from hawqfx.maths.knapsack import Choice, Infeasible, Nogood, Problem, Terms, choose
+from hawqfx.maths.knapsack import Limit as Row
+from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.program import ActivationSite, Program, Site, WeightSite
 from hawqfx.study import Study
 
 log = logging.getLogger(__name__)
 
+Rule = Literal["exact", "hawq-v2"]
+_Totals = Mapping[str, Sequence[float]]
+
 
 def increases(program: Program, site: Site) -> dict[int, float]:
-    """The predicted loss increase of a site at every width, lowest first."""
+    """The predicted loss increase of a site at every width, lowest first; none in float."""
     predicted = program.facts.get(site.key, LossIncrease)
     if not all(map(math.isfinite, (*predicted.by_bits.values(), *predicted.stderr.values()))):
         raise PassError(f"the sensitivity of {site.key!r} is not finite: {predicted}")
-    return {bits: predicted.upper(bits) for bits in sorted(predicted.by_bits)}
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """What a limit counts: integer costs, what float32 takes of it, and how an amount of it is written."""
-
-    limit: LinearLimit
-    reference: int
-    unit: str
-
-
-def _size(program: Program, widths: list[list[int]], fixed: int) -> _Measure:
-    costs = {}
-    for i, site in enumerate(program.sites):
-        if not isinstance(site, ActivationSite):
-            by_bits = program.facts.get(site.key, Cost).bytes
-            costs[i] = [by_bits[bits] for bits in widths[i]]
-    return _Measure(LinearLimit("size", -fixed, costs), program.float_bytes(), "bytes")
-
-
-def _weight_bits(program: Program, widths: list[list[int]]) -> _Measure:
-    weights = {i: site.numel for i, site in enumerate(program.sites) if not isinstance(site, ActivationSite)}
-    costs = {i: [bits * numel for bits in widths[i]] for i, numel in weights.items()}
-    return _Measure(LinearLimit("weight_bits", 0, costs), FLOAT_BITS * sum(weights.values()), "bits in all")
-
-
-def _bops(program: Program, widths: list[list[int]]) -> _Measure:
-    number = {site.key: i for i, site in enumerate(program.sites)}
-    pairs: dict[tuple[int, int], list[list[int]]] = {}
-    for layer in program.layers:
-        i, j = number[layer.weight], number[layer.input]
-        table = [[bops(layer.macs, w, a) for a in widths[j]] for w in widths[i]]
-        before = pairs.get((i, j))
-        pairs[i, j] = (
-            table
-            if before is None
-            else [[one + other for one, other in zip(*rows, strict=True)] for rows in zip(before, table, strict=True)]
-        )
-    reference = sum(bops(layer.macs, FLOAT_BITS, FLOAT_BITS) for layer in program.layers)
-    return _Measure(LinearLimit("bops", 0, pairs=pairs), reference, "bit operations")
-
-
-def _limits(program: Program, budget: Budget, widths: list[list[int]]) -> dict[str, _Measure]:
-    """The limits of the budget, each with its bound in its own unit."""
-    count = sum(site.numel for site in program.weights)
-    known = {
-        "size": _size(program, widths, program.fixed_bytes()),
-        "weight_bits": _weight_bits(program, widths),
-        "bops": _bops(program, widths),
-    }
-    bounded = {}
-    for name, limit in budget.limits.items():
-        measure = known[name]
-        amount = limit.of(measure.reference)
-        if name == "weight_bits" and not limit.relative:
-            amount *= count  # an average over the weights
-        bound = measure.limit.bound + math.floor(amount * (1 + 1e-12))  # 12.5% of 8 is 1, whatever the rounding
-        bounded[name] = _Measure(
-            LinearLimit(name, bound, measure.limit.single, measure.limit.pairs), measure.reference, measure.unit
-        )
-    return bounded
-
-
-def _refusal(program: Program, budget: Budget, measures: Mapping[str, _Measure], found: Infeasible) -> InfeasibleBudget:
-    measure = measures[found.name]
-    least = found.least + (program.fixed_bytes() if found.name == "size" else 0)
-    percent = math.ceil(1e4 * least / measure.reference) / 100
-    amount = f"{least} {measure.unit}"
-    if found.name == "weight_bits":
-        amount = f"{least / sum(site.numel for site in program.weights):.4g} bits on average"
-    others = "" if found.alone else " together with the other limits"
-    return InfeasibleBudget(
-        f"{found.name}={budget.limits[found.name]} cannot be met{others}: the least is {amount}, {percent}% of float32"
-    )
-
-
-def _undominated(losses: Mapping[int, float]) -> list[int]:
-    """Widths, lowest first, each of which predicts a smaller loss than every narrower one: ties go to fewer bits."""
-    kept: list[int] = []
-    for bits, loss in losses.items():
-        if not kept or loss < losses[kept[-1]]:
-            kept.append(bits)
-    return kept
+    return {bits: predicted.upper(bits) for bits in sorted(predicted.by_bits)} | {FLOAT_BITS: 0.0}
 
 
 @dataclass(frozen=True)
 class Allocation(Analysis):
-    """`budget`: the limits.  `seconds`: when the solver stops with the best choice so far, and says so."""
+    """budget: the limits.  weight_bits, activation_bits: widths to choose from, 32 being float; None: those measured.
+    fix: pairs of a pattern of site names, as in a shell, and the width that those sites have.  interactions: so many
+    pairs of weights, the strongest, enter with what their errors do together.  start: pairs of a site and a width, a
+    plan to begin the search from.  gap: accept a plan proven to be so near to the least loss, relatively.  seconds:
+    when the solver stops with the best plan so far, and says so."""
 
     budget: Budget
+    weight_bits: tuple[int, ...] | None = None
+    activation_bits: tuple[int, ...] | None = None
+    fix: tuple[tuple[str, int], ...] = ()
+    rule: Rule = "exact"
+    interactions: int = 0
+    start: tuple[tuple[str, int], ...] = ()
+    gap: float = 0.0
     seconds: float = 60.0
     needs: ClassVar[tuple[Kind, ...]] = (LossIncrease, Cost)
     gives: ClassVar[tuple[Kind, ...]] = (Bits,)
 
-    def learn(self, program: Program, study: Study) -> Mapping[str, Bits]:
-        predicted = [increases(program, site) for site in program.sites]
-        widths = [_undominated(losses) for losses in predicted]
-        losses = [[by_bits[bits] for bits in kept] for by_bits, kept in zip(predicted, widths, strict=True)]
-        measures = _limits(program, self.budget, widths)
-        answer = choose(losses, [measure.limit for measure in measures.values()], self.seconds)
+    def __post_init__(self) -> None:
+        if self.rule not in ("exact", "hawq-v2"):
+            raise HawqfxError(f"rule={self.rule!r}: must be 'exact' or 'hawq-v2'")
+
+    def learn(self, program: Program, study: Study) -> Program:
+        task = Task.of(program, self)
+        answer = task.solve()
         if isinstance(answer, Infeasible):
-            raise _refusal(program, self.budget, measures, answer)
+            raise task.refusal(answer)
         if not answer.optimal:
             log.warning(
-                "the allocation was stopped after %.0f s: predicted loss %.4g, at best %.4g",
-                self.seconds,
-                answer.loss,
-                answer.bound,
-            )
-        picked = [kept[pick] for kept, pick in zip(widths, answer.picks, strict=True)]
-        return {
-            site.key: Bits(bits, by_bits[bits])
-            for site, bits, by_bits in zip(program.sites, picked, predicted, strict=True)
+                "the allocation was stopped: its predicted loss is %.6g, and no plan has less than %.6g",
+                answer.loss, answer.bound,
+            )  # fmt: skip
+        return task.explained(task.space.bits(answer.picks), answer)
+
+    def admits(self, program: Program, bits: Mapping[str, int]) -> bool:
+        """Whether a plan keeps every limit, and has only widths that may be chosen."""
+        allowed = self.widths(program)
+        if any(width not in allowed[key] for key, width in bits.items()):
+            return False
+        task = Task.of(program, self, bits)
+        picks = task.space.picks(bits)
+        return all(row.terms.total(picks) <= row.bound for row in task.rows)
+
+    def given(self, program: Program, bits: Mapping[str, int]) -> Program:
+        """The program with a plan that was found elsewhere, explained."""
+        return Task.of(program, self, bits).explained(bits, None)
+
+    def fixed(self, program: Program) -> dict[str, int]:
+        """The sites whose width `fix` says, and that width."""
+        fixed: dict[str, tuple[int, str]] = {}
+        for pattern, bits in self.fix:
+            matched = [site.key for site in program.sites if fnmatch(site.key, pattern)]
+            if not matched:
+                names = ", ".join(site.key for site in program.sites[:5])
+                raise HawqfxError(f"fix {pattern!r}: no site has such a name; sites are {names}, ...")
+            for key in matched:
+                before, by = fixed.setdefault(key, (bits, pattern))
+                if before != bits:
+                    raise HawqfxError(f"fix: {key!r} is to have {before} bits by {by!r} and {bits} by {pattern!r}")
+        return {key: bits for key, (bits, _) in fixed.items()}
+
+    def widths(self, program: Program) -> dict[str, list[int]]:
+        """The widths that each site may take, lowest first.  Raises HawqfxError if a site has none."""
+        fixed = self.fixed(program)
+        found = {}
+        for site in program.sites:
+            measured = [*sorted(program.facts.get(site.key, LossIncrease).by_bits), FLOAT_BITS]
+            wanted: Sequence[int] | None = self.weight_bits if isinstance(site, WeightSite) else self.activation_bits
+            if site.key in fixed:
+                wanted = [fixed[site.key]]
+            found[site.key] = measured[:-1] if wanted is None else [bits for bits in measured if bits in wanted]
+            if not found[site.key]:
+                raise HawqfxError(
+                    f"{site.key!r} may take {_listed(wanted or ())} bits, and was measured at {_listed(measured)}"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """An allocation as an integer program."""
+
+    program: Program
+    allocation: Allocation
+    losses: Mapping[str, Mapping[int, float]]
+    space: Space
+    measures: Mapping[str, Measure]
+
+    @staticmethod
+    def of(program: Program, allocation: Allocation, bits: Mapping[str, int] = {}) -> "Task":
+        """`bits`: widths that the program must know, be they worth choosing or not."""
+        losses = {site.key: increases(program, site) for site in program.sites}
+        widths = allocation.widths(program)
+        # fewer bits never cost more of a limit but latency, but an error may make up for another
+        if allocation.budget.latency is None and not allocation.interactions:
+            widths = {key: _undominated(losses[key], kept) for key, kept in widths.items()}
+        space = Space({key: sorted({*kept, bits.get(key, kept[0])}) for key, kept in widths.items()})
+        counted = measures(program, allocation.budget, space)
+        if allocation.rule == "hawq-v2":
+            space.nogoods.extend(_monotone(program, space))
+        return Task(program, allocation, losses, space, counted)
+
+    @property
+    def rows(self) -> list[Row]:
+        limits = self.allocation.budget.limits
+        return [row for name, measure in self.measures.items() for row in measure.rows(limits[name])]
+
+    @cached_property
+    def loss(self) -> Measure:
+        """The predicted loss increase, as terms."""
+        single = {self.space.item[key]: [self.losses[key][b] for b in kept] for key, kept in self.space.widths.items()}
+        return Measure("loss", "", 1, 1, [(0, Terms(single, self._interactions()))])
+
+    def solve(self) -> Choice | Infeasible:
+        (_, terms), *_ = self.loss.parts
+        by_item = [*terms.single.values(), *[[0.0, 0.0]] * len(self.space.derived)]
+        problem = Problem(by_item, self.rows, self.space.nogoods, terms.pairs)
+        start = dict(self.allocation.start)
+        near = {key: _nearest(kept, start[key]) for key, kept in self.space.widths.items()} if start else None
+        picks = None if near is None else self.space.picks(near)
+        return choose(problem, start=picks, gap=self.allocation.gap, seconds=self.allocation.seconds)
+
+    def _interactions(self) -> dict[tuple[int, int], list[list[float]]]:
+        """The strongest pairs: twice d_i^T F d_j at every two widths, zero in float."""
+        known = self.program.interactions
+        if not self.allocation.interactions:
+            return {}
+        if known is None:
+            raise HawqfxError("interactions were asked for and not measured: give interactions=True to compile()")
+        number = {choice: row for row, choice in enumerate(known.choices)}
+
+        def term(one: str, bits: int, other: str, others: int) -> float:
+            if FLOAT_BITS in (bits, others):
+                return 0.0
+            return 2 * known.gram[number[one, bits]][number[other, others]]
+
+        tables = {
+            (one.key, other.key): [
+                [term(one.key, bits, other.key, others) for others in self.space.widths[other.key]]
+                for bits in self.space.widths[one.key]
+            ]
+            for one, other in combinations(self.program.weights, 2)
         }
+        ranked = sorted(tables, key=lambda pair: -max(abs(value) for row in tables[pair] for value in row))
+        strongest = ranked[: self.allocation.interactions]
+        return {(self.space.item[one], self.space.item[other]): tables[one, other] for one, other in strongest}
+
+    def refusal(self, found: Infeasible) -> InfeasibleBudget:
+        """Which limit, the least it could be, and which rules stand in the way."""
+        name = next(name for name, measure in self.measures.items() if measure.part(found.name) is not None)
+        measure = self.measures[name]
+        others = "" if found.alone else " together with the other limits"
+        text = f"{name}={self.allocation.budget.limits[name]} cannot be met{others}: the least is "
+        text += self._least(measure, found)
+        for pattern, bits in self.allocation.fix:
+            rest = tuple(pair for pair in self.allocation.fix if pair != (pattern, bits))
+            freed = Task.of(self.program, replace(self.allocation, fix=rest, start=()))
+            answer = freed.solve()
+            if not isinstance(answer, Infeasible):
+                text += f"; fix {pattern!r}: {bits} stands in the way, without it the budget can be met"
+            elif answer.name == found.name and answer.least < found.least:
+                text += f"; fix {pattern!r}: {bits} stands in the way, without it the least is "
+                text += freed._least(freed.measures[name], answer)
+        kept = [node for node, reason in self.program.left_float.items() if "by the user" in reason]
+        if name == "size" and kept:
+            text += f"; keep_float leaves {', '.join(kept[:3])} in float"
+        if self.allocation.rule != "exact":
+            text += f"; the rule {self.allocation.rule} allows no other"
+        return InfeasibleBudget(text)
+
+    def _least(self, measure: Measure, found: Infeasible) -> str:
+        number = measure.part(found.name)
+        assert number is not None
+        least = (measure.parts[number][0] + found.least) * measure.unit_size
+        percent = math.ceil(1e4 * least / measure.reference) / 100
+        at = f" at {measure.where[number]}" if measure.where else ""
+        return f"{measure.written(least)}{at}, {percent}% of float32"
+
+    def explained(self, bits: Mapping[str, int], answer: Choice | None) -> Program:
+        """The program with these bits, the reason for each, and the account of all."""
+        picks = self.space.picks(bits)
+        totals = {name: measure.totals(picks) for name, measure in self.measures.items()}
+        totals["loss"] = self.loss.totals(picks)
+        facts = {
+            key: Bits(width, self.losses[key][width], self._why(key, bits, picks, totals))
+            for key, width in bits.items()
+        }
+        limits = {}
+        for name, measure in self.measures.items():
+            limit = self.allocation.budget.limits[name]
+            prices = {} if answer is None else answer.prices
+            price = sum(value for row, value in prices.items() if measure.part(row) is not None) / measure.unit_size
+            bound = limit.of(measure.reference)
+            limits[name] = Use(measure.unit, measure.amount(picks), bound, measure.reference, price)
+        proven = (-math.inf, False) if answer is None else (answer.bound, answer.optimal)
+        return replace(self.program.learn(facts), account=Account(limits, totals["loss"][0], *proven))
+
+    def _why(self, key: str, bits: Mapping[str, int], picks: Sequence[int], totals: _Totals) -> Why:
+        widths = self.space.widths[key]
+        at = list(widths).index(bits[key])
+        item = self.space.item[key]
+        shares = {name: measure.share(item, picks, totals[name]) for name, measure in self.measures.items()}
+        return Why(
+            self.losses[key][bits[key]] / totals["loss"][0] if totals["loss"][0] else math.nan,
+            shares,
+            self._move(key, widths[at + 1], bits, picks, totals) if at + 1 < len(widths) else None,
+            self._move(key, widths[at - 1], bits, picks, totals) if at else None,
+        )
+
+    def _move(self, key: str, width: int, bits: Mapping[str, int], picks: Sequence[int], totals: _Totals) -> Move:
+        moved, items = self.space.moved(key, width, bits, picks)
+        amounts = {n: measure.change(items, picks, moved, totals[n]) for n, measure in self.measures.items()}
+        return Move(width, self.loss.change(items, picks, moved, totals["loss"]), amounts)
+
+
+def _undominated(losses: Mapping[int, float], widths: Sequence[int]) -> list[int]:
+    """Widths, lowest first, each of which predicts a smaller loss than every narrower one: ties go to fewer bits."""
+    kept: list[int] = []
+    for bits in widths:
+        if not kept or losses[bits] < losses[kept[-1]]:
+            kept.append(bits)
+    return kept
+
+
+def _listed(widths: Iterable[int]) -> str:
+    return ", ".join(map(str, widths))
+
+
+def _nearest(widths: Sequence[int], wanted: int) -> int:
+    return min(widths, key=lambda bits: abs(bits - wanted))
+
+
+def _monotone(program: Program, space: Space) -> list[Nogood]:
+    """A site never has fewer bits than one of its kind with a smaller trace, as far as their widths allow."""
+    nogoods: list[Nogood] = []
+    for kind in (WeightSite, ActivationSite):
+        sites = [site for site in program.sites if isinstance(site, kind)]
+        missing = next((site.key for site in sites if not program.facts.has(site.key, Sensitivity)), None)
+        if missing is not None:
+            raise HawqfxError("rule='hawq-v2' orders by the trace, which only hawq-v2, fisher and hawq-v1 measure")
+        ranked = sorted(sites, key=lambda site: -program.facts.get(site.key, Sensitivity).curvature)
+        for above, below in pairwise(ranked):
+            for option, bits in enumerate(space.widths[above.key]):
+                wider = space.options(below.key, lambda other, bits=bits: other > bits)  # type: ignore[misc]
+                if wider and bits < max(space.widths[above.key]):
+                    nogoods.append({space.item[above.key]: frozenset([option]), space.item[below.key]: wider})
+    return nogoods

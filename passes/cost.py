@@ -1,8 +1,8 @@
 """What every site costs at every bit width.
 
 A weight: the bytes of the exported file that belong to it, namely packed integers, one float32 scale per channel, and
-an int32 bias for every layer that uses it.  An activation: the bytes of one sample packed at that width (onnxruntime
-itself holds 4 and 6 bits in a byte each).
+an int32 bias for every layer that uses it; in float, at 32 bits, the weight and its biases as they are.  An activation:
+the bytes of one sample packed at that width (onnxruntime itself holds 4 and 6 bits in a byte each).
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,20 @@ from hawqfx.contract import Analysis, Kind
 from hawqfx.facts import Cost as CostFact
 from hawqfx.facts import Quantizers
 from hawqfx.maths.packing import packed_bytes
+from hawqfx.maths.pricing import FLOAT_BITS
 from hawqfx.program import Program, WeightSite
 from hawqfx.study import Study
 
-SCALE_BYTES = 4  # float32
+FLOAT_BYTES = SCALE_BYTES = 4  # float32
 BIAS_BYTES = 4  # int32
 
 
 def _weight_bytes(program: Program, site: WeightSite, bits: int) -> int:
     channels = site.shape[0]
-    biased = sum(layer.weight == site.key and layer.bias is not None for layer in program.layers)
+    used = [layer for layer in program.layers if layer.weight == site.key]
+    biased = sum(layer.bias is not None for layer in used)
+    if bits == FLOAT_BITS:
+        return FLOAT_BYTES * (site.numel + channels * len({layer.bias for layer in used if layer.bias is not None}))
     return packed_bytes(site.numel, bits) + channels * (SCALE_BYTES + BIAS_BYTES * biased)
 
 
@@ -34,7 +38,7 @@ class Cost(Analysis):
     def learn(self, program: Program, study: Study) -> Mapping[str, CostFact]:
         facts = {}
         for site in program.sites:
-            widths = program.facts.get(site.key, Quantizers).by_bits
+            widths = (*program.facts.get(site.key, Quantizers).by_bits, FLOAT_BITS)
             if isinstance(site, WeightSite):
                 facts[site.key] = CostFact({bits: _weight_bytes(program, site, bits) for bits in widths})
             else:

@@ -13,8 +13,6 @@ second derivatives.  Where the loss is -log p and the labels are the model's own
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from hawqfx.derivatives import Operators
 from hawqfx.errors import LossError
 from hawqfx.maths import curvature
@@ -37,15 +35,8 @@ class _Backward(Measurement):
         gradients = self.run.gradients(loss, sites, again=False)
         for site in sites:
             check_gradient(self.index, site, gradients[site])
-        draws = self._draws(target)
+        draws = self.study.draws(target, self.index)
         return {q: draws * sum(curvature.dot(g, g) for g in gradients[q.site]) for q in wanted}
-
-    def _draws(self, target: object) -> int:
-        """Over how many independent draws the loss is the mean: cross-entropy's over all labels, another loss's over
-        the samples of the batch."""
-        if self.study.loss is cross_entropy and isinstance(target, Tensor):
-            return target.numel()
-        return self.study.batches[self.index].size
 
     def worth(self, quantity: Quantity) -> float:
         return self.run.mean_square(quantity.site)

@@ -1,9 +1,10 @@
 """Put the chosen quantizers into the graph: one fake-quantize node per tensor.
 
-Decides first: every number comes from the facts.  Emits after: the output of each activation site, each weight and
-each bias goes through a fake-quantize node, which export writes as QuantizeLinear and DequantizeLinear.  A bias is
-int32 with the scale of the sums that it is added to, input scale x weight scale, computed in the graph so that the
-file need not hold it.
+A site that the plan leaves in float gets none.  Decides first: every number comes from the facts.  Emits after: the
+output of each activation site, each weight and each bias goes through a fake-quantize node, which export writes as
+QuantizeLinear and DequantizeLinear.  A bias is int32 with the scale of the sums that it is added to, input scale x
+weight scale, computed in the graph so that the file need not hold it; where the input or the weight is in float, so is
+the bias.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import fx
 
 from hawqfx.contract import Kind, Rewrite
 from hawqfx.facts import Bits, Quantizers, QuantParams, Rounding
+from hawqfx.maths.pricing import FLOAT_BITS
 from hawqfx.ops import FAKE_QUANTIZE
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.quantized import weight_at
@@ -68,25 +70,31 @@ class Lowering(Rewrite):
 
     def rewrite(self, program: Program) -> Program:
         chosen = {
-            site.key: program.facts.get(site.key, Quantizers).by_bits[program.facts.get(site.key, Bits).bits]
-            for site in program.sites
+            key: program.facts.get(key, Quantizers).by_bits[bits]
+            for key, bits in program.bits().items()
+            if bits != FLOAT_BITS
         }
         emit = _Emitter(program)
         biases = {layer.bias for layer in program.layers if layer.bias is not None}
         for key in biases:  # its own tensors: a lowered graph may be trained
             set_tensor(emit.module, key, program.tensor(key).detach().clone(), parameter=True)
         for weight in program.weights:
+            quantizer = chosen.get(weight.key)
+            if quantizer is None:
+                set_tensor(emit.module, weight.key, program.tensor(weight.key).detach().clone(), parameter=True)
+                continue
             # the quantizer maps these values onto themselves
-            rounded = weight_at(program, weight.key, chosen[weight.key].bits)
-            set_tensor(emit.module, weight.key, rounded, parameter=True)
-            emit.quantize(emit.constants[weight.key], emit.scale(weight.key, chosen[weight.key]), chosen[weight.key])
+            set_tensor(emit.module, weight.key, weight_at(program, weight.key, quantizer.bits), parameter=True)
+            emit.quantize(emit.constants[weight.key], emit.scale(weight.key, quantizer), quantizer)
         for site in program.activations:
+            if site.key not in chosen:
+                continue
             quantizer = chosen[site.key]
             scale = emit.scale(site.key, quantizer)
             for name in (*site.nodes, *site.carriers):
                 emit.quantize(emit.nodes[name], scale, quantizer)
         for layer in program.layers:
-            if layer.bias is not None:
+            if layer.bias is not None and layer.input in chosen and layer.weight in chosen:
                 emit.quantize_bias(emit.nodes[layer.node], emit.scales[layer.input], emit.scales[layer.weight])
         emit.graph.eliminate_dead_code()
         emit.module.recompile()

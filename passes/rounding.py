@@ -63,6 +63,8 @@ def _compensated(weight: Tensor, widths: Quantizers, moment: Tensor) -> Rounding
     groups, columns = moment.shape[0], moment.shape[-1]
     rows = weight.detach().double().reshape(groups, -1, columns)
     quantizers = list(widths.by_bits.values())
+    if not quantizers:  # a plan that leaves the weight in float
+        return RoundingFact({}, {})
     scales = [torch.tensor(q.scale, dtype=torch.float64, device=rows.device).reshape(groups, -1, 1) for q in quantizers]
     low, high = (
         torch.cat([torch.full_like(scale, value) for scale, value in zip(scales, ends, strict=True)], 1)

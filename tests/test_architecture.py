@@ -16,7 +16,7 @@ from hawqfx.contract import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.errors import PassError
 from hawqfx.facts import Bits, Cost, Fact, FactTable, Sensitivity
 from hawqfx.passes.lowering import Lowering
-from hawqfx.pipeline import METRICS, recipe
+from hawqfx.pipeline import METRICS, OPTIONAL, recipe
 from hawqfx.program import Program, copy_graph
 from hawqfx.runner import run
 from hawqfx.study import Study
@@ -34,7 +34,10 @@ LAW: dict[str, set[str]] = {
     "files": {"errors"},
     "facts": {"errors"},
     "ops": {"maths"},
-    "program": {"facts"},
+    "timetable": {"maths"},
+    "program": {"facts", "timetable"},
+    "liveness": {"program", "vocabulary"},
+    "limits": {"budget", "facts", "liveness", "maths", "program", "timetable"},
     "study": {"errors"},
     "budget": {"errors"},
     "vocabulary": set(),
@@ -51,23 +54,28 @@ LAW: dict[str, set[str]] = {
     "capture": {"program", "study", "errors", "vocabulary"},
     "passes": {
         "maths", "program", "facts", "study", "contract", "errors", "vocabulary", "ops", "budget", "quantized",
-        "measure", "derivatives",
+        "measure", "derivatives", "limits",
     },
     "runner": {"contract", "verify", "program", "errors", "facts", "study"},
     "observe": {"contract", "program", "study"},
     "pipeline": {"passes", "contract", "budget", "errors"},
-    "plan": {"errors", "facts", "files", "program"},
+    "plan": {"errors", "facts", "files", "maths", "program"},
+    "frontier": {"facts"},
     "runtime": set(),
     "export": {"capture", "errors", "files", "maths", "ops", "program", "study", "vocabulary"},
     "parity": {"export", "ops", "program", "runtime", "study"},
-    "compiler": {
-        "budget", "capture", "contract", "errors", "export", "facts", "observe", "passes", "pipeline", "plan",
-        "program", "runner", "study",
+    "session": {
+        "budget", "contract", "errors", "export", "facts", "frontier", "latency", "maths", "passes", "pipeline",
+        "plan", "program", "runner", "study",
     },
-    "demo": {"compiler", "observe", "runtime", "zoo"},
-    "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "pipeline", "workers"},
+    "compiler": {
+        "budget", "capture", "contract", "errors", "frontier", "maths", "observe", "passes", "pipeline", "plan",
+        "runner", "session", "study",
+    },
+    "demo": {"compiler", "observe", "runtime", "session", "zoo"},
+    "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "pipeline", "plan", "workers"},
     "__main__": {"cli"},
-    "__init__": {"budget", "compiler", "plan"},
+    "__init__": {"budget", "compiler", "frontier", "plan", "session"},
 }  # fmt: skip
 
 OWNERS = {"ortools": "hawqfx/maths/knapsack.py", "onnx": "hawqfx/export.py", "onnxruntime": "hawqfx/runtime.py"}
@@ -121,7 +129,7 @@ def test_importing_hawqfx_loads_no_backend() -> None:
     assert done.stdout.strip() == "[]"
 
 
-EVERY_PASS = {step.name: step for step in (*recipe(Budget()), *(make() for make in METRICS.values()))}
+EVERY_PASS = {step.name: step for step in (*recipe(Budget()), *(make() for make in (*METRICS.values(), *OPTIONAL)))}
 
 
 @pytest.mark.parametrize("step", EVERY_PASS.values(), ids=EVERY_PASS)

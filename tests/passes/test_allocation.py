@@ -1,18 +1,23 @@
-"""allocation: equal to brute force under every limit, Omega as the paper has it, refusals that name the least."""
+"""allocation: equal to brute force under every limit, Omega as the paper has it, the reason for every bit, refusals
+that name the least."""
 
 import itertools
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
 from hawqfx.budget import Budget
-from hawqfx.errors import InfeasibleBudget, PassError
+from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
 from hawqfx.facts import Bits, Cost, Fact, LossIncrease, Perturbation, Sensitivity
+from hawqfx.liveness import live
+from hawqfx.maths.packing import packed_bytes
 from hawqfx.passes.allocation import Allocation, increases
-from hawqfx.program import Program, WeightSite
+from hawqfx.program import Program, Site, WeightSite
 from hawqfx.runner import run
+from hawqfx.timetable import Converted, Timed, Timetable
 from tests.nets import Plain, Residual, SharedLayer
 from tests.tools import after, study
 
@@ -26,65 +31,202 @@ def measured(make: type) -> Program:
     return MEASURED[make]
 
 
+def timetable(program: Program, draw: random.Random) -> Timetable:
+    """Invented seconds of every kernel and conversion, in whole nanoseconds."""
+
+    def seconds(most: float) -> float:
+        return round(draw.uniform(0, most) * 1e9) * 1e-9
+
+    makers = {site.nodes[0]: site.key for site in program.activations}
+    timed = []
+    for layer in program.layers:
+        made = next((key for node, key in makers.items() if layer.node == node), None)
+        sites = tuple(dict.fromkeys((layer.input, layer.weight, *((made,) if made else ()))))
+        timed.append(Timed(layer.node, sites, seconds(1e-3), seconds(4e-3)))
+    converted = []
+    for site in program.activations:
+        maker = next((timed.node for timed in timed if timed.node in site.nodes), None)
+        readers: list[str | None] = [layer.node for layer in program.layers if layer.input == site.key]
+        readers += [None] * (draw.random() < 0.3)
+        converted.append(Converted(site.key, maker, tuple(readers), *(seconds(1e-3) for _ in range(3))))
+    return Timetable(seconds(1e-3), tuple(timed), tuple(converted), "invented")
+
+
 def narrowed(program: Program, seed: int) -> Program:
-    """The program with random sensitivities and three widths per site, so that all plans can be enumerated."""
+    """The program with random sensitivities, invented latencies and few widths, so that all plans can be enumerated."""
     draw = random.Random(seed)
     facts: dict[str, Fact] = {}
-    costs: dict[str, Fact] = {}
     for site in program.sites:
         kept = (2, 4, 8) if isinstance(site, WeightSite) else (4, 8)
         errors = {b: program.facts.get(site.key, Perturbation).squared_error[b] for b in kept}
         facts[site.key] = Sensitivity(draw.lognormvariate(0, 2), 0.0, 8).times(errors)
-        costs[site.key] = Cost({b: program.facts.get(site.key, Cost).bytes[b] for b in kept})
-    return program.learn(facts).learn(costs)
+    return replace(program.learn(facts), timetable=timetable(program, draw))
 
 
 def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
-    """Size, average width and BOPs of a plan, counted in the plainest way."""
+    """What a plan takes of every limit, counted in the plainest way."""
     weights = sum(site.numel for site in program.weights)
     return {
         "size": program.fixed_bytes() + sum(program.facts.get(s.key, Cost).bytes[bits[s.key]] for s in program.weights),
         "weight_bits": sum(bits[site.key] * site.numel for site in program.weights) / weights,
         "bops": sum(layer.macs * bits[layer.weight] * bits[layer.input] for layer in program.layers),
+        "activation_memory": max(
+            step.fixed
+            + sum(packed_bytes(count, bits[key]) for key, counts in step.elements.items() for count in counts)
+            for step in live(program)
+        ),
+        "latency": program.timetable.seconds(bits) if program.timetable is not None else math.nan,
     }
 
 
-def brute_force(program: Program, bounds: dict[str, float]) -> float:
-    options = [sorted(program.facts.get(site.key, LossIncrease).by_bits) for site in program.sites]
+def brute_force(program: Program, bounds: dict[str, float], floats: bool = False) -> float:
+    options = [[*program.facts.get(site.key, LossIncrease).by_bits, *[32] * floats] for site in program.sites]
     losses = {site.key: increases(program, site) for site in program.sites}
     best = math.inf
     for widths in itertools.product(*options):
         bits = {site.key: width for site, width in zip(program.sites, widths, strict=True)}
-        if all(totals(program, bits)[name] <= bound for name, bound in bounds.items()):
-            best = min(best, sum(losses[key][width] for key, width in bits.items()))
+        loss = sum(losses[key][width] for key, width in bits.items())
+        if loss < best and all(totals(program, bits)[name] <= bound * (1 + 1e-12) for name, bound in bounds.items()):
+            best = loss
     return best
+
+
+def bounded(program: Program, limits: tuple[str, ...], seed: int) -> tuple[dict[str, float], str]:
+    """Bounds between the least and the most that the widths can take, and their text."""
+    facts = {site.key: program.facts.get(site.key, LossIncrease).by_bits for site in program.sites}
+    narrow, wide = (totals(program, {key: pick(by_bits) for key, by_bits in facts.items()}) for pick in (min, max))
+    draw = random.Random(seed)
+    bounds = {name: narrow[name] + (wide[name] - narrow[name]) * draw.uniform(0.1, 0.8) for name in limits}
+    if "latency" in limits and program.timetable is not None:
+        ends = [program.timetable.seconds(dict.fromkeys(facts, bits)) for bits in (8, 32)]
+        bounds["latency"] = round(min(ends) + abs(ends[1] - ends[0]) * draw.uniform(0.3, 0.9), 9)
+    units = {"latency": "s"}
+    return bounds, ", ".join(f"{name}={bound:.9f}{units.get(name, '')}" for name, bound in bounds.items())
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("make", [Plain, Residual, SharedLayer])
-@pytest.mark.parametrize("limits", [("size",), ("weight_bits",), ("bops",), ("size", "bops")])
+@pytest.mark.parametrize(
+    "limits", [("size",), ("weight_bits",), ("bops",), ("activation_memory",), ("size", "bops", "activation_memory")]
+)
 def test_equals_brute_force(make: type, limits: tuple[str, ...], seed: int) -> None:
     """Plain, Residual and SharedLayer have 7 or 8 sites: 3^3 x 2^5 plans."""
     program = narrowed(measured(make), seed)
-    narrow, wide = ({s.key: pick(program.facts.get(s.key, Cost).bytes) for s in program.sites} for pick in (min, max))
-    bounds = {
-        name: low + (totals(program, wide)[name] - low) * random.Random(seed).uniform(0.1, 0.8)
-        for name, low in totals(program, narrow).items()
-        if name in limits
-    }
-    text = ", ".join(f"{name}={bound:.6f}" for name, bound in bounds.items())
+    bounds, text = bounded(program, limits, seed)
     planned = run([Allocation(Budget.parse(text))], program, study())
+    # the text has 9 decimals, and every total is a multiple of more than that
     assert all(totals(program, planned.bits())[name] <= bound + 1e-6 for name, bound in bounds.items())
     found = sum(planned.facts.get(site.key, Bits).increase for site in planned.sites)
-    # losses become integers of 2^-40 of the largest: 8 sites' rounding is below 1e-11 of it
-    assert found == pytest.approx(brute_force(program, bounds), rel=1e-9)
+    # sums of 8 floats in another order
+    assert found == pytest.approx(brute_force(program, bounds), rel=1e-12)
+    account = planned.account
+    assert account is not None
+    assert account.optimal
+    for name, use in account.limits.items():
+        assert use.amount == pytest.approx(totals(program, planned.bits())[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limits", [("latency",), ("latency", "size")])
+def test_a_latency_with_boundaries_equals_brute_force(limits: tuple[str, ...], seed: int) -> None:
+    """Plain, with float as a choice: (4 x 4 x 4) x (3 x 3 x 3 x 3) plans."""
+    program = narrowed(measured(Plain), seed)
+    bounds, text = bounded(program, limits, seed)
+    allocation = Allocation(Budget.parse(text), weight_bits=(2, 4, 8, 32), activation_bits=(4, 8, 32))
+    best = brute_force(program, bounds, floats=True)
+    if math.isinf(best):
+        with pytest.raises(InfeasibleBudget, match=r"latency=.* cannot be met"):
+            run([allocation], program, study())
+        return
+    planned = run([allocation], program, study())
+    assert all(totals(program, planned.bits())[name] <= bound * (1 + 1e-12) for name, bound in bounds.items())
+    assert sum(planned.facts.get(site.key, Bits).increase for site in planned.sites) == pytest.approx(best, rel=1e-12)
+    assert planned.account is not None
+    assert planned.account.limits["latency"].amount == pytest.approx(totals(program, planned.bits())["latency"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_papers_rule_is_the_best_monotone_setting(seed: int) -> None:
+    """Against the enumeration of all settings whose bits fall with the trace, of weights and of activations."""
+    program = narrowed(measured(Residual), seed)
+    draw = random.Random(seed)
+    facts: dict[str, Fact] = {site.key: Sensitivity(draw.lognormvariate(0, 2), 0.0, 8) for site in program.sites}
+    program = program.learn(facts)
+    bounds, text = bounded(program, ("size",), seed)
+    losses = {site.key: increases(program, site) for site in program.sites}
+    groups: list[list[Site]] = [
+        sorted(sites, key=lambda site: -program.facts.get(site.key, Sensitivity).curvature)
+        for sites in (program.weights, program.activations)
+    ]
+    best = math.inf
+    for widths in itertools.product(*([(2, 4, 8)] * len(groups[0]) + [(4, 8)] * len(groups[1]))):
+        bits = {site.key: width for site, width in zip([*groups[0], *groups[1]], widths, strict=True)}
+        falling = all(bits[one.key] >= bits[other.key] for group in groups for one, other in itertools.pairwise(group))
+        if falling and totals(program, bits)["size"] <= bounds["size"]:
+            best = min(best, sum(losses[key][width] for key, width in bits.items()))
+    planned = run([Allocation(Budget.parse(text), rule="hawq-v2")], program, study())
+    assert sum(planned.facts.get(site.key, Bits).increase for site in planned.sites) == pytest.approx(best, rel=1e-12)
+    exact = run([Allocation(Budget.parse(text))], program, study())
+    assert exact.account is not None
+    assert exact.account.loss <= best
+
+
+def test_every_move_is_what_it_would_do() -> None:
+    program = narrowed(measured(Residual), 1)
+    bounds, text = bounded(program, ("size", "bops", "activation_memory"), 1)
+    planned = run([Allocation(Budget.parse(text))], program, study())
+    bits, losses = planned.bits(), {site.key: increases(program, site) for site in program.sites}
+    before = totals(program, bits)
+    moves = 0
+    for site in planned.sites:
+        why = planned.facts.get(site.key, Bits).why
+        assert why is not None
+        for move in filter(None, (why.wider, why.narrower)):
+            after = totals(program, {**bits, site.key: move.bits})
+            assert move.loss == pytest.approx(losses[site.key][move.bits] - losses[site.key][bits[site.key]])
+            assert move.amounts == pytest.approx({name: after[name] - before[name] for name in bounds})
+            # one that loses less must break a limit, else the plan is not the best
+            assert move.loss >= 0 or any(after[name] > bound for name, bound in bounds.items())
+            moves += 1
+    assert moves >= len(planned.sites)
+    whys = {site.key: planned.facts.get(site.key, Bits).why for site in planned.sites}
+    assert sum(why.loss_share for why in whys.values() if why) == pytest.approx(1)
+    weights = [whys[site.key] for site in planned.weights]
+    assert sum(why.shares["size"] for why in weights if why) == pytest.approx(
+        1 - program.fixed_bytes() / before["size"]
+    )
+
+
+def test_fixed_widths_are_kept_and_named_where_they_stand_in_the_way() -> None:
+    program = measured(Plain)
+    planned = run([Allocation(Budget.parse("size=40%"), fix=(("conv1*", 7), ("head.*", 32)))], program, study())
+    assert (planned.bits()["conv1.weight"], planned.bits()["head.weight"]) == (7, 32)
+    least = run([Allocation(Budget.parse("size=100%"), fix=(("*.weight", 2),))], program, study()).account
+    assert least is not None
+    tight = f"size={least.limits['size'].amount + 1:.0f}"
+    run([Allocation(Budget.parse(tight))], program, study())
+    with pytest.raises(InfeasibleBudget, match=r"fix 'conv2\*': 8 stands in the way, without it the budget can be met"):
+        run([Allocation(Budget.parse(tight), fix=(("conv2*", 8),))], program, study())
+
+
+@pytest.mark.parametrize(
+    ("fix", "message"),
+    [
+        ((("nothing*", 4),), "fix 'nothing\\*': no site has such a name"),
+        ((("conv1*", 4), ("*.weight", 5)), "is to have 4 bits by 'conv1\\*' and 5 by '\\*.weight'"),
+        ((("conv1*", 9),), "may take 9 bits, and was measured at 2, 3, 4, 5, 6, 7, 8, 32"),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(fix: tuple[tuple[str, int], ...], message: str) -> None:
+    with pytest.raises(HawqfxError, match=message):
+        run([Allocation(Budget.parse("size=50%"), fix=fix)], measured(Plain), study())
 
 
 def test_omega_is_the_mean_trace_times_the_sum_of_squares() -> None:
     program = measured(Plain)
     site = program.weights[0]
     program = program.learn({site.key: Sensitivity(3.0, 0.1, 8).times({2: 0.5, 4: 0.125})})
-    assert increases(program, site) == {2: 1.5, 4: 0.375}
+    assert increases(program, site) == {2: 1.5, 4: 0.375, 32: 0.0}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,272 @@
+"""What each limit of a budget counts, as integer terms over the choices of bits.
+
+The items of the integer program are the sites, each with the widths that it may take, and what follows from them: for
+a latency, whether a kernel is an integer one and whether a tensor is converted (hawqfx.timetable).
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hawqfx.budget import Budget, Limit
+from hawqfx.facts import Cost
+from hawqfx.liveness import live
+from hawqfx.maths.knapsack import Limit as Row
+from hawqfx.maths.knapsack import Nogood, Terms
+from hawqfx.maths.packing import packed_bytes
+from hawqfx.maths.pricing import FLOAT_BITS, bops
+from hawqfx.program import Program
+from hawqfx.timetable import Timetable
+
+Bits = Mapping[str, int]
+NANO = 1e-9  # latencies are counted in nanoseconds
+
+
+@dataclass(frozen=True)
+class Derived:
+    """An item with options 0 and 1 that follows from the widths of the sites."""
+
+    option: Callable[[Bits], int]
+
+
+@dataclass
+class Space:
+    """The items: sites in order, each with its widths, then what is derived from them, tied by nogoods."""
+
+    widths: Mapping[str, Sequence[int]]
+    derived: list[Derived] = field(default_factory=list)
+    nogoods: list[Nogood] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.item = {key: number for number, key in enumerate(self.widths)}
+
+    def add(self, option: Callable[[Bits], int]) -> int:
+        self.derived.append(Derived(option))
+        return len(self.widths) + len(self.derived) - 1
+
+    def picks(self, bits: Bits) -> tuple[int, ...]:
+        """The option of every item at these widths."""
+        sites = (list(widths).index(bits[key]) for key, widths in self.widths.items())
+        return (*sites, *(derived.option(bits) for derived in self.derived))
+
+    def moved(self, key: str, width: int, bits: Bits, picks: Sequence[int]) -> tuple[Sequence[int], list[int]]:
+        """The options when one site has another width, and which items differ."""
+        changed = list(picks)
+        changed[self.item[key]] = list(self.widths[key]).index(width)
+        if self.derived:
+            changed[len(self.widths) :] = [derived.option({**bits, key: width}) for derived in self.derived]
+        return changed, [item for item, pair in enumerate(zip(picks, changed, strict=True)) if pair[0] != pair[1]]
+
+    def bits(self, picks: Sequence[int]) -> dict[str, int]:
+        """The widths of the sites that these options are."""
+        return {key: widths[pick] for (key, widths), pick in zip(self.widths.items(), picks, strict=False)}
+
+    def options(self, key: str, wanted: Callable[[int], bool]) -> frozenset[int]:
+        return frozenset(number for number, bits in enumerate(self.widths[key]) if wanted(bits))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a limit counts: the largest of `parts`, each a sum of terms and what no choice changes.
+
+    Integers, of which one is `unit_size` of the unit that an amount is given in.  `reference`: what float32 takes, in
+    that unit.  `where` names the parts, if there are several."""
+
+    name: str
+    unit: str
+    unit_size: float
+    reference: float
+    parts: Sequence[tuple[int, Terms]]
+    where: Sequence[str] = ()
+
+    @cached_property
+    def _pairs_of(self) -> list[dict[int, list[tuple[int, int]]]]:
+        """For each part, the pairs that an item is in."""
+        found: list[dict[int, list[tuple[int, int]]]] = []
+        for _, terms in self.parts:
+            pairs: dict[int, list[tuple[int, int]]] = {}
+            for pair in terms.pairs:
+                for item in pair:
+                    pairs.setdefault(item, []).append(pair)
+            found.append(pairs)
+        return found
+
+    def totals(self, picks: Sequence[int]) -> list[float]:
+        """What each part comes to."""
+        return [fixed + terms.total(picks) for fixed, terms in self.parts]
+
+    def amount(self, picks: Sequence[int]) -> float:
+        return self.unit_size * max(self.totals(picks))
+
+    def own(self, part: int, items: Collection[int], picks: Sequence[int]) -> float:
+        """What the terms that have one of the items in them come to."""
+        terms = self.parts[part][1]
+        pairs = {pair for item in items for pair in self._pairs_of[part].get(item, ())}
+        own = sum(terms.single[item][picks[item]] for item in items if item in terms.single)
+        return own + sum(terms.pairs[i, j][picks[i]][picks[j]] for i, j in pairs)
+
+    def share(self, item: int, picks: Sequence[int], totals: Sequence[float]) -> float:
+        """Which fraction of the amount the item has a part in, where the amount is largest."""
+        part = max(range(len(totals)), key=totals.__getitem__)
+        return self.own(part, [item], picks) / totals[part] if totals[part] else 0.0
+
+    def change(
+        self, items: Collection[int], picks: Sequence[int], moved: Sequence[int], totals: Sequence[float]
+    ) -> float:
+        """By how much the amount rises when the picks of these items become those of `moved`."""
+        after = (
+            total + self.own(part, items, moved) - self.own(part, items, picks) for part, total in enumerate(totals)
+        )
+        return self.unit_size * (max(after) - max(totals))
+
+    def rows(self, limit: Limit) -> list[Row]:
+        bound = math.floor(
+            limit.of(self.reference) / self.unit_size * (1 + 1e-12)
+        )  # 12.5% of 8 is 1, whatever rounding
+        return [Row(self._row(number), bound - fixed, terms) for number, (fixed, terms) in enumerate(self.parts)]
+
+    def part(self, row: str) -> int | None:
+        """The number of the part that a row is of; None: of another measure."""
+        return next((number for number in range(len(self.parts)) if self._row(number) == row), None)
+
+    def _row(self, number: int) -> str:
+        return self.name if not self.where else f"{self.name} at {self.where[number]}"
+
+    def written(self, amount: float) -> str:
+        if self.unit == "s":
+            return f"{1e3 * amount:.4g} ms"
+        return f"{amount:.4g} {self.unit}" if isinstance(amount, float) and amount % 1 else f"{int(amount)} {self.unit}"
+
+
+def measures(program: Program, budget: Budget, space: Space) -> dict[str, Measure]:
+    """What the budget's limits count; a latency adds items to the space.  Needs the facts Cost, and for a latency the
+    program's timetable."""
+    return {name: _KNOWN[name](program, space) for name in budget.limits if name in _KNOWN}
+
+
+def _size(program: Program, space: Space) -> Measure:
+    single = {}
+    for site in program.weights:
+        by_bits = program.facts.get(site.key, Cost).bytes
+        single[space.item[site.key]] = [by_bits[bits] for bits in space.widths[site.key]]
+    return Measure("size", "bytes", 1, program.float_bytes(), [(program.fixed_bytes(), Terms(single, {}))])
+
+
+def _weight_bits(program: Program, space: Space) -> Measure:
+    single = {space.item[site.key]: [bits * site.numel for bits in space.widths[site.key]] for site in program.weights}
+    weights = sum(site.numel for site in program.weights)
+    return Measure("weight_bits", "bits on average", 1 / weights, FLOAT_BITS, [(0, Terms(single, {}))])
+
+
+def _bops(program: Program, space: Space) -> Measure:
+    pairs: dict[tuple[int, int], list[list[int]]] = {}
+    for layer in program.layers:
+        key = space.item[layer.weight], space.item[layer.input]
+        rows, columns = space.widths[layer.weight], space.widths[layer.input]
+        table = [[bops(layer.macs, weight, activation) for activation in columns] for weight in rows]
+        before = pairs.get(key, [[0] * len(columns)] * len(rows))
+        pairs[key] = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, table, strict=True)]
+    reference = sum(bops(layer.macs, FLOAT_BITS, FLOAT_BITS) for layer in program.layers)
+    return Measure("bops", "bit operations", 1, reference, [(0, Terms({}, pairs))])
+
+
+def _activation_memory(program: Program, space: Space) -> Measure:
+    steps = live(program)
+
+    def taken(elements: Sequence[int], bits: int) -> int:
+        return sum(packed_bytes(count, bits) for count in elements)
+
+    parts = []
+    for step in steps:
+        single = {
+            space.item[key]: [taken(elements, bits) for bits in space.widths[key]]
+            for key, elements in step.elements.items()
+        }
+        parts.append((step.fixed, Terms(single, {})))
+    floats = (step.fixed + sum(taken(elements, FLOAT_BITS) for elements in step.elements.values()) for step in steps)
+    return Measure("activation_memory", "bytes", 1, max(floats), parts, [step.node for step in steps])
+
+
+def _latency(program: Program, space: Space) -> Measure:
+    assert program.timetable is not None, "a latency was asked for and none was measured"
+    encoder = _Encoder(program.timetable, space)
+    reference = program.timetable.seconds({site.key: FLOAT_BITS for site in program.sites})
+    return Measure("latency", "s", NANO, reference, [encoder.encoded()])
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds / NANO)
+
+
+class _Encoder:
+    """Timetable.seconds as terms: a kernel is an item with the options float and integer, tied to its sites; a
+    conversion that hangs on several kernels is an item with the options no and yes."""
+
+    def __init__(self, table: Timetable, space: Space) -> None:
+        self.table, self.space = table, space
+        self.sites = {timed.node: timed.sites for timed in table.timed}
+        self.single: dict[int, list[int]] = {}
+        self.fixed = _nanoseconds(table.rest)
+        self.kernels: dict[str, int | bool] = {}  # an item, or whether it is integer whatever is chosen
+
+    def encoded(self) -> tuple[int, Terms]:
+        for timed in self.table.timed:
+            self.kernels[timed.node] = self._kernel(timed.sites, timed.integer, timed.floating)
+        for tensor in self.table.converted:
+            self._add(tensor.site, lambda bits, t=tensor: _nanoseconds(t.clip) if bits < 8 else 0)  # type: ignore[misc]
+            self._conversion(tensor.site, [tensor.maker], tensor.quantize)
+            self._conversion(tensor.site, tensor.readers, tensor.dequantize)
+        return self.fixed, Terms(self.single, {})
+
+    def _add(self, site: str, cost: Callable[[int], int]) -> None:
+        """A cost of the widths below 32 of a site."""
+        row = self.single.setdefault(self.space.item[site], [0] * len(self.space.widths[site]))
+        for number, bits in enumerate(self.space.widths[site]):
+            row[number] += cost(bits) if bits < FLOAT_BITS else 0
+
+    def _kernel(self, sites: Sequence[str], integer: float, floating: float) -> int | bool:
+        widths = [self.space.widths[site] for site in sites]
+        always = all(FLOAT_BITS not in each for each in widths)
+        if always or any(set(each) == {FLOAT_BITS} for each in widths):
+            self.fixed += _nanoseconds(integer if always else floating)
+            return always
+        item = self.space.add(lambda bits: int(all(bits[site] < FLOAT_BITS for site in sites)))
+        self.single[item] = [_nanoseconds(floating), _nanoseconds(integer)]
+        quantized = {self.space.item[site]: self.space.options(site, lambda bits: bits < FLOAT_BITS) for site in sites}
+        self.space.nogoods.append({**quantized, item: frozenset([0])})
+        for site in sites:
+            left = self.space.options(site, lambda bits: bits == FLOAT_BITS)
+            if left:
+                self.space.nogoods.append({self.space.item[site]: left, item: frozenset([1])})
+        return item
+
+    def _conversion(self, site: str, ends: Sequence[str | None], seconds: float) -> None:
+        """Needed where the site is quantized and one of the kernels at the other end, None being one, is in float."""
+        kernels = [False if end is None else self.kernels[end] for end in ends]
+        if any(kernel is False for kernel in kernels):
+            self._add(site, lambda bits: _nanoseconds(seconds))
+            return
+        open_ones = [kernel for kernel in kernels if kernel is not True]
+        quantized = self.space.options(site, lambda bits: bits < FLOAT_BITS)
+        if not open_ones or not quantized:
+            return
+        needs = [self.sites[end] for end in ends if end is not None]
+
+        def needed(bits: Bits) -> int:
+            floats = any(bits[other] == FLOAT_BITS for sites in needs for other in sites)
+            return int(bits[site] < FLOAT_BITS and floats)
+
+        item = self.space.add(needed)
+        self.single[item] = [0, _nanoseconds(seconds)]
+        for kernel in open_ones:
+            self.space.nogoods.append({self.space.item[site]: quantized, kernel: frozenset([0]), item: frozenset([0])})
+
+
+_KNOWN: Mapping[str, Callable[[Program, Space], Measure]] = {
+    "size": _size,
+    "weight_bits": _weight_bits,
+    "bops": _bops,
+    "activation_memory": _activation_memory,
+    "latency": _latency,
+}

@@ -1,0 +1,61 @@
+"""How long a network takes at any choice of bits: measured seconds of its parts, and the rule that adds them up.
+
+onnxruntime runs a node on an integer kernel when every tensor that the kernel needs is quantized, and in float
+otherwise.  Where float meets integer it converts: a quantized tensor that a float kernel made is quantized once, and
+one that a float kernel reads is dequantized once.  Below 8 bits an activation takes a Clip on its integers.  The width
+of a weight does not matter, since weights are unpacked when the file is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hawqfx.maths.pricing import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one node of the graph, as an integer kernel where all of `sites` are quantized, else in float.
+
+    `node`: the fx node that makes the kernel's output, the rectifier's where the kernel takes one in."""
+
+    node: str
+    sites: tuple[str, ...]
+    integer: float
+    floating: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Seconds to convert one tensor of the activation site `site`.
+
+    `maker`: the node of `Timed` that makes it; None: always made in float.  `readers`: the same of those that read it;
+    None among them: one reads it in float always.  `clip`: seconds of the Clip below 8 bits."""
+
+    site: str
+    maker: str | None
+    readers: tuple[str | None, ...]
+    quantize: float
+    dequantize: float
+    clip: float
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """`rest`: seconds of everything that no choice of bits changes.  `setting`: machine, threads, batch, versions."""
+
+    rest: float
+    timed: tuple[Timed, ...]
+    converted: tuple[Converted, ...]
+    setting: str
+
+    def seconds(self, bits: Mapping[str, int]) -> float:
+        """Of one run at these widths, by site key; 32: the site stays in float."""
+        integer = {timed.node: all(bits[site] < FLOAT_BITS for site in timed.sites) for timed in self.timed}
+        total = self.rest + sum(timed.integer if integer[timed.node] else timed.floating for timed in self.timed)
+        for tensor in self.converted:
+            if bits[tensor.site] == FLOAT_BITS:
+                continue
+            total += tensor.clip * (bits[tensor.site] < 8)
+            total += tensor.quantize * (tensor.maker is None or not integer[tensor.maker])
+            total += tensor.dequantize * any(reader is None or not integer[reader] for reader in tensor.readers)
+        return total
