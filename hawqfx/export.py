@@ -10,8 +10,9 @@ zero-point, biases int32, and 4- or 6-bit activations as uint8 with a Clip on th
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,12 @@ from hawqfx.maths import affine, packing
 from hawqfx.ops import DEQUANTIZE, FAKE_QUANTIZE
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.study import Batch
-from hawqfx.vocabulary import operands
+from hawqfx.vocabulary import WEIGHTED, operands
 
 Packing = Literal["portable", "native"]
 
 DOMAIN = "hawqfx"
+LEAST = "_least"  # the constant that no number is less than
 OPSET: dict[str, int] = {"portable": 18, "native": 25}
 IR_VERSION: dict[str, int] = {"portable": 10, "native": 13}
 OLDEST_RUNTIME: dict[str, str] = {"portable": "1.20", "native": "1.24"}
@@ -85,9 +87,24 @@ def _freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
             constant = graph.get_attr(name)
             node.replace_all_uses_with(graph.call_function(DEQUANTIZE, (constant, scale)))
         graph.erase_node(node)
+    _keep_weights_in_float(module, graph)
     graph.eliminate_dead_code()
     module.recompile()
     return fx.GraphModule(module, graph), widths
+
+
+def _keep_weights_in_float(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """onnxruntime quantizes a constant weight between a DequantizeLinear and a QuantizeLinear by itself, to 8 bits and
+    with one scale.  It does not look past a maximum, which here takes the least number there is."""
+    for node in [node for node in graph.nodes if node.target in WEIGHTED]:
+        source, weight = operands(node)[:2]
+        if source.target is FAKE_QUANTIZE and weight.op == "get_attr":
+            set_tensor(module, LEAST, torch.tensor(torch.finfo(torch.float32).min), parameter=False)
+            with graph.inserting_after(node):
+                least = graph.get_attr(LEAST)
+            with graph.inserting_after(least):
+                kept = graph.call_function(torch.ops.aten.maximum.default, (node, least))
+            node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
 
 
 def _value(program: Program, node: fx.Node) -> torch.Tensor:
@@ -304,6 +321,144 @@ def _name_the_edges(graph: ir.Graph) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None and value.shape and not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *value.shape[1:]])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A small file: `inputs` says the shape and the type of each of its inputs, by name."""
+
+    content: bytes
+    inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+class Pieces:
+    """A program whose outputs have no part in common, as small ONNX files, one per output.
+
+    Every input is fed to one output alone.  Shapes are those of `inputs`, the values of its placeholders.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[torch.Tensor]) -> None:
+        frozen, _ = _freeze(program)
+        exported = torch.export.export(frozen, tuple(inputs), strict=False)
+        with _quiet():
+            translated = torch.onnx.export(
+                exported, dynamo=True, opset_version=OPSET["portable"], optimize=False, verbose=False,
+                custom_translation_table={FAKE_QUANTIZE: _activation, DEQUANTIZE: _constant_codes},
+            )  # fmt: skip
+        assert translated is not None
+        _tidy(translated.model)
+        translated.model.ir_version = IR_VERSION["portable"]
+        self.model = ir.to_proto(translated.model)
+        graph = self.model.graph
+        self.made = {name: node for node in graph.node for name in node.output}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        values = zip(graph.input, inputs, strict=True)
+        self.shapes = {value.name: (tuple(tensor.shape), tensor.numpy().dtype) for value, tensor in values}
+        self._give_weights_a_zero_point()
+
+    def piece(self, output: int, copies: int) -> Piece:
+        """So many copies of what makes an output, each with inputs and constants of its own, so that onnxruntime finds
+        nothing to share.  Where tensors are quantized at its edges, the edges are the integers."""
+        nodes: list[onnx.NodeProto] = []
+        inputs: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        target = self._without(self.model.graph.output[output].name, "DequantizeLinear")
+        waiting, seen = [target], set()
+        while waiting:
+            name = waiting.pop()
+            node = self.made.get(name)
+            quantized = node is not None and node.op_type == "QuantizeLinear" and name != target
+            if name in self.shapes or (quantized and node is not None and node.input[0] in self.shapes):
+                source = node.input[0] if quantized and node is not None else name
+                inputs[name] = self.shapes[source][0], np.dtype(np.uint8) if quantized else self.shapes[source][1]
+            elif node is not None and id(node) not in seen:
+                seen.add(id(node))
+                nodes.append(node)
+                waiting += filter(None, node.input)
+        order = {id(node): number for number, node in enumerate(self.model.graph.node)}
+        nodes.sort(key=lambda node: order[id(node)])
+        used = {name for node in nodes for name in node.input} & self.constants.keys()
+        return self._copied(nodes, inputs, sorted(used), target, copies)
+
+    def _copied(
+        self, nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Any], used: Sequence[str], target: str, copies: int
+    ) -> Piece:
+        found = onnx.ModelProto()
+        found.CopyFrom(self.model)
+        graph = found.graph
+        for field in ("node", "initializer", "input", "output", "value_info"):
+            graph.ClearField(field)
+        shapes = {}
+        for copy in range(copies):
+
+            def own(name: str, copy: int = copy) -> str:
+                return f"{name}_{copy}" if name else ""
+
+            for node in nodes:
+                made = graph.node.add()
+                made.CopyFrom(node)
+                made.ClearField("input")
+                made.ClearField("output")
+                made.input.extend(map(own, node.input))
+                made.output.extend(map(own, node.output))
+            for name in used:
+                tensor = graph.initializer.add()
+                tensor.CopyFrom(self.constants[name])
+                tensor.name = own(name)
+            for name, (shape, dtype) in inputs.items():
+                kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+                graph.input.append(onnx.helper.make_tensor_value_info(own(name), kind, shape))
+                shapes[own(name)] = shape, dtype
+            last = self.made[target].op_type
+            kind = onnx.TensorProto.UINT8 if last == "QuantizeLinear" else onnx.TensorProto.FLOAT
+            graph.output.append(onnx.helper.make_tensor_value_info(own(target), kind, None))
+        return Piece(found.SerializeToString(), shapes)
+
+    def _without(self, name: str, operator: str) -> str:
+        """What goes into the node that makes this value, if it is such a one and has been quantized."""
+        node = self.made[name]
+        if node.op_type == operator and node.input[0] in self.made:
+            return str(node.input[0])
+        return name
+
+    def _give_weights_a_zero_point(self) -> None:
+        for node in self.model.graph.node:
+            codes = self.constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+            if codes is not None and codes.data_type == onnx.TensorProto.INT8 and len(node.input) == 2:
+                zeros = np.zeros(codes.dims[0], np.int8)
+                name = f"{codes.name}_zeros"
+                self.constants[name] = onnx.numpy_helper.from_array(zeros, name)
+                node.input.append(name)
+
+
+def operator_piece(operator: str, shape: tuple[int, ...], low: int, copies: int) -> Piece:
+    """A file of so many conversions of a tensor each of its own: QuantizeLinear, DequantizeLinear, Clip (of uint8, to
+    4 bits), Transpose (of uint8, moves the channels of an image last), MaxPool (of float32, over one pixel)."""
+    integer = operator in ("DequantizeLinear", "Clip", "Transpose")
+    kind = onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
+    made = {"QuantizeLinear": onnx.TensorProto.UINT8, "DequantizeLinear": onnx.TensorProto.FLOAT}.get(operator, kind)
+    constants: dict[str, NDArray[Any]] = {
+        "scale": np.array(0.05, np.float32), "zero": np.array(low, np.uint8),
+        "least": np.array(0, np.uint8), "most": np.array(15, np.uint8),
+    }  # fmt: skip
+    attributes: dict[str, dict[str, Any]] = {
+        "Transpose": {"perm": [0, *range(2, len(shape)), 1]}, "MaxPool": {"kernel_shape": [1] * (len(shape) - 2)}
+    }  # fmt: skip
+    extra = {"QuantizeLinear": ["scale", "zero"], "DequantizeLinear": ["scale", "zero"], "Clip": ["least", "most"]}
+    nodes, inputs, outputs = [], [], []
+    for copy in range(copies):
+        nodes.append(
+            onnx.helper.make_node(
+                operator, [f"x{copy}", *extra.get(operator, [])], [f"y{copy}"], **attributes.get(operator, {})
+            )
+        )
+        inputs.append(onnx.helper.make_tensor_value_info(f"x{copy}", kind, shape))
+        outputs.append(onnx.helper.make_tensor_value_info(f"y{copy}", made, None))
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "hawqfx", inputs, outputs, tensors)
+    opsets = [onnx.helper.make_opsetid("", OPSET["portable"])]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION["portable"])
+    dtype = np.dtype(np.uint8 if integer else np.float32)
+    return Piece(model.SerializeToString(), {value.name: (shape, dtype) for value in inputs})
 
 
 def operators(path: str | Path) -> Counter[str]:

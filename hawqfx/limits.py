@@ -5,7 +5,7 @@ a latency, whether a kernel is an integer one and whether a tensor is converted 
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from hawqfx.maths.knapsack import Nogood, Terms
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.maths.pricing import FLOAT_BITS, bops
 from hawqfx.program import Program
-from hawqfx.timetable import Timetable
+from hawqfx.timetable import Timed, Timetable
 
 Bits = Mapping[str, int]
 NANO = 1e-9  # latencies are counted in nanoseconds
@@ -25,9 +25,10 @@ NANO = 1e-9  # latencies are counted in nanoseconds
 
 @dataclass(frozen=True)
 class Derived:
-    """An item with options 0 and 1 that follows from the widths of the sites."""
+    """An item whose option follows from the widths of the sites."""
 
     option: Callable[[Bits], int]
+    options: int
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Space:
     def __post_init__(self) -> None:
         self.item = {key: number for number, key in enumerate(self.widths)}
 
-    def add(self, option: Callable[[Bits], int]) -> int:
-        self.derived.append(Derived(option))
+    def add(self, option: Callable[[Bits], int], options: int) -> int:
+        self.derived.append(Derived(option, options))
         return len(self.widths) + len(self.derived) - 1
 
     def picks(self, bits: Bits) -> tuple[int, ...]:
@@ -200,46 +201,69 @@ def _nanoseconds(seconds: float) -> int:
 
 
 class _Encoder:
-    """Timetable.seconds as terms: a kernel is an item with the options float and integer, tied to its sites; a
-    conversion that hangs on several kernels is an item with the options no and yes."""
+    """Timetable.seconds as terms: a kernel is an item with the options float, integer and unpacking, tied to its sites;
+    a conversion that hangs on several kernels is an item with the options no and yes."""
 
     def __init__(self, table: Timetable, space: Space) -> None:
         self.table, self.space = table, space
-        self.sites = {timed.node: timed.sites for timed in table.timed}
+        self.timed = {timed.node: timed for timed in table.timed}
         self.single: dict[int, list[int]] = {}
         self.fixed = _nanoseconds(table.rest)
         self.kernels: dict[str, int | bool] = {}  # an item, or whether it is integer whatever is chosen
 
     def encoded(self) -> tuple[int, Terms]:
         for timed in self.table.timed:
-            self.kernels[timed.node] = self._kernel(timed.sites, timed.integer, timed.floating)
+            self.kernels[timed.node] = self._kernel(timed)
         for tensor in self.table.converted:
             self._add(tensor.site, lambda bits, t=tensor: _nanoseconds(t.clip) if bits < 8 else 0)  # type: ignore[misc]
             self._conversion(tensor.site, [tensor.maker], tensor.quantize)
             self._conversion(tensor.site, tensor.readers, tensor.dequantize)
         return self.fixed, Terms(self.single, {})
 
-    def _add(self, site: str, cost: Callable[[int], int]) -> None:
-        """A cost of the widths below 32 of a site."""
+    def _add(self, site: str, cost: Callable[[int], int], floating: int = 0) -> None:
+        """A cost of the widths of a site."""
         row = self.single.setdefault(self.space.item[site], [0] * len(self.space.widths[site]))
         for number, bits in enumerate(self.space.widths[site]):
-            row[number] += cost(bits) if bits < FLOAT_BITS else 0
+            row[number] += cost(bits) if bits < FLOAT_BITS else floating
 
-    def _kernel(self, sites: Sequence[str], integer: float, floating: float) -> int | bool:
-        widths = [self.space.widths[site] for site in sites]
-        always = all(FLOAT_BITS not in each for each in widths)
-        if always or any(set(each) == {FLOAT_BITS} for each in widths):
-            self.fixed += _nanoseconds(integer if always else floating)
-            return always
-        item = self.space.add(lambda bits: int(all(bits[site] < FLOAT_BITS for site in sites)))
-        self.single[item] = [_nanoseconds(floating), _nanoseconds(integer)]
-        quantized = {self.space.item[site]: self.space.options(site, lambda bits: bits < FLOAT_BITS) for site in sites}
-        self.space.nogoods.append({**quantized, item: frozenset([0])})
-        for site in sites:
-            left = self.space.options(site, lambda bits: bits == FLOAT_BITS)
-            if left:
-                self.space.nogoods.append({self.space.item[site]: left, item: frozenset([1])})
+    def _quantized(self, site: str) -> frozenset[int]:
+        return self.space.options(site, lambda bits: bits < FLOAT_BITS)
+
+    def _left(self, site: str) -> frozenset[int]:
+        return self.space.options(site, lambda bits: bits == FLOAT_BITS)
+
+    def _kernel(self, timed: Timed) -> int | bool:
+        costs = [_nanoseconds(seconds) for seconds in (timed.floating, timed.integer, timed.unpacking)]
+        if not any(map(self._left, timed.sites)):
+            self.fixed += costs[1]
+            return True
+        if not all(map(self._quantized, timed.sites)):
+            if timed.weight is None:
+                self.fixed += costs[0]
+            else:
+                self._add(timed.weight, lambda bits: costs[2], floating=costs[0])
+            return False
+
+        def option(bits: Bits) -> int:
+            if timed.is_integer(bits):
+                return 1
+            return 2 if timed.weight is not None and bits[timed.weight] < FLOAT_BITS else 0
+
+        item = self.space.add(option, 3)
+        self.single[item] = costs
+        self._forbid({**{self.space.item[site]: self._quantized(site) for site in timed.sites}, item: {0, 2}})
+        for site in timed.sites:
+            self._forbid({self.space.item[site]: self._left(site), item: {1}})
+        if timed.weight is None:
+            self._forbid({item: {2}})
+        else:
+            self._forbid({self.space.item[timed.weight]: self._quantized(timed.weight), item: {0}})
+            self._forbid({self.space.item[timed.weight]: self._left(timed.weight), item: {2}})
         return item
+
+    def _forbid(self, nogood: Mapping[int, Set[int]]) -> None:
+        if all(nogood.values()):
+            self.space.nogoods.append({item: frozenset(options) for item, options in nogood.items()})
 
     def _conversion(self, site: str, ends: Sequence[str | None], seconds: float) -> None:
         """Needed where the site is quantized and one of the kernels at the other end, None being one, is in float."""
@@ -247,20 +271,18 @@ class _Encoder:
         if any(kernel is False for kernel in kernels):
             self._add(site, lambda bits: _nanoseconds(seconds))
             return
-        open_ones = [kernel for kernel in kernels if kernel is not True]
-        quantized = self.space.options(site, lambda bits: bits < FLOAT_BITS)
-        if not open_ones or not quantized:
+        undecided = [kernel for kernel in kernels if kernel is not True]
+        if not undecided or not self._quantized(site):
             return
-        needs = [self.sites[end] for end in ends if end is not None]
+        needs = [self.timed[end] for end in ends if end is not None]
 
         def needed(bits: Bits) -> int:
-            floats = any(bits[other] == FLOAT_BITS for sites in needs for other in sites)
-            return int(bits[site] < FLOAT_BITS and floats)
+            return int(bits[site] < FLOAT_BITS and not all(timed.is_integer(bits) for timed in needs))
 
-        item = self.space.add(needed)
+        item = self.space.add(needed, 2)
         self.single[item] = [0, _nanoseconds(seconds)]
-        for kernel in open_ones:
-            self.space.nogoods.append({self.space.item[site]: quantized, kernel: frozenset([0]), item: frozenset([0])})
+        for kernel in undecided:
+            self._forbid({self.space.item[site]: self._quantized(site), kernel: {0, 2}, item: {0}})
 
 
 _KNOWN: Mapping[str, Callable[[Program, Space], Measure]] = {

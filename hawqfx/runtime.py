@@ -61,3 +61,32 @@ def latency(
         name: Latency(statistics.median(times), statistics.quantiles(times, n=10)[-1], len(times))
         for name, times in seconds.items()
     }
+
+
+BURST = 8
+
+
+def steady(
+    models: Sequence[bytes | str | Path],
+    feeds: Sequence[Mapping[str, NDArray[np.generic]]],
+    *,
+    threads: int,
+    budget: float,
+) -> list[float]:
+    """Seconds of one run of each model, the median for about so many seconds in all.  Models take turns in bursts, of
+    which the first runs only bring the caches into the state that they have where one model runs again and again."""
+    sessions = [session(model, threads=threads) for model in models]
+    seconds: list[list[float]] = [[] for _ in sessions]
+    end = time.perf_counter() + budget
+    while not seconds[0] or time.perf_counter() < end:
+        for model, feed, times in zip(sessions, feeds, seconds, strict=True):
+            for turn in range(BURST):
+                start = time.perf_counter()
+                model.run(None, feed)
+                if turn >= BURST // 4:
+                    times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def version() -> str:
+    return str(onnxruntime.__version__)

@@ -1,9 +1,10 @@
 """How long a network takes at any choice of bits: measured seconds of its parts, and the rule that adds them up.
 
 onnxruntime runs a node on an integer kernel when every tensor that the kernel needs is quantized, and in float
-otherwise.  Where float meets integer it converts: a quantized tensor that a float kernel made is quantized once, and
-one that a float kernel reads is dequantized once.  Below 8 bits an activation takes a Clip on its integers.  The width
-of a weight does not matter, since weights are unpacked when the file is loaded.
+otherwise; a float kernel whose weight is quantized unpacks it in every run, and cannot lay it out as it likes.  Where
+float meets integer it converts: a quantized tensor that a float kernel made is quantized once, and one that a float
+kernel reads is dequantized once.  Below 8 bits an activation takes a Clip on its integers.  The width of a weight does
+not matter, since weights are unpacked when the file is loaded.
 """
 
 from collections.abc import Mapping
@@ -14,14 +15,26 @@ from hawqfx.maths.pricing import FLOAT_BITS
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of one node of the graph, as an integer kernel where all of `sites` are quantized, else in float.
+    """Seconds of one node of the graph: as an integer kernel where all of `sites` are quantized, else in float, where
+    it takes `unpacking` if its weight is quantized and `floating` if not.
 
-    `node`: the fx node that makes the kernel's output, the rectifier's where the kernel takes one in."""
+    `node`: the fx node that makes the kernel's output, the rectifier's where the kernel takes one in.  `weight`: the
+    one of the sites that is a weight, if there is one."""
 
     node: str
     sites: tuple[str, ...]
+    weight: str | None
     integer: float
     floating: float
+    unpacking: float
+
+    def is_integer(self, bits: Mapping[str, int]) -> bool:
+        return all(bits[site] < FLOAT_BITS for site in self.sites)
+
+    def seconds(self, bits: Mapping[str, int]) -> float:
+        if self.is_integer(bits):
+            return self.integer
+        return self.unpacking if self.weight is not None and bits[self.weight] < FLOAT_BITS else self.floating
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,8 @@ class Timetable:
 
     def seconds(self, bits: Mapping[str, int]) -> float:
         """Of one run at these widths, by site key; 32: the site stays in float."""
-        integer = {timed.node: all(bits[site] < FLOAT_BITS for site in timed.sites) for timed in self.timed}
-        total = self.rest + sum(timed.integer if integer[timed.node] else timed.floating for timed in self.timed)
+        integer = {timed.node: timed.is_integer(bits) for timed in self.timed}
+        total = self.rest + sum(timed.seconds(bits) for timed in self.timed)
         for tensor in self.converted:
             if bits[tensor.site] == FLOAT_BITS:
                 continue

@@ -156,7 +156,7 @@ class Task:
 
     def solve(self) -> Choice | Infeasible:
         (_, terms), *_ = self.loss.parts
-        by_item = [*terms.single.values(), *[[0.0, 0.0]] * len(self.space.derived)]
+        by_item = [*terms.single.values(), *([0.0] * derived.options for derived in self.space.derived)]
         problem = Problem(by_item, self.rows, self.space.nogoods, terms.pairs)
         start = dict(self.allocation.start)
         near = {key: _nearest(kept, start[key]) for key, kept in self.space.widths.items()} if start else None

@@ -108,10 +108,10 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "rounding",
         "perturbation",
         "cost",
-        "hawq_v2",
+        "fisher",
         "allocation",
         "lowering",
     ]
-    names += ["fisher", "taylor", "measured", "mse", "hawq_v1"]
+    names += ["hawq_v2", "taylor", "measured", "mse", "hawq_v1", "interactions"]
     positions = [output.index(f" {name} ") for name in names]
     assert positions == sorted(positions)

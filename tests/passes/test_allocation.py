@@ -42,7 +42,7 @@ def timetable(program: Program, draw: random.Random) -> Timetable:
     for layer in program.layers:
         made = next((key for node, key in makers.items() if layer.node == node), None)
         sites = tuple(dict.fromkeys((layer.input, layer.weight, *((made,) if made else ()))))
-        timed.append(Timed(layer.node, sites, seconds(1e-3), seconds(4e-3)))
+        timed.append(Timed(layer.node, sites, layer.weight, seconds(1e-3), seconds(4e-3), seconds(5e-3)))
     converted = []
     for site in program.activations:
         maker = next((timed.node for timed in timed if timed.node in site.nodes), None)
