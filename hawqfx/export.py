@@ -295,11 +295,11 @@ def _tidy(model: ir.Model) -> None:
     """Leave out of the file what no reader needs: traces of the exporter, shapes inside, copies of small constants."""
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
         common.RemoveUnusedNodesPass(),
     ):
         step(model)
     graph = model.graph
+    _share_constants(graph)
     model.metadata_props.clear()
     graph.metadata_props.clear()
     graph.name = "hawqfx"
@@ -312,6 +312,19 @@ def _tidy(model: ir.Model) -> None:
     for value in {*graph.initializers.values(), *made} - {*graph.outputs}:
         value.shape, value.type = None, None
     _name_the_edges(graph)
+
+
+def _share_constants(graph: ir.Graph) -> None:
+    """Equal constants become one; not the scales, whose names say which site they belong to."""
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or name.endswith(SCALE):
+            continue
+        kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+        if kept is not value and value not in graph.outputs:
+            ir.convenience.replace_all_uses_with(value, kept)
+            del graph.initializers[name]
 
 
 def _name_the_edges(graph: ir.Graph) -> None:

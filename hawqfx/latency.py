@@ -40,7 +40,7 @@ from hawqfx.program import ActivationSite, Layer, Program, WeightSite, set_tenso
 from hawqfx.runner import run
 from hawqfx.study import Batch, Progress, Study, cross_entropy, silent
 from hawqfx.timetable import Converted, Timed, Timetable
-from hawqfx.vocabulary import BINARY, CARRIERS, RECTIFIERS, WEIGHTED, is_constant, is_tensor, operands
+from hawqfx.vocabulary import BINARY, PADS, WEIGHTED, ceiling, is_carrier, is_constant, is_tensor, operands
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def _kernels(program: Program) -> list[_Kernel]:
     found = []
     for node in program.graph.graph.nodes:
         weight = layers[node.name].weight if node.name in layers else None
-        carried = node.target in CARRIERS and node.name in sites and str(node.target).split(".")[1] not in VIEWS
+        carried = is_carrier(node) and node.name in sites and not _is_free(node)
         added = node.target in BINARY and all(map(is_tensor, operands(node)[:2])) and not node.kwargs
         if weight is None and not carried and not added:
             continue
@@ -162,7 +162,7 @@ def _kernels(program: Program) -> list[_Kernel]:
         nodes = [node]
         if not carried and len(node.users) == 1 and node.name not in sites:
             (user,) = node.users
-            if user.target in RECTIFIERS and user.name in sites:
+            if ceiling(user) is not None and user.name in sites:
                 nodes.append(user)
         found.append(_Kernel(tuple(nodes), reads, weight))
     return found
@@ -200,16 +200,12 @@ class _Work:
             self._converted(site, name, name if name in made else None)
             for site in self.program.activations
             for name in (*site.nodes, *site.carriers)
-            if not self._is_view(name)
+            if not _is_free(self._node(name))
         ]
         table = Timetable(0.0, tuple(timed), tuple(converted), setting)
         table = self._anchored(table)
         progress("latency", steps, steps)
         return table
-
-    def _is_view(self, name: str) -> bool:
-        node = self._node(name)
-        return node.target in CARRIERS and str(node.target).split(".")[1] in VIEWS
 
     def _node(self, name: str) -> fx.Node:
         return next(node for node in self.program.graph.graph.nodes if node.name == name)
@@ -299,7 +295,7 @@ class _Work:
         for user in _readers(node):
             if user.name in ends:
                 readers.append(ends[user.name])
-            elif user.op == "output" or user.target not in CARRIERS:
+            elif user.op == "output" or not is_carrier(user):
                 readers.append(None)
         shape = tuple(self.values[name].shape)
         turned = sum(self._layout(name, integer) for integer in (True, False))
@@ -368,11 +364,16 @@ def _nothing(example: Batch) -> Study:
     return Study((example,), cross_entropy)
 
 
+def _is_free(node: fx.Node) -> bool:
+    """Whether a carrier costs nothing: a view, or a padding that the layer after takes in."""
+    return is_carrier(node) and (node.target in PADS or str(node.target).split(".")[1] in VIEWS)
+
+
 def _readers(node: fx.Node) -> list[fx.Node]:
     """The nodes that read a tensor, or a view of it."""
     found = []
     for user in node.users:
-        if user.target in CARRIERS and str(user.target).split(".")[1] in VIEWS:
+        if _is_free(user):
             found += _readers(user)
         else:
             found.append(user)

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from hawqfx.program import Program
-from hawqfx.vocabulary import RECTIFIERS
+from hawqfx.vocabulary import ceiling
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _looks_at(node: fx.Node) -> fx.Node | None:
     sources = node.all_input_nodes
     if node.target is operator.getitem:
         return sources[0]
-    if node.target in RECTIFIERS and len(sources[0].users) == 1:
+    if ceiling(node) is not None and len(sources[0].users) == 1:
         return sources[0]
     if isinstance(node.target, OpOverload) and any(r.alias_info is not None for r in node.target._schema.returns):
         return sources[0]

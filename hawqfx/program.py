@@ -1,5 +1,6 @@
 """The value that flows through the passes: a graph, the places where bits are chosen, and what is known of them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,7 @@ class ActivationSite:
 
     `carriers` only move values of these tensors about (reshape, max-pool, concat): they keep the same quantizer.
     `shape` is that of one sample at the first node; `numel` counts the elements of one sample over all of `nodes`.
+    `nonnegative`: rectifiers make all of them; `ceiling`: the largest value that these let pass.
     """
 
     key: str
@@ -56,6 +58,7 @@ class ActivationSite:
     nodes: tuple[str, ...]
     carriers: tuple[str, ...]
     nonnegative: bool
+    ceiling: float = math.inf
 
 
 Site = WeightSite | ActivationSite

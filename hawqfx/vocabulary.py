@@ -1,5 +1,6 @@
 """The operators that hawqfx knows, each in the one role that decides how its tensors are quantized."""
 
+import math
 from typing import Any
 
 import torch
@@ -36,11 +37,17 @@ FLOAT_ONLY: dict[Target, str] = {
 # Integer kernels of two activations.
 BINARY: dict[Target, str] = {_aten.add.Tensor: "add"}
 
-# Absorbed by the quantizer of the tensor that they end in: it cannot represent what they cut off.
-RECTIFIERS: set[Target] = {_aten.relu.default}
+# Cut off what is below zero, and what is above a ceiling: see `ceiling`.
+_RECTIFIERS: set[Target] = {
+    _aten.relu.default,
+    _aten.relu6.default,
+    _aten.hardtanh.default,
+    _aten.clamp.default,
+    _aten.clamp_min.default,
+}
 
 # Move values about and change none: input and output share a quantizer.
-CARRIERS: set[Target] = {
+_CARRIERS: set[Target] = {
     _aten.view.default,
     _aten.reshape.default,
     _aten.flatten.using_ints,
@@ -53,7 +60,11 @@ CARRIERS: set[Target] = {
     _aten.max_pool2d.default,
     _aten.max_pool3d.default,
     _aten.cat.default,
+    _aten.pad.default,
+    _aten.constant_pad_nd.default,
 }
+# Carriers that add nothing but zeros, which every quantizer represents; onnxruntime takes them into the layer after.
+PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
 
 BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
 DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
@@ -70,6 +81,34 @@ IDENTITIES: set[Target] = {
 def operands(node: fx.Node) -> tuple[Any, ...]:
     """The arguments of a node, each of whatever type the operator's schema says."""
     return node.args
+
+
+def ceiling(node: fx.Node) -> float | None:
+    """The largest value that a rectifier lets pass, infinity for ReLU; None if the node is no rectifier.
+
+    The quantizer of the tensor that a rectifier ends in absorbs it: it cannot represent what is cut off."""
+    if node.target not in _RECTIFIERS:
+        return None
+    if node.target is _aten.relu.default:
+        return math.inf
+    if node.target is _aten.relu6.default:
+        return 6.0
+    default = (-1.0, 1.0) if node.target is _aten.hardtanh.default else (None, None)
+    low, high = (node.args[at] if len(node.args) > at else default[at - 1] for at in (1, 2))
+    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+    low, high = node.kwargs.get("min_val", low), node.kwargs.get("max_val", high)
+    if low != 0 or not (high is None or (isinstance(high, (int, float)) and high > 0)):
+        return None
+    return math.inf if high is None else float(high)
+
+
+def is_carrier(node: fx.Node) -> bool:
+    """Whether a node only moves values about, or adds zeros: input and output share a quantizer."""
+    if node.target in PADS:
+        constant = node.target is _aten.constant_pad_nd.default or len(node.args) < 3 or node.args[2] == "constant"
+        value = node.args[-1] if len(node.args) == (4 if node.target is _aten.pad.default else 3) else 0
+        return constant and value in (0, None) and not node.kwargs
+    return node.target in _CARRIERS
 
 
 def training_argument(node: fx.Node) -> bool:

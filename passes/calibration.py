@@ -84,6 +84,8 @@ def _weight_quantizer(weight: Tensor, bits: int) -> QuantParams:
 def _activation_quantizer(histogram: _Histogram, site: ActivationSite, bits: int) -> QuantParams:
     scale, zero_point = affine.affine_range(*histogram.filled(), bits, nonnegative=site.nonnegative)
     low, high = affine.unsigned_range(bits)
+    if site.nonnegative:  # nothing above the ceiling, so that the quantizer does the rectifier's work
+        scale = min(scale, float(torch.tensor(site.ceiling / high).nextafter(torch.tensor(0.0))))
     return QuantParams(bits, (scale,), zero_point, low, high, per_channel=False)
 
 

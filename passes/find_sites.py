@@ -7,6 +7,7 @@ concat) only move values, so what goes in and what comes out share a quantizer; 
 components of the graph of carriers.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -23,10 +24,10 @@ from hawqfx.study import Study
 from hawqfx.vocabulary import (
     BATCH_NORM,
     BINARY,
-    CARRIERS,
     FLOAT_ONLY,
-    RECTIFIERS,
     WEIGHTED,
+    ceiling,
+    is_carrier,
     is_constant,
     is_tensor,
     operands,
@@ -72,14 +73,18 @@ def _groups(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     for node in graph.nodes:
         if is_tensor(node):
             ties.add_node(node)
-        if node.target in CARRIERS and is_tensor(node):
+        if is_carrier(node) and is_tensor(node):
             ties.add_edges_from((node, source) for source in _carried(node))
     return {node: group for group in networkx.connected_components(ties) for node in group}
 
 
 def _nonnegative(tensors: Iterable[fx.Node]) -> bool:
-    """Whether a quantizer that these tensors share can start at zero."""
-    return all(tensor.target in RECTIFIERS for tensor in tensors if tensor.target not in CARRIERS)
+    """Whether a quantizer that these tensors share can do the work of the rectifiers that make them: they all cut at
+    zero, and at the same ceiling."""
+    tensors = list(tensors)
+    if len({ceiling(tensor) for tensor in tensors if not is_carrier(tensor)}) > 1:
+        return False
+    return all(ceiling(tensor) is not None for tensor in tensors if not is_carrier(tensor))
 
 
 def _end(kernel: fx.Node, groups: Mapping[fx.Node, set[fx.Node]]) -> fx.Node:
@@ -87,7 +92,7 @@ def _end(kernel: fx.Node, groups: Mapping[fx.Node, set[fx.Node]]) -> fx.Node:
     quantizer after the rectifier starts at zero, so that onnxruntime may drop the rectifier."""
     if len(kernel.users) == 1:
         (user,) = kernel.users
-        if user.target in RECTIFIERS and _nonnegative(groups[user]):
+        if ceiling(user) is not None and _nonnegative(groups[user]):
             return user
     return kernel
 
@@ -117,10 +122,10 @@ def _activation_sites(graph: fx.Graph, kernels: list[fx.Node]) -> list[Activatio
     order = {node: number for number, node in enumerate(graph.nodes)}
     sites = []
     for node in graph.nodes:
-        if node not in wanted or node.target in CARRIERS:
+        if node not in wanted or is_carrier(node):
             continue
         group = sorted(groups[node], key=order.__getitem__)
-        origins = [member for member in group if member.target not in CARRIERS]
+        origins = [member for member in group if not is_carrier(member)]
         if node is not origins[0]:
             continue
         shapes = [_sample_shape(origin) for origin in origins]
@@ -131,8 +136,9 @@ def _activation_sites(graph: fx.Graph, kernels: list[fx.Node]) -> list[Activatio
                 shape=shapes[0],
                 numel=sum(torch.Size(shape).numel() for shape in shapes),
                 nodes=tuple(origin.name for origin in origins),
-                carriers=tuple(member.name for member in group if member.target in CARRIERS),
+                carriers=tuple(member.name for member in group if is_carrier(member)),
                 nonnegative=_nonnegative(origins),
+                ceiling=min(ceiling(origin) or math.inf for origin in origins),
             )
         )
     return sites

@@ -7,6 +7,7 @@ weight scale, computed in the graph so that the file need not hold it; where the
 the bias.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from hawqfx.maths.pricing import FLOAT_BITS
 from hawqfx.ops import FAKE_QUANTIZE
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.quantized import weight_at
+from hawqfx.vocabulary import PADS, ceiling
 
 INT32 = torch.iinfo(torch.int32)
 
@@ -92,7 +94,13 @@ class Lowering(Rewrite):
             quantizer = chosen[site.key]
             scale = emit.scale(site.key, quantizer)
             for name in (*site.nodes, *site.carriers):
-                emit.quantize(emit.nodes[name], scale, quantizer)
+                node = emit.nodes[name]
+                if node.target in PADS:  # zeros are on the grid already
+                    continue
+                if site.nonnegative and site.ceiling < math.inf and ceiling(node) is not None:
+                    # the quantizer's range ends at the ceiling; a ReLU is what onnxruntime takes into a kernel
+                    node.target, node.args, node.kwargs = torch.ops.aten.relu.default, node.args[:1], {}
+                emit.quantize(node, scale, quantizer)
         for layer in program.layers:
             if layer.bias is not None and layer.input in chosen and layer.weight in chosen:
                 emit.quantize_bias(emit.nodes[layer.node], emit.scales[layer.input], emit.scales[layer.weight])
