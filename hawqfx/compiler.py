@@ -23,6 +23,7 @@ from hawqfx.plan import Plan
 from hawqfx.runner import run
 from hawqfx.session import Compiled, Metric, Scoring, Session
 from hawqfx.study import Batch, Draw, Loss, Study, cross_entropy, gather, silent
+from hawqfx.timetable import Timetable
 
 STRONGEST = 64  # pairs of weights whose interaction enters the integer program
 
@@ -153,6 +154,36 @@ def pareto(
     """
     first = Budget(**{limit: Limit(1.0, relative=True)})
     return compile(model, first, data, **options).session.frontier(points, limit, budgets, evaluate)
+
+
+def measure_latency(
+    model: Model,
+    data: Iterable[Any],
+    *,
+    threads: int = 1,
+    batch: int | None = None,
+    keep_float: Sequence[str] = (),
+    cache: str | Path | None = None,
+    console: Console | None = None,
+) -> Timetable:
+    """Times the parts of a model in onnxruntime on this machine; `Timetable.seconds` adds them up for any bits.
+
+    data: as for compile(); one batch is enough.  threads: of onnxruntime.  batch: samples in a run, by default one.
+    cache: the folder where timings are kept, by default the user's.  A budget on latency does all that by itself.
+    """
+    from hawqfx.latency import measure
+
+    batches = gather(data)
+    with progress_bars(console or Console(stderr=True)) as progress:
+        study = Study(batches[:1], cross_entropy, progress=progress)
+        steps = [
+            *pipeline.finding(tuple(keep_float)),
+            *pipeline.quantizing(Calibration((8,), (8,))),
+            *pipeline.pricing(Rounding("nearest")),
+        ]
+        program = run(steps, capture(model, batches[0]), study)
+        folder = None if cache is None else Path(cache)
+        return measure(program, batches[0], threads=threads, batch=batch, cache=folder, progress=progress)
 
 
 def _held_out(

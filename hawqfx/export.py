@@ -32,7 +32,7 @@ from hawqfx.maths import affine, packing
 from hawqfx.ops import DEQUANTIZE, FAKE_QUANTIZE
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.study import Batch
-from hawqfx.vocabulary import WEIGHTED, operands
+from hawqfx.vocabulary import PADS, WEIGHTED, operands
 
 Packing = Literal["portable", "native"]
 
@@ -98,6 +98,8 @@ def _keep_weights_in_float(module: fx.GraphModule, graph: fx.Graph) -> None:
     with one scale.  It does not look past a maximum, which here takes the least number there is."""
     for node in [node for node in graph.nodes if node.target in WEIGHTED]:
         source, weight = operands(node)[:2]
+        if source.target in PADS:
+            source = source.args[0]
         if source.target is FAKE_QUANTIZE and weight.op == "get_attr":
             set_tensor(module, LEAST, torch.tensor(torch.finfo(torch.float32).min), parameter=False)
             with graph.inserting_after(node):
@@ -299,6 +301,7 @@ def _tidy(model: ir.Model) -> None:
     ):
         step(model)
     graph = model.graph
+    _cast_constants(graph)
     _share_constants(graph)
     model.metadata_props.clear()
     graph.metadata_props.clear()
@@ -312,6 +315,18 @@ def _tidy(model: ir.Model) -> None:
     for value in {*graph.initializers.values(), *made} - {*graph.outputs}:
         value.shape, value.type = None, None
     _name_the_edges(graph)
+
+
+def _cast_constants(graph: ir.Graph) -> None:
+    """The bounds of a clip come as CastLike of a constant, which onnxruntime runs every time, and which keeps it from
+    taking the clip into the layer before."""
+    for node in list(graph):
+        if node.op_type != "CastLike" or node.inputs[0] is None or node.inputs[0].const_value is None:
+            continue
+        same = node.inputs[1] is not None and node.inputs[0].const_value.dtype == node.inputs[1].dtype
+        if same and node.outputs[0] not in graph.outputs:
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            graph.remove(node, safe=True)
 
 
 def _share_constants(graph: ir.Graph) -> None:

@@ -64,13 +64,17 @@ LAW: dict[str, set[str]] = {
     "runtime": set(),
     "export": {"capture", "errors", "files", "maths", "ops", "program", "study", "vocabulary"},
     "parity": {"export", "ops", "program", "runtime", "study"},
+    "latency": {
+        "errors", "export", "facts", "files", "maths", "pipeline", "program", "runner", "runtime", "study", "timetable",
+        "vocabulary",
+    },
     "session": {
         "budget", "contract", "errors", "export", "facts", "frontier", "latency", "maths", "passes", "pipeline",
         "plan", "program", "runner", "study",
     },
     "compiler": {
-        "budget", "capture", "contract", "errors", "frontier", "maths", "observe", "passes", "pipeline", "plan",
-        "runner", "session", "study",
+        "budget", "capture", "contract", "errors", "frontier", "latency", "maths", "observe", "passes", "pipeline",
+        "plan", "runner", "session", "study", "timetable",
     },
     "demo": {"compiler", "observe", "runtime", "session", "zoo"},
     "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "pipeline", "plan", "workers"},
