@@ -5,8 +5,8 @@
 ResNet-20, EfficientNet-Lite0 and MiniLM (subjects.py; the extra `bench`), one sample, one thread.  Nine plans each,
 from all float to all 8 bits, with weights, activations or whole stretches of the network at other widths or in float:
 the latency that the parts predict (hawqfx/latency.py) beside that of the exported file, medians of runs in bursts, in
-turns.  Then six budgets between the two ends for each network: does the exported plan keep them?  Parts are timed anew,
-in a folder of their own.  --quick: ResNet-20 alone.
+turns.  Then six budgets between the two ends for each network: does the exported plan keep them, when it is timed once
+more?  Parts are timed anew, in a folder of their own.  --quick: ResNet-20 alone.
 """
 
 import random

@@ -138,13 +138,14 @@ class Use:
     """What a plan takes of a limit: `amount` of `bound`, in `unit`; float32 takes `reference`.
 
     `price`: by how much the predicted loss would fall per further unit, by the linear relaxation; zero where the limit
-    does not bind."""
+    does not bind.  `measured`: what the finished network takes, where that was measured."""
 
     unit: str
     amount: float
     bound: float
     reference: float
     price: float
+    measured: float | None = None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,18 @@ def measure(
     return table
 
 
+def whole_networks(programs: Sequence[Program], example: Batch, threads: int = 1) -> list[float]:
+    """Seconds of a run of each of some lowered programs, exported, on all of the example."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths, feeds = [], []
+        for number, program in enumerate(programs):
+            paths.append(Path(folder) / f"{number}.onnx")
+            export(program, example, paths[-1])
+            names = [value.name for value in runtime.session(paths[-1]).get_inputs()]
+            feeds.append(dict(zip(names, (tensor.numpy() for tensor in example.tensors), strict=True)))
+        return runtime.steady(paths, feeds, threads=threads, budget=WHOLE_SECONDS)
+
+
 def _machine() -> str:
     """The processor, as the system names it."""
     try:
@@ -346,17 +358,7 @@ class _Work:
         return run(pipeline.lowering(), self.program.learn(facts), Study((self.example,), cross_entropy))
 
     def _time_whole(self) -> dict[str, float]:
-        feed = {f"{number}": tensor.numpy() for number, tensor in enumerate(self.example.tensors)}
-        with tempfile.TemporaryDirectory() as folder:
-            paths = []
-            for word, bits in _WHOLE:
-                paths.append(Path(folder) / f"{word}.onnx")
-                export(self._lowered(bits), self.example, paths[-1])
-            feeds = []
-            for path in paths:
-                names = [value.name for value in runtime.session(path).get_inputs()]
-                feeds.append(dict(zip(names, feed.values(), strict=True)))
-            times = runtime.steady(paths, feeds, threads=self.threads, budget=WHOLE_SECONDS)
+        times = whole_networks([self._lowered(bits) for _, bits in _WHOLE], self.example, self.threads)
         return {word: seconds for (word, _), seconds in zip(_WHOLE, times, strict=True)}
 
 

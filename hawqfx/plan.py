@@ -134,7 +134,8 @@ def _whole(plan: Plan) -> str:
         binds = "does not bind"
         if use.price:
             binds = f"binds: one {_one(use)} more would save {use.price * _scale(use):.3g}"
-        lines.append(f"  {name}: {_written(use.amount, use)} of {_written(use.bound, use)}; {binds}")
+        measured = "" if use.measured is None else f", measured {_written(use.measured, use)}"
+        lines.append(f"  {name}: {_written(use.amount, use)}{measured} of {_written(use.bound, use)}; {binds}")
     return "\n".join(lines)
 
 

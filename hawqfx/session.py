@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Metric = Callable[[Any, Any], float | torch.Tensor]
+NOISE = 0.02  # of a latency, between one run of a benchmark and the next
+TRIES = 6  # plans that are run for a budget on latency
 STEPS = 64  # budgets between the least and the greatest that a search for `drop` may try
 
 
@@ -83,6 +85,8 @@ class Session:
         if limits.drop is not None:
             return ready._smallest(limits, allocation)
         allocation = replace(allocation, budget=limits)
+        if limits.latency is not None:
+            return ready._in_time(allocation)
         compiled = ready.lowered(ready._planned(allocation), str(limits))
         return ready._or_uniform(compiled, allocation) if against_uniform else compiled
 
@@ -158,6 +162,34 @@ class Session:
 
         table = measure(self.measured, self.study.batches[0], threads=self.threads, progress=self.study.progress)
         return replace(self, measured=replace(self.measured, timetable=table))
+
+    def _in_time(self, allocation: Allocation) -> "Compiled":
+        """The plan for a latency that the exported network keeps when it is run: where it does not, because the solver
+        likes what is predicted too fast, the prediction is held to less.  Raises InfeasibleBudget."""
+        from hawqfx.latency import whole_networks
+
+        size = 1 if self.measured.dynamic_batch else self.study.batches[0].size
+        example, limits = self.study.batches[0].first(size), allocation.budget
+        limit, table = limits.latency, self.measured.timetable
+        assert limit is not None
+        assert table is not None
+        most = limit.of(table.seconds(dict.fromkeys((site.key for site in self.measured.sites), FLOAT_BITS)))
+        wanted, seconds = most, math.inf
+        for _ in range(TRIES):
+            held = replace(allocation, budget=replace(limits, latency=Limit(wanted)))
+            planned = self._quiet._planned(held)
+            compiled = self._quiet.lowered(planned, str(limits))
+            (seconds,) = whole_networks([compiled.program], example, self.threads)
+            if seconds <= (1 - NOISE) * most:
+                assert planned.account is not None
+                use = replace(planned.account.limits["latency"], bound=most, measured=seconds)
+                account = replace(planned.account, limits={**planned.account.limits, "latency": use})
+                return self.lowered(replace(planned, account=account), str(limits))
+            wanted *= (1 - NOISE) * most / seconds
+        raise InfeasibleBudget(
+            f"latency={limit} cannot be met: a network predicted to take {1e3 * wanted:.4g} ms was measured at "
+            f"{1e3 * seconds:.4g} ms"
+        )
 
     def _or_uniform(self, compiled: "Compiled", allocation: Allocation) -> "Compiled":
         """Uniform bits within the same limits if they lose less on the calibration data, else the plan."""

@@ -134,6 +134,7 @@ def test_a_budget_on_latency_is_kept_and_may_leave_sites_in_float(monkeypatch: p
         converted=tuple(replace(c, quantize=1e-4, dequantize=1e-4, clip=2e-4) for c in table.converted),
     )
     monkeypatch.setattr(latency, "measure", lambda *_, **__: table)
+    monkeypatch.setattr(latency, "whole_networks", lambda *_: [0.0])
     keys = [site.key for site in session.measured.sites]
     ends = [table.seconds(dict.fromkeys(keys, bits)) for bits in (8, 32)]
     losses = []
@@ -143,13 +144,44 @@ def test_a_budget_on_latency_is_kept_and_may_leave_sites_in_float(monkeypatch: p
         assert table.seconds(found.plan.bits) <= most + 1e-9
         assert found.planned.account is not None
         losses.append(found.planned.account.loss)
-        assert f"latency: {1e3 * table.seconds(found.plan.bits):.4g} ms" in found.plan.explain()
+        assert f"latency: {1e3 * table.seconds(found.plan.bits):.4g} ms, measured 0 ms" in found.plan.explain()
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == 0
     floats = {key for key, bits in found.plan.bits.items() if bits == 32}
     assert {site.key for site in session.measured.sites if isinstance(site, WeightSite)} <= floats
     with pytest.raises(InfeasibleBudget, match=r"latency=0.0001 cannot be met: the least is [\d.]+ ms"):
         session.at("latency=0.1ms")
+
+
+def test_a_network_that_runs_slower_than_predicted_is_planned_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network takes a fifth longer than its parts: the budget is kept by the network, not by the prediction."""
+    session = quick(Residual).session
+    table = table_of(quick(Residual))
+    table = replace(
+        table,
+        rest=1e-4,
+        timed=tuple(replace(t, integer=1e-3, floating=2e-3, unpacking=3e-3) for t in table.timed),
+        converted=tuple(replace(c, quantize=1e-4, dequantize=1e-4, clip=2e-4) for c in table.converted),
+    )
+    keys = [site.key for site in session.measured.sites]
+    asked: list[dict[str, int]] = []
+
+    def slower(programs: Any, *_: Any) -> list[float]:
+        asked.append(programs[0].bits())
+        return [1.2 * table.seconds(asked[-1])]
+
+    monkeypatch.setattr(latency, "measure", lambda *_, **__: table)
+    monkeypatch.setattr(latency, "whole_networks", slower)
+    most = 0.9 * table.seconds(dict.fromkeys(keys, 32))
+    found = session.at(f"latency={1e3 * most:.6f}ms")
+    assert len(asked) > 1
+    assert 1.2 * table.seconds(found.plan.bits) <= 0.98 * most
+    assert found.planned.account is not None
+    use = found.planned.account.limits["latency"]
+    assert use.measured == 1.2 * table.seconds(found.plan.bits)
+    assert use.bound == pytest.approx(most, rel=1e-6)  # as the text has it
+    with pytest.raises(InfeasibleBudget, match=r"cannot be met: a network predicted to take|the least is"):
+        session.at(f"latency={1e3 * table.seconds(dict.fromkeys(keys, 8)):.6f}ms")
 
 
 def test_measure_latency_needs_no_sensitivity() -> None:
