@@ -21,6 +21,7 @@ from subjects import SUBJECTS
 
 import hawqfx
 from hawqfx import runtime
+from hawqfx.errors import InfeasibleBudget
 from hawqfx.facts import Bits, Fact
 from hawqfx.latency import measure
 from hawqfx.program import WeightSite
@@ -70,6 +71,15 @@ def times(session: Session, bits: dict[str, dict[str, int]]) -> dict[str, float]
         return dict(zip(bits, runtime.steady(paths, feeds, threads=1, budget=SECONDS), strict=True))
 
 
+def kept_bits(session: Session, budget: str) -> dict[str, int] | None:
+    """The bits for a budget on latency; None where it is refused, which counts as not kept."""
+    try:
+        return session.at(budget, against_uniform=False).plan.bits
+    except InfeasibleBudget as error:
+        console.print(f"[yellow]{error}[/]")
+        return None
+
+
 def examine(name: str, cache: Path) -> dict[str, Any]:
     subject = SUBJECTS[name]()
     compiled = hawqfx.compile(
@@ -83,10 +93,11 @@ def examine(name: str, cache: Path) -> dict[str, Any]:
     low, high = (table.seconds(bits[plan]) for plan in ("all 8 bits", "all float"))
     timed = replace(session, measured=replace(session.measured, timetable=table))
     budgets = {f"latency={1e3 * (low + step * (high - low)):.4f}ms": low + step * (high - low) for step in STEPS}
-    chosen = {text: timed.at(text, against_uniform=False).plan.bits for text in budgets}
+    answers = {text: kept_bits(timed, text) for text in budgets}
+    chosen = {text: widths for text, widths in answers.items() if widths is not None}
     measured = times(session, chosen)
-    kept = {text: {"budget": most, "predicted": table.seconds(chosen[text]), "measured": measured[text]}
-            for text, most in budgets.items()}  # fmt: skip
+    kept = {text: {"budget": budgets[text], "predicted": table.seconds(bits), "measured": measured[text]}
+            for text, bits in chosen.items()}  # fmt: skip
     return {"plans": found, "budgets": kept}
 
 

@@ -174,11 +174,18 @@ class Session:
         assert limit is not None
         assert table is not None
         most = limit.of(table.seconds(dict.fromkeys((site.key for site in self.measured.sites), FLOAT_BITS)))
-        wanted, seconds = most, math.inf
+        wanted, predicted, seconds = most, math.nan, math.inf
         for _ in range(TRIES):
             held = replace(allocation, budget=replace(limits, latency=Limit(wanted)))
-            planned = self._quiet._planned(held)
+            try:
+                planned = self._quiet._planned(held)
+            except InfeasibleBudget as error:
+                if wanted == most or not wanted < error.least:  # asked for too little, or another limit is in the way
+                    raise
+                wanted = error.least * (1 + 1e-9)  # the fastest that there is
+                continue
             compiled = self._quiet.lowered(planned, str(limits))
+            predicted = table.seconds(planned.bits())
             (seconds,) = whole_networks([compiled.program], example, self.threads)
             if seconds <= (1 - NOISE) * most:
                 assert planned.account is not None
@@ -187,7 +194,7 @@ class Session:
                 return self.lowered(replace(planned, account=account), str(limits))
             wanted *= (1 - NOISE) * most / seconds
         raise InfeasibleBudget(
-            f"latency={limit} cannot be met: a network predicted to take {1e3 * wanted:.4g} ms was measured at "
+            f"latency={limit} cannot be met: a network predicted to take {1e3 * predicted:.4g} ms was measured at "
             f"{1e3 * seconds:.4g} ms"
         )
 

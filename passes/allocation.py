@@ -209,12 +209,16 @@ class Task:
             text += f"; keep_float leaves {', '.join(kept[:3])} in float"
         if self.allocation.rule != "exact":
             text += f"; the rule {self.allocation.rule} allows no other"
-        return InfeasibleBudget(text)
+        return InfeasibleBudget(text, self._amount(measure, found))
 
-    def _least(self, measure: Measure, found: Infeasible) -> str:
+    def _amount(self, measure: Measure, found: Infeasible) -> float:
         number = measure.part(found.name)
         assert number is not None
-        least = (measure.parts[number][0] + found.least) * measure.unit_size
+        return (measure.parts[number][0] + found.least) * measure.unit_size
+
+    def _least(self, measure: Measure, found: Infeasible) -> str:
+        number, least = measure.part(found.name), self._amount(measure, found)
+        assert number is not None
         percent = math.ceil(1e4 * least / measure.reference) / 100
         at = f" at {measure.where[number]}" if measure.where else ""
         return f"{measure.written(least)}{at}, {percent}% of float32"
