@@ -29,6 +29,7 @@ Nogood = Mapping[int, frozenset[int]]  # not all of these items may pick an opti
 
 CORE, GROWTH = 300, 3  # options beyond one for each item that the first core has, and the factor by which it grows
 SMALL = 120  # items with a choice that CP-SAT takes on at once
+LOOSE = 0.1  # of the gap that is left, to which a core is solved that is not the last
 NEAR = 1e-4  # the gap to which larger cores are solved, and at which one may stop when the effort is spent
 EFFORT = 20.0  # deterministic time of CP-SAT for a core, about seconds
 # what all columns can lose together, as an integer: leaves CP-SAT room to add and to multiply
@@ -170,7 +171,7 @@ class _Search:
             answer = self._core(reach)
             if answer is not None:
                 return answer
-            extra *= GROWTH
+            extra *= GROWTH if self.loss == inf else GROWTH**2  # a choice bounds the last core, which is not far
 
     def _core(self, reach: float) -> Choice | Infeasible | None:
         """Solves the core within reach; None: a larger one is needed."""
@@ -180,7 +181,12 @@ class _Search:
         last = outside >= self.loss or reach == inf
         near = max(self.gap, NEAR)
         if len(program.free) > SMALL:
-            self._learn(_by_highs(program, self._hint(), near / 2 * self._size(), self.deadline), outside)
+            allowed = near / 2 * self._size()
+            if (
+                not last and self.loss < inf
+            ):  # a better choice is all that is wanted; the proof comes with the last core
+                allowed = max(allowed, LOOSE * (self.loss - self.proven))
+            self._learn(_by_highs(program, self._hint(), allowed, self.deadline), outside)
             done = self._done(self.gap)
             if done or not last:
                 return done
