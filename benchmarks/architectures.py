@@ -153,7 +153,10 @@ class UNet(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        twice = lambda i, o: nn.Sequential(_conv(i, o, 3), nn.ReLU(), _conv(o, o, 3), nn.ReLU())  # noqa: E731
+
+        def twice(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(_conv(inputs, outputs, 3), nn.ReLU(), _conv(outputs, outputs, 3), nn.ReLU())
+
         self.one, self.two, self.three = twice(3, width), twice(width, 2 * width), twice(2 * width, 4 * width)
         self.up_two = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
         self.up_one = nn.ConvTranspose2d(2 * width, width, 4, 2, 1)
@@ -222,7 +225,7 @@ def _transformer(kind: str, field: str = "logits", **options: Any) -> nn.Module:
     """A network of transformers by the stem of its class names, with small sizes."""
     import transformers
 
-    configuration = getattr(transformers, f"{kind.partition('For')[0].removesuffix('Model')}Config")(**options)
+    configuration = getattr(transformers, kind).config_class(**options)
     return Answer(getattr(transformers, kind)(configuration), field)
 
 
@@ -260,10 +263,8 @@ def bert() -> nn.Module:
 def detr() -> nn.Module:
     import transformers
 
-    backbone = transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage4"],
-    )  # fmt: skip
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    backbone = transformers.AutoConfig.for_model("resnet", **sizes, out_features=["stage4"])
     return _transformer(
         "DetrForObjectDetection", use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
         backbone_config=backbone, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=128,

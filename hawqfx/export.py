@@ -10,7 +10,7 @@ zero-point, biases int32, and 4- or 6-bit activations as uint8 with a Clip on th
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ from hawqfx import capture
 from hawqfx.errors import ExportError
 from hawqfx.files import check_writable, whole_file
 from hawqfx.maths import affine, packing
-from hawqfx.ops import DEQUANTIZE, FAKE_QUANTIZE
+from hawqfx.ops import DEQUANTIZE, DEQUANTIZE_ROWS, FAKE_QUANTIZE, GLOBAL_AVERAGE
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.study import Batch
-from hawqfx.vocabulary import PADS, WEIGHTED, operands
+from hawqfx.vocabulary import EMBEDDING, PADS, WEIGHTED, operands, spatial_mean
 
 Packing = Literal["portable", "native"]
 
@@ -88,9 +88,34 @@ def _freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
             node.replace_all_uses_with(graph.call_function(DEQUANTIZE, (constant, scale)))
         graph.erase_node(node)
     _keep_weights_in_float(module, graph)
+    _average_globally(graph)
+    _gather_codes(graph)
     graph.eliminate_dead_code()
     module.recompile()
     return fx.GraphModule(module, graph), widths
+
+
+def _average_globally(graph: fx.Graph) -> None:
+    for node in [node for node in graph.nodes if node.op == "call_function" and spatial_mean(node)]:
+        axes = list(range(2, operands(node)[0].meta["val"].ndim))
+        keeps = node.target is not torch.ops.aten.mean.dim or (len(node.args) > 2 and node.args[2])
+        with graph.inserting_before(node):
+            mean = graph.call_function(GLOBAL_AVERAGE, operands(node)[:1])
+            if not keeps:
+                mean = graph.call_function(torch.ops.aten.squeeze.dims, (mean, axes))
+        node.replace_all_uses_with(mean)
+        graph.erase_node(node)
+
+
+def _gather_codes(graph: fx.Graph) -> None:
+    """Of a table, dequantize only the rows that are asked for."""
+    for node in graph.find_nodes(op="call_function", target=EMBEDDING):
+        table, rows = operands(node)[:2]
+        if table.target is DEQUANTIZE:
+            with graph.inserting_before(node):
+                gathered = graph.call_function(DEQUANTIZE_ROWS, (*operands(table), rows))
+            node.replace_all_uses_with(gathered)
+            graph.erase_node(node)
 
 
 def _keep_weights_in_float(module: fx.GraphModule, graph: fx.Graph) -> None:
@@ -133,6 +158,23 @@ def _constant_codes(codes: Any, scale: Any) -> Any:
     return op.DequantizeLinear(codes, scale, axis=0)
 
 
+def _rows(codes: Any, scale: Any, rows: Any) -> Any:
+    values = op.Cast(op.Gather(codes, rows), to=onnx.TensorProto.FLOAT)
+    return op.Mul(values, op.Unsqueeze(op.Gather(scale, rows), _constant(-1, np.int64)))
+
+
+def _average(x: Any) -> Any:
+    return op.GlobalAveragePool(x)
+
+
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    FAKE_QUANTIZE: _activation,
+    DEQUANTIZE: _constant_codes,
+    DEQUANTIZE_ROWS: _rows,
+    GLOBAL_AVERAGE: _average,
+}
+
+
 def _translate(graph: fx.GraphModule, example: Batch, opset: int) -> ir.Model:
     exported = capture.export(graph, example)
     with _quiet():
@@ -143,7 +185,7 @@ def _translate(graph: fx.GraphModule, example: Batch, opset: int) -> ir.Model:
                 opset_version=opset,
                 optimize=False,  # it would fold the biases' scales into tensors that the file need not hold
                 verbose=False,
-                custom_translation_table={FAKE_QUANTIZE: _activation, DEQUANTIZE: _constant_codes},
+                custom_translation_table=_TRANSLATIONS,
             )
         except Exception as error:  # the exporter raises many kinds
             raise ExportError(f"torch.onnx could not translate the graph: {error}") from error
@@ -168,23 +210,28 @@ def _quiet() -> Iterator[None]:
 
 
 def _pack_weight(model: ir.Model, name: str, bits: int, how: Packing) -> None:
-    """Replace an int8 initializer and its DequantizeLinear by packed tensors and a call that unpacks them."""
+    """Replace an int8 initializer and its DequantizeLinear by packed tensors and a call that unpacks and dequantizes
+    them; where rows of it are gathered, by a call that unpacks them."""
     graph = model.graph
     codes = graph.initializers.pop(name)
     assert codes.const_value is not None
     array = codes.const_value.numpy()
     packed = _packed(name, array, bits, how)
-    function = _weight_function(bits, how)
-    model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = 1
     inputs = [_initializer(graph, value) for value in packed]
     for use in list(codes.uses()):
-        dequantize = use.node
-        call = ir.node(function.name, [*inputs, dequantize.inputs[1]], domain=DOMAIN)
-        call.outputs[0].name = dequantize.outputs[0].name
-        graph.insert_before(dequantize, call)
-        ir.convenience.replace_all_uses_with(dequantize.outputs[0], call.outputs[0])
-        graph.remove(dequantize, safe=True)
+        node = use.node
+        whole = node.op_type == "DequantizeLinear"
+        function = _weight_function(bits, how, dequantized=whole)
+        model.functions[function.identifier()] = function
+        call = ir.node(function.name, [*inputs, *[node.inputs[1]] * whole], domain=DOMAIN)
+        call.outputs[0].name = node.outputs[0].name if whole else f"{name}_codes"
+        graph.insert_before(node, call)
+        if whole:
+            ir.convenience.replace_all_uses_with(node.outputs[0], call.outputs[0])
+            graph.remove(node, safe=True)
+        else:
+            node.replace_input_with(use.idx, call.outputs[0])
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -246,10 +293,10 @@ class _Body:
         return self("DequantizeLinear", codes, scale, zeros, axis=0)
 
 
-def _weight_function(bits: int, how: Packing) -> ir.Function:
-    """(packed tensors ..., scale) -> float weight; see hawqfx.maths.packing for the layouts."""
+def _weight_function(bits: int, how: Packing, *, dequantized: bool) -> ir.Function:
+    """(packed tensors ..., scale) -> float weight, or (packed tensors ...) -> codes; see hawqfx.maths.packing for the
+    layouts."""
     body = _Body()
-    scale = ir.Value(name="scale")
     if how == "portable":
         inputs = [ir.Value(name="packed"), ir.Value(name="shape")]
         codes = _portable_codes(body, bits, *inputs)
@@ -258,9 +305,11 @@ def _weight_function(bits: int, how: Packing) -> ir.Function:
         names = ("high", *("pair",) * bool(parts.pair), *("bit", "shape") * parts.bit)
         inputs = [ir.Value(name=name) for name in names]
         codes = _native_codes(body, parts, dict(zip(names, inputs, strict=True)))
-    out = body.dequantized(codes, scale)
-    graph = ir.Graph([*inputs, scale], [out], nodes=body.nodes, opset_imports={"": OPSET[how]}, name="")
-    return ir.Function(DOMAIN, f"Weight{bits}", "", graph=graph, attributes=[])
+    if dequantized:
+        inputs.append(ir.Value(name="scale"))
+        codes = body.dequantized(codes, inputs[-1])
+    graph = ir.Graph(inputs, [codes], nodes=body.nodes, opset_imports={"": OPSET[how]}, name="")
+    return ir.Function(DOMAIN, f"{'Weight' if dequantized else 'Codes'}{bits}", "", graph=graph, attributes=[])
 
 
 def _portable_codes(body: _Body, bits: int, packed: ir.Value, shape: ir.Value) -> ir.Value:
@@ -371,7 +420,7 @@ class Pieces:
         with _quiet():
             translated = torch.onnx.export(
                 exported, dynamo=True, opset_version=OPSET["portable"], optimize=False, verbose=False,
-                custom_translation_table={FAKE_QUANTIZE: _activation, DEQUANTIZE: _constant_codes},
+                custom_translation_table=_TRANSLATIONS,
             )  # fmt: skip
         assert translated is not None
         _tidy(translated.model)

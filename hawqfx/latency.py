@@ -35,12 +35,13 @@ from hawqfx.errors import CacheError, ExportError, HawqfxError
 from hawqfx.export import Piece, Pieces, export, operator_piece
 from hawqfx.facts import Bits, Fact, Quantizers, Rounding
 from hawqfx.files import whole_file
+from hawqfx.integers import taken
 from hawqfx.maths.pricing import FLOAT_BITS
 from hawqfx.program import ActivationSite, Layer, Program, WeightSite, set_tensor
 from hawqfx.runner import run
 from hawqfx.study import Batch, Progress, Study, cross_entropy, silent
 from hawqfx.timetable import Converted, Timed, Timetable
-from hawqfx.vocabulary import BINARY, PADS, WEIGHTED, ceiling, is_carrier, is_constant, is_tensor, operands
+from hawqfx.vocabulary import PADS, WEIGHTED, ceiling, is_carrier, is_constant, is_tensor, operands
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ COPIES = 4  # of a small graph in one file
 PIECE_SECONDS, WHOLE_SECONDS = 0.15, 2.0  # for the runs of a small graph, and of the whole network
 # bits of weights and of activations
 _SCHEMES = {"integer": (8, 8), "floating": (FLOAT_BITS, FLOAT_BITS), "unpacking": (8, FLOAT_BITS)}
-VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}  # carriers that cost nothing
+VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}  # carriers that cost nothing
 LEAST = 0.1  # of what a convolution takes alone, at least so much is its own and not its layout's
 
 
@@ -162,15 +163,16 @@ class _Kernel:
 def _kernels(program: Program) -> list[_Kernel]:
     """Every kernel whose speed the choice of bits changes, in order."""
     sites = {name for site in program.activations for name in (*site.nodes, *site.carriers)}
+    carriers = {name for site in program.activations for name in site.carriers}
     layers = {layer.node: layer for layer in program.layers}
+    others = {*program.elementwise, *(product.node for product in program.products)}
     found = []
     for node in program.graph.graph.nodes:
         weight = layers[node.name].weight if node.name in layers else None
-        carried = is_carrier(node) and node.name in sites and not _is_free(node)
-        added = node.target in BINARY and all(map(is_tensor, operands(node)[:2])) and not node.kwargs
-        if weight is None and not carried and not added:
+        carried = node.name in carriers and not _is_free(node)
+        if weight is None and not carried and node.name not in others:
             continue
-        reads = (operands(node)[0],) if weight else tuple(n for n in node.all_input_nodes if is_tensor(n))
+        reads = tuple(n for n in node.all_input_nodes if is_tensor(n)) if carried else taken(node)
         nodes = [node]
         if not carried and len(node.users) == 1 and node.name not in sites:
             (user,) = node.users

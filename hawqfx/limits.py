@@ -161,15 +161,23 @@ def _weight_bits(program: Program, space: Space) -> Measure:
 
 
 def _bops(program: Program, space: Space) -> Measure:
+    single: dict[int, list[int]] = {}
     pairs: dict[tuple[int, int], list[list[int]]] = {}
-    for layer in program.layers:
-        key = space.item[layer.weight], space.item[layer.input]
-        rows, columns = space.widths[layer.weight], space.widths[layer.input]
-        table = [[bops(layer.macs, weight, activation) for activation in columns] for weight in rows]
+    multiplied = [(layer.weight, layer.input, layer.macs) for layer in program.layers]
+    multiplied += [(*product.inputs, product.macs) for product in program.products]
+    for one, other, macs in multiplied:
+        rows, columns = space.widths[one], space.widths[other]
+        if one == other:  # a product of a tensor with itself
+            row = single.setdefault(space.item[one], [0] * len(rows))
+            for number, bits in enumerate(rows):
+                row[number] += bops(macs, bits, bits)
+            continue
+        key = space.item[one], space.item[other]
+        table = [[bops(macs, mine, its) for its in columns] for mine in rows]
         before = pairs.get(key, [[0] * len(columns)] * len(rows))
         pairs[key] = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, table, strict=True)]
-    reference = sum(bops(layer.macs, FLOAT_BITS, FLOAT_BITS) for layer in program.layers)
-    return Measure("bops", "bit operations", 1, reference, [(0, Terms({}, pairs))])
+    reference = sum(bops(macs, FLOAT_BITS, FLOAT_BITS) for _, _, macs in multiplied)
+    return Measure("bops", "bit operations", 1, reference, [(0, Terms(single, pairs))])
 
 
 def _activation_memory(program: Program, space: Space) -> Measure:

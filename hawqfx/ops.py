@@ -2,7 +2,9 @@
 
 fake_quantize stands for a QuantizeLinear and DequantizeLinear pair, which export writes.  Its gradient passes unchanged
 where the value was in range and is zero where it was clipped (Bengio, Leonard, Courville 2013), so that a lowered
-graph can be trained.  dequantize takes its place where the codes are constants, in the graph that is exported.
+graph can be trained.  dequantize takes its place where the codes are constants, in the graph that is exported; there
+dequantize_rows gathers rows of a table of codes, and global_average is an average over all pixels, for which
+onnxruntime has an integer kernel under that name only.
 """
 
 from typing import Any
@@ -54,3 +56,31 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 DEQUANTIZE = torch.ops.hawqfx.dequantize.default
+
+
+@torch.library.custom_op("hawqfx::global_average", mutates_args=())
+def global_average(x: Tensor) -> Tensor:
+    """(N, C, ...) -> (N, C, 1, ...)."""
+    return x.mean(tuple(range(2, x.ndim)), keepdim=True)
+
+
+@global_average.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], *[1] * (x.ndim - 2)))
+
+
+GLOBAL_AVERAGE = torch.ops.hawqfx.global_average.default
+
+
+@torch.library.custom_op("hawqfx::dequantize_rows", mutates_args=())
+def dequantize_rows(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    """Values of the rows of codes (V, D) with a scale (V,) each that `rows`, of any shape, asks for."""
+    return codes[rows].to(scale.dtype) * scale[rows].unsqueeze(-1)
+
+
+@dequantize_rows.register_fake
+def _(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    return scale.new_empty((*rows.shape, codes.shape[1]))
+
+
+DEQUANTIZE_ROWS = torch.ops.hawqfx.dequantize_rows.default

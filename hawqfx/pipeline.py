@@ -6,11 +6,14 @@ from hawqfx.budget import Budget
 from hawqfx.contract import Analysis, Pass
 from hawqfx.errors import HawqfxError
 from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.borders import Borders
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.cost import Cost
+from hawqfx.passes.decompose import Decompose
 from hawqfx.passes.find_sites import FindSites
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
+from hawqfx.passes.fold_constants import FoldConstants
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.interactions import Interactions
@@ -24,7 +27,7 @@ from hawqfx.passes.taylor import Taylor
 
 def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
     """Where bits are chosen."""
-    return [FoldBatchnorm(), FindSites(keep_float)]
+    return [FoldConstants(), FoldBatchnorm(), Decompose(), Borders(keep_float), FindSites(keep_float)]
 
 
 def quantizing(calibration: Calibration) -> Sequence[Pass]:

@@ -30,6 +30,16 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Product:
+    """The fx node that multiplies two activations, the sites of both, and how often it multiplies."""
+
+    node: str
+    operator: str
+    inputs: tuple[str, str]
+    macs: int
+
+
+@dataclass(frozen=True)
 class WeightSite:
     """A parameter whose bits are chosen.  `key` is its qualified name, also when several layers share it."""
 
@@ -76,6 +86,7 @@ class Step:
 class Program:
     """An immutable value; a pass returns a new one.
 
+    `layers`, `products` and `elementwise`: the nodes that compute with integers where their sites have them.
     `left_float` maps each node that multiplies but stays in float to the reason.  `timetable`: what was measured of
     its latency, if it was.  `interactions`: what errors of
     weights do together, if that was measured.  `account`: what the chosen plan takes of its limits.
@@ -84,6 +95,8 @@ class Program:
     graph: fx.GraphModule
     sites: tuple[Site, ...] = ()
     layers: tuple[Layer, ...] = ()
+    products: tuple[Product, ...] = ()
+    elementwise: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
     timetable: Timetable | None = None
     interactions: Interactions | None = None
@@ -119,7 +132,7 @@ class Program:
 
     def fixed_bytes(self) -> int:
         """Bytes of those that no site covers, so that they stay as they are."""
-        covered = {layer.weight for layer in self.layers} | {layer.bias for layer in self.layers}
+        covered = {site.key for site in self.weights} | {layer.bias for layer in self.layers}
         return sum(_float_bytes(tensor) for key, tensor in self.constants().items() if key not in covered)
 
     @property

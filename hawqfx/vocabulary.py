@@ -1,6 +1,8 @@
 """The operators that hawqfx knows, each in the one role that decides how its tensors are quantized."""
 
 import math
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -21,21 +23,40 @@ WEIGHTED: dict[Target, str] = {
     _aten.linear.default: "linear",
 }
 
-# Multiply by weights, but have no integer lowering yet: they stay in float, and the program says so.
+# Products of two activations, as in attention; onnxruntime has integer kernels for them.
+PRODUCTS: dict[Target, str] = {_aten.matmul.default: "matmul", _aten.bmm.default: "bmm"}
+
+# Rows of a table of weights, gathered by integer inputs.
+EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
+
+# Multiply by weights, and onnxruntime has no integer kernel for them.
 FLOAT_ONLY: dict[Target, str] = {
     _aten.conv_transpose1d.default: "conv_transpose1d",
     _aten.conv_transpose2d.input: "conv_transpose2d",
     _aten.conv_transpose3d.input: "conv_transpose3d",
-    _aten.matmul.default: "matmul",
-    _aten.bmm.default: "bmm",
-    _aten.embedding.default: "embedding",
     _aten.scaled_dot_product_attention.default: "scaled_dot_product_attention",
     _aten.lstm.input: "lstm",
     _aten.gru.input: "gru",
+    _aten.rnn_tanh.input: "rnn",
+    _aten.rnn_relu.input: "rnn",
 }
 
-# Integer kernels of two activations.
-BINARY: dict[Target, str] = {_aten.add.Tensor: "add"}
+# Have an integer kernel in onnxruntime, but run in float beside float: the number of activations that they take.
+_ELEMENTWISE: dict[Target, int] = {
+    _aten.add.Tensor: 2,
+    _aten.mul.Tensor: 2,
+    _aten.sigmoid.default: 1,
+    _aten.leaky_relu.default: 1,
+    _aten.avg_pool1d.default: 1,
+    _aten.avg_pool2d.default: 1,
+    _aten.avg_pool3d.default: 1,
+}
+_MEANS: set[Target] = {
+    _aten.mean.dim,
+    _aten.adaptive_avg_pool1d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.adaptive_avg_pool3d.default,
+}
 
 # Cut off what is below zero, and what is above a ceiling: see `ceiling`.
 _RECTIFIERS: set[Target] = {
@@ -51,20 +72,37 @@ _CARRIERS: set[Target] = {
     _aten.view.default,
     _aten.reshape.default,
     _aten.flatten.using_ints,
+    _aten.unflatten.int,
     _aten.permute.default,
     _aten.transpose.int,
+    _aten.mT.default,
+    _aten.t.default,
     _aten.squeeze.dim,
     _aten.squeeze.dims,
     _aten.unsqueeze.default,
+    _aten.expand.default,
+    _aten.slice.Tensor,
+    _aten.select.int,
+    _aten.index_select.default,
     _aten.max_pool1d.default,
     _aten.max_pool2d.default,
     _aten.max_pool3d.default,
     _aten.cat.default,
+    _aten.pixel_shuffle.default,
+    _aten.pixel_unshuffle.default,
+    _aten.channel_shuffle.default,
+    _aten.roll.default,
+    _aten.upsample_nearest1d.vec,
+    _aten.upsample_nearest2d.vec,
+    _aten.upsample_nearest3d.vec,
     _aten.pad.default,
     _aten.constant_pad_nd.default,
 }
 # Carriers that add nothing but zeros, which every quantizer represents; onnxruntime takes them into the layer after.
 PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
+
+# What constants go into without being multiplied by.
+NO_PRODUCTS: set[Target] = _CARRIERS | {_aten.add.Tensor, _aten.sub.Tensor, _aten.repeat.default, _aten.index.Tensor}
 
 BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
 DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
@@ -102,13 +140,41 @@ def ceiling(node: fx.Node) -> float | None:
     return math.inf if high is None else float(high)
 
 
+def spatial_mean(node: fx.Node) -> bool:
+    """Whether a node averages images (N, C, ...) over all that is not batch or channel."""
+    value = node.args[0].meta.get("val") if node.target in _MEANS and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.ndim < 3 or node.kwargs:
+        return False
+    if node.target is not _aten.mean.dim:
+        return all(size == 1 for size in node.args[1])  # type: ignore[union-attr]
+    axes = node.args[1] if isinstance(node.args[1], (list, tuple)) else ()
+    return {axis % value.ndim for axis in axes} == set(range(2, value.ndim))  # type: ignore[operator]
+
+
+def elementwise(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The activations that a node takes, if onnxruntime has an integer kernel for what it does with them and no weight
+    is in it; else none."""
+    count = 1 if spatial_mean(node) else _ELEMENTWISE.get(node.target, 0)
+    taken = node.args[:count]
+    if not count or not is_tensor(node) or not all(map(is_tensor, taken)) or (count == 2 and node.kwargs):
+        return ()
+    return taken  # type: ignore[return-value]
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies two matrices of activations."""
+    return node.target in PRODUCTS and all(map(is_tensor, node.args[:2]))
+
+
 def is_carrier(node: fx.Node) -> bool:
-    """Whether a node only moves values about, or adds zeros: input and output share a quantizer."""
+    """Whether a node only moves activations about, or adds zeros: input and output share a quantizer."""
+    if any(_is_float_constant(source) for source in node.all_input_nodes):
+        return False
     if node.target in PADS:
         constant = node.target is _aten.constant_pad_nd.default or len(node.args) < 3 or node.args[2] == "constant"
         value = node.args[-1] if len(node.args) == (4 if node.target is _aten.pad.default else 3) else 0
         return constant and value in (0, None) and not node.kwargs
-    return node.target in _CARRIERS
+    return node.target in _CARRIERS and is_tensor(node)
 
 
 def training_argument(node: fx.Node) -> bool:
@@ -116,6 +182,18 @@ def training_argument(node: fx.Node) -> bool:
     position = {BATCH_NORM: 5} | dict.fromkeys(DROPOUT, 2)
     at = position.get(node.target)
     return at is not None and bool(node.args[at])
+
+
+def _is_float_constant(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "get_attr" and not (isinstance(value, torch.Tensor) and not value.is_floating_point())
+
+
+def kept_in_float(node: fx.Node, patterns: Iterable[str]) -> bool:
+    """Whether the name of a layer's or an embedding's weight has one of these patterns, as in a shell."""
+    weight = node.args[0 if node.target is EMBEDDING else 1]
+    name = str(weight.target) if isinstance(weight, fx.Node) else ""
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def is_constant(value: object) -> bool:

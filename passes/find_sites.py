@@ -1,35 +1,40 @@
 """Find every place where bits are chosen, and tie the tensors that must share a quantizer.
 
-A weight is a site if a layer multiplies by it.  A tensor is a site if an integer kernel reads it, or if one makes it:
-onnxruntime fuses a convolution or an addition into an integer kernel only when its output is quantized too.  A
-rectifier after a layer belongs to the layer's quantizer, whose range starts at zero.  Carriers (reshape, max-pool,
-concat) only move values, so what goes in and what comes out share a quantizer; the groups are the connected
-components of the graph of carriers.
+A weight is a site if a layer multiplies by it, or if rows of it are gathered.  A tensor is a site if an integer kernel
+reads it, or makes it (hawqfx.integers): onnxruntime fuses a convolution or an addition into an integer kernel only when
+its output is quantized too.  A rectifier after a layer belongs to the layer's quantizer, whose range starts at zero.
+Carriers (reshape, max-pool, concat) only move values, so what goes in and what comes out share a quantizer; the groups
+are the connected components of the graph of carriers.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import ClassVar
 
 import networkx
 import torch
 from torch import fx
 
+from hawqfx import integers
 from hawqfx.contract import Analysis, Kind
 from hawqfx.errors import CaptureError, NothingToQuantize
-from hawqfx.program import ActivationSite, Layer, Program, WeightSite
+from hawqfx.integers import Integers
+from hawqfx.program import ActivationSite, Layer, Product, Program, WeightSite
 from hawqfx.study import Study
 from hawqfx.vocabulary import (
     BATCH_NORM,
-    BINARY,
+    EMBEDDING,
     FLOAT_ONLY,
+    NO_PRODUCTS,
+    PRODUCTS,
     WEIGHTED,
     ceiling,
-    is_carrier,
+    elementwise,
     is_constant,
+    is_product,
     is_tensor,
+    kept_in_float,
     operands,
 )
 
@@ -50,85 +55,30 @@ def _sample_shape(node: fx.Node) -> tuple[int, ...]:
     return (*sizes[:at], *([each] if each > 1 else []), *sizes[at + 1 :])
 
 
-def _is_kernel(node: fx.Node) -> bool:
-    """Whether onnxruntime has an integer kernel for this node: a layer with a constant weight, or an addition."""
-    if node.target in WEIGHTED:
-        return is_constant(operands(node)[1]) and is_tensor(operands(node)[0])
-    return node.target in BINARY and all(map(is_tensor, operands(node)[:2])) and not node.kwargs
-
-
-def _reads(kernel: fx.Node) -> tuple[fx.Node, ...]:
-    """The activations that a kernel multiplies or adds."""
-    return operands(kernel)[: 1 if kernel.target in WEIGHTED else 2]
-
-
-def _carried(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a carrier moves about."""
-    return [argument for argument in node.all_input_nodes if is_tensor(argument)]
-
-
-def _groups(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+def _groups(graph: fx.Graph, found: Integers) -> dict[fx.Node, set[fx.Node]]:
     """Node -> the tensors that share a quantizer with it, itself among them."""
     ties: networkx.Graph[fx.Node] = networkx.Graph()
     for node in graph.nodes:
         if is_tensor(node):
             ties.add_node(node)
-        if is_carrier(node) and is_tensor(node):
-            ties.add_edges_from((node, source) for source in _carried(node))
+        if node in found.carriers:
+            ties.add_edges_from((node, source) for source in node.all_input_nodes if is_tensor(source))
     return {node: group for group in networkx.connected_components(ties) for node in group}
 
 
-def _nonnegative(tensors: Iterable[fx.Node]) -> bool:
-    """Whether a quantizer that these tensors share can do the work of the rectifiers that make them: they all cut at
-    zero, and at the same ceiling."""
-    tensors = list(tensors)
-    if len({ceiling(tensor) for tensor in tensors if not is_carrier(tensor)}) > 1:
-        return False
-    return all(ceiling(tensor) is not None for tensor in tensors if not is_carrier(tensor))
-
-
-def _end(kernel: fx.Node, groups: Mapping[fx.Node, set[fx.Node]]) -> fx.Node:
-    """The tensor that a kernel ends in: its rectifier's, if nothing else reads the value before, and if the
-    quantizer after the rectifier starts at zero, so that onnxruntime may drop the rectifier."""
-    if len(kernel.users) == 1:
-        (user,) = kernel.users
-        if ceiling(user) is not None and _nonnegative(groups[user]):
-            return user
-    return kernel
-
-
-def _leaves_integers(kernel: fx.Node, end: fx.Node, wanted: set[fx.Node]) -> bool:
-    """Whether the output of a kernel must be quantized.  A linear layer without a rectifier may hand out floats, at
-    the edge of the integer part of the graph; with one, onnxruntime would fuse the two into a float kernel.
-    Convolutions and additions have no integer kernel with a float output."""
-    if WEIGHTED.get(kernel.target) == "linear":
-        return end is not kernel or end in wanted
-    return True
-
-
-def _wanted(kernels: list[fx.Node], groups: Mapping[fx.Node, set[fx.Node]]) -> set[fx.Node]:
-    """Every tensor that an integer kernel reads or makes."""
-    wanted = {tensor for kernel in kernels for read in _reads(kernel) for tensor in groups[read]}
-    for kernel in kernels:
-        end = _end(kernel, groups)
-        if _leaves_integers(kernel, end, wanted):
-            wanted |= groups[end]
-    return wanted
-
-
-def _activation_sites(graph: fx.Graph, kernels: list[fx.Node]) -> list[ActivationSite]:
-    groups = _groups(graph)
-    wanted = _wanted(kernels, groups)
+def _activation_sites(graph: fx.Graph, found: Integers) -> list[ActivationSite]:
+    groups = _groups(graph, found)
     order = {node: number for number, node in enumerate(graph.nodes)}
     sites = []
-    for node in graph.nodes:
-        if node not in wanted or is_carrier(node):
+    for node in groups:
+        if node in found.carriers or not (node in found.makes or any(found.reads(user, node) for user in node.users)):
             continue
         group = sorted(groups[node], key=order.__getitem__)
-        origins = [member for member in group if not is_carrier(member)]
+        origins = [member for member in group if member not in found.carriers]
         if node is not origins[0]:
             continue
         shapes = [_sample_shape(origin) for origin in origins]
+        rectified = integers.cut_alike(origins)
         sites.append(
             ActivationSite(
                 key=node.name,
@@ -136,15 +86,15 @@ def _activation_sites(graph: fx.Graph, kernels: list[fx.Node]) -> list[Activatio
                 shape=shapes[0],
                 numel=sum(torch.Size(shape).numel() for shape in shapes),
                 nodes=tuple(origin.name for origin in origins),
-                carriers=tuple(member.name for member in group if is_carrier(member)),
-                nonnegative=_nonnegative(origins),
+                carriers=tuple(member.name for member in group if member in found.carriers),
+                nonnegative=rectified,
                 ceiling=min(ceiling(origin) or math.inf for origin in origins),
             )
         )
     return sites
 
 
-def _layers(program: Program, kernels: list[fx.Node], site_of: Mapping[str, str]) -> list[Layer]:
+def _layers(program: Program, kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Layer]:
     layers = []
     for node in kernels:
         if node.target not in WEIGHTED:
@@ -167,17 +117,38 @@ def _layers(program: Program, kernels: list[fx.Node], site_of: Mapping[str, str]
     return layers
 
 
-def _why_float(program: Program, node: fx.Node, kept: set[fx.Node]) -> str | None:
+def _products(kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Product]:
+    found = []
+    for node in kernels:
+        if is_product(node):
+            one, other = integers.taken(node)
+            macs = torch.Size(_sample_shape(node)).numel() * _sizes(one)[-1]
+            found.append(Product(node.name, PRODUCTS[node.target], (site_of[one.name], site_of[other.name]), macs))
+    return found
+
+
+def _tables(graph: fx.Graph, keep_float: tuple[str, ...]) -> list[str]:
+    """The weights that integer inputs gather rows of."""
+    nodes = graph.find_nodes(op="call_function", target=EMBEDDING)
+    return [
+        str(node.args[0].target) for node in nodes if is_constant(node.args[0]) and not kept_in_float(node, keep_float)
+    ]
+
+
+def _why_float(program: Program, node: fx.Node, found: Integers, keep_float: tuple[str, ...]) -> str | None:
     """The reason why a node that multiplies becomes no integer kernel; None if it does, or does not multiply."""
-    if node in kept:
+    if (node.target in WEIGHTED or node.target is EMBEDDING) and kept_in_float(node, keep_float):
         return "kept in float by the user"
     if node.target in WEIGHTED:
-        return None if _is_kernel(node) else f"{WEIGHTED[node.target]} whose weight is computed in the graph"
+        return None if node in found.kernels else f"{WEIGHTED[node.target]} whose weight is computed in the graph"
     if node.target in FLOAT_ONLY:
-        return f"{FLOAT_ONLY[node.target]} has no integer lowering yet"
+        return f"onnxruntime has no integer kernel for {FLOAT_ONLY[node.target]}"
+    if node.target in PRODUCTS and node not in found.kernels:
+        return f"{PRODUCTS[node.target]} of a constant"
     if node.target is BATCH_NORM:
         return "batch-norm that no single layer before it could take in"
-    for argument in node.all_input_nodes if node.op == "call_function" else ():
+    multiplies = node.op == "call_function" and node.target is not EMBEDDING and node.target not in NO_PRODUCTS
+    for argument in node.all_input_nodes if multiplies else ():
         if is_constant(argument) and program.tensor(str(argument.target)).ndim >= 2:
             return f"{node.target} takes {argument.target} and is no layer"
     return None
@@ -192,22 +163,25 @@ class FindSites(Analysis):
 
     def learn(self, program: Program, study: Study) -> Program:
         graph = program.graph.graph
-        kept = {node for node in graph.nodes if node.target in WEIGHTED and self._keeps(operands(node)[1])}
-        kernels = [node for node in graph.nodes if _is_kernel(node) and node not in kept]
-        reasons = {node.name: _why_float(program, node, kept) for node in graph.nodes}
+        found = integers.find(graph, lambda layer: kept_in_float(layer, self.keep_float))
+        reasons = {node.name: _why_float(program, node, found, self.keep_float) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}
-        activations = _activation_sites(graph, kernels)
+        activations = _activation_sites(graph, found)
         site_of = {name: site.key for site in activations for name in (*site.nodes, *site.carriers)}
-        layers = _layers(program, kernels, site_of)
+        layers = _layers(program, found.kernels, site_of)
         if not layers:
             raise NothingToQuantize(
                 "the graph has no convolution or linear layer with constant weights to quantize"
                 + "".join(f"\n  {node}: {reason}" for node, reason in left_float.items())
             )
-        kinds = {layer.weight: layer.operator for layer in layers}
+        kinds = dict.fromkeys(_tables(graph, self.keep_float), "embedding")
+        kinds |= {layer.weight: layer.operator for layer in layers}
         weights = [WeightSite(key, kind, tuple(program.tensor(key).shape)) for key, kind in kinds.items()]
-        return replace(program, sites=(*weights, *activations), layers=tuple(layers), left_float=left_float)
-
-    def _keeps(self, weight: object) -> bool:
-        name = str(weight.target) if isinstance(weight, fx.Node) else ""
-        return any(fnmatch(name, pattern) for pattern in self.keep_float)
+        return replace(
+            program,
+            sites=(*weights, *activations),
+            layers=tuple(layers),
+            products=tuple(_products(found.kernels, site_of)),
+            elementwise=tuple(node.name for node in found.kernels if elementwise(node)),
+            left_float=left_float,
+        )

@@ -20,6 +20,8 @@ from hawqfx.vocabulary import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED, is_cons
 
 
 def _drop_identities(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # takes tensors that a copy no longer makes contiguous
     for node in list(graph.nodes):
         if node.target in DROPOUT | IDENTITIES:
             node.replace_all_uses_with(operands(node)[0])

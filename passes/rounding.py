@@ -107,5 +107,7 @@ class Rounding(Analysis):
         moments = _moments(program, study)
         return {
             site.key: _compensated(program.tensor(site.key), widths(site), moments[site.key])
+            if site.key in moments
+            else _nearest(program.tensor(site.key), widths(site))  # a table, of which rows are read as they are
             for site in program.weights
         }

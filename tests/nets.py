@@ -199,6 +199,17 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Recurrent(nn.Module):
+    """An LSTM, for which onnxruntime has no integer kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.reshape(-1, 8, 8))[0][:, -1])
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,

@@ -36,6 +36,7 @@ LAW: dict[str, set[str]] = {
     "ops": {"maths"},
     "timetable": {"maths"},
     "program": {"facts", "timetable"},
+    "integers": {"vocabulary"},
     "liveness": {"program", "vocabulary"},
     "limits": {"budget", "facts", "liveness", "maths", "program", "timetable"},
     "study": {"errors"},
@@ -54,7 +55,7 @@ LAW: dict[str, set[str]] = {
     "capture": {"program", "study", "errors", "vocabulary"},
     "passes": {
         "maths", "program", "facts", "study", "contract", "errors", "vocabulary", "ops", "budget", "quantized",
-        "measure", "derivatives", "limits",
+        "measure", "derivatives", "limits", "integers",
     },
     "runner": {"contract", "verify", "program", "errors", "facts", "study"},
     "observe": {"contract", "program", "study"},
@@ -65,8 +66,8 @@ LAW: dict[str, set[str]] = {
     "export": {"capture", "errors", "files", "maths", "ops", "program", "study", "vocabulary"},
     "parity": {"export", "ops", "program", "runtime", "study"},
     "latency": {
-        "errors", "export", "facts", "files", "maths", "pipeline", "program", "runner", "runtime", "study", "timetable",
-        "vocabulary",
+        "errors", "export", "facts", "files", "integers", "maths", "pipeline", "program", "runner", "runtime", "study",
+        "timetable", "vocabulary",
     },
     "session": {
         "budget", "contract", "errors", "export", "facts", "frontier", "latency", "maths", "passes", "pipeline",
@@ -192,7 +193,10 @@ def test_the_runner_holds_passes_to_their_promises() -> None:
         run([Meddler()], program, study())
     with pytest.raises(PassError, match=r"spoiler changed output 0 by 1.0e-03, over its tolerance 1e-04") as caught:
         run([Spoiler()], program, study())
-    assert "in pass spoiler, after ['fold_batchnorm', 'find_sites']" in caught.value.__notes__[0]
+    assert (
+        "in pass spoiler, after ['fold_constants', 'fold_batchnorm', 'decompose', 'borders', 'find_sites']"
+        in caught.value.__notes__[0]
+    )
 
 
 def test_the_order_is_checked_before_anything_runs() -> None:
@@ -211,7 +215,10 @@ def test_the_order_is_checked_before_anything_runs() -> None:
 
 def test_history_tells_what_ran() -> None:
     assert [step.name for step in after("calibration", Plain).history] == [
+        "fold_constants",
         "fold_batchnorm",
+        "decompose",
+        "borders",
         "find_sites",
         "calibration",
     ]

@@ -49,7 +49,7 @@ def test_compile_writes_the_file_the_plan_and_the_dump(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "model.onnx").stat().st_size > 1000
     assert set(Plan.read(plan).bits) == {"conv1.weight", "conv2.weight", "head.weight", "x", "relu", "relu_1", "mean"}
-    assert len(list(dump.iterdir())) == 9
+    assert len(list(dump.iterdir())) == 12
     assert "conv1.weight" in result.output
     assert "time per pass" in result.output
 
@@ -76,7 +76,7 @@ def test_torchrun_writes_one_file_and_speaks_with_one_voice(tmp_path: Path) -> N
 def test_print_after_names_a_pass(tmp_path: Path) -> None:
     result = run.invoke(cli.app, arguments(tmp_path, "--print-after", "nonsense"))
     assert isinstance(result.exception, HawqfxError)
-    assert "fold_batchnorm, find_sites" in str(result.exception)
+    assert "fold_constants, fold_batchnorm, decompose, borders, find_sites" in str(result.exception)
 
 
 def test_errors_are_one_line_without_a_traceback(
@@ -102,7 +102,10 @@ def test_a_factory_that_cannot_be_loaded(tmp_path: Path, spec: str) -> None:
 def test_passes_lists_the_recipe_in_order() -> None:
     output = run.invoke(cli.app, ["passes"]).output
     names = [
+        "fold_constants",
         "fold_batchnorm",
+        "decompose",
+        "borders",
         "find_sites",
         "calibration",
         "rounding",

@@ -148,7 +148,8 @@ def test_observers(tmp_path: Path) -> None:
     with (tmp_path / "printed.txt").open("w") as stream:
         quick(Plain, "size=60%", observers=[timing, Dump(tmp_path / "dump"), PrintAfter("lowering", stream)])
     names = [
-        "fold_batchnorm", "find_sites", "calibration", "rounding", "perturbation", "cost", "hawq_v2", "allocation",
+        "fold_constants", "fold_batchnorm", "decompose", "borders", "find_sites", "calibration", "rounding",
+        "perturbation", "cost", "hawq_v2", "allocation",
         "lowering",
     ]  # fmt: skip
     assert list(timing.seconds) == names
@@ -156,7 +157,7 @@ def test_observers(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == [
         f"{number:02d}_{name}.txt" for number, name in enumerate(names, 1)
     ]
-    assert "batch_norm" not in (tmp_path / "dump" / "01_fold_batchnorm.txt").read_text()
+    assert "batch_norm" not in (tmp_path / "dump" / "02_fold_batchnorm.txt").read_text()
     printed = (tmp_path / "printed.txt").read_text()
     assert printed.startswith("# after lowering\n")
     assert "hawqfx.fake_quantize" in printed

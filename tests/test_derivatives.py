@@ -14,7 +14,7 @@ from hawqfx.derivatives import stand_ins
 from hawqfx.errors import DerivativeError
 from hawqfx.facts import Sensitivity
 from hawqfx.passes.hawq_v2 import HawqV2
-from tests.nets import build, images
+from tests.nets import Recurrent, build, images
 from tests.tools import captured, quick, study
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,15 +33,6 @@ class InvertedResidual(nn.Module):
         x = F.hardswish(self.depthwise(F.hardswish(self.expand(x))))
         x = x * F.hardsigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
         return self.head(self.project(x).mean((2, 3)))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x.reshape(-1, 8, 8))[0][:, -1])
 
 
 class Resampled(nn.Module):

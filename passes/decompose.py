@@ -1,0 +1,284 @@
+"""Write operators that have no integer kernel as ones that have.
+
+Each is exact but for the order of float sums:
+
+* a transposed convolution with stride s is a convolution that makes s outputs per axis at every position, its kernel
+  parted by phase, and a pixel shuffle (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional
+  layer?"); where s does not divide the kernel, zeros pad it;
+* a product with a constant matrix is a linear layer;
+* a linear layer of stacked matrices is one of a single matrix, with the kernel that adds the bias;
+* a batch-norm that no layer took in is a convolution of each channel with one weight;
+* attention is two products and a softmax;
+* silu(x) is x times sigmoid(x);
+* chunks of a tensor are slices of it.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import Target
+
+from hawqfx.contract import Rewrite
+from hawqfx.program import Program, copy_graph, set_tensor
+from hawqfx.vocabulary import BATCH_NORM, ceiling, is_constant, is_tensor, operands
+
+_aten = torch.ops.aten
+HIDDEN = torch.finfo(torch.float32).min / 2  # added to the scores of what a mask hides
+_END = torch.iinfo(torch.int64).max
+_CONVOLUTION: dict[Target, Any] = {
+    _aten.conv_transpose1d.default: _aten.conv1d.default,
+    _aten.conv_transpose2d.input: _aten.conv2d.default,
+    _aten.conv_transpose3d.input: _aten.conv3d.default,
+}
+
+
+class _Writer:
+    """Puts nodes into a copy of the graph, before the node that is being rewritten."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.module = copy_graph(program.graph)
+        self.graph = self.module.graph
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
+        return node
+
+    def constant(self, key: str, value: Tensor, like: fx.Node) -> fx.Node:
+        set_tensor(self.module, key, value, parameter=True)
+        node = self.graph.get_attr(key)
+        node.meta["val"] = like.meta["val"].new_empty(value.shape)
+        return node
+
+    def value(self, node: fx.Node) -> Tensor:
+        return self.program.tensor(str(node.target)).detach()
+
+
+def _pieces(write: _Writer, node: fx.Node) -> fx.Node | None:
+    """An item of chunk, split or unbind."""
+    whole, number = operands(node)
+    if not isinstance(whole, fx.Node) or whole.target not in _PARTED or not is_tensor(whole.args[0]):
+        return None
+    tensor = whole.args[0]
+    assert isinstance(tensor, fx.Node)
+    if whole.kwargs:
+        return None
+    if whole.target is _aten.unbind.int:
+        axis = whole.args[1] if len(whole.args) > 1 else 0
+        return write.call(_aten.select.int, tensor, axis, number)
+    axis = operands(whole)[2] if len(whole.args) > 2 else 0
+    sizes = [value.shape[axis] for value in whole.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    start = sum(sizes[:number])
+    return write.call(_aten.slice.Tensor, tensor, axis, start, start + sizes[number])
+
+
+_PARTED: set[Target] = {
+    _aten.chunk.default,
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.split.sizes,
+    _aten.unbind.int,
+}
+
+
+def _nothing_cut(write: _Writer, node: fx.Node) -> fx.Node | None:
+    """A slice of everything."""
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    tensor, _, start, end, step = (*operands(node), *defaults[len(node.args) - 1 :])
+    return tensor if start in (0, None) and end in (_END, None) and step == 1 else None
+
+
+def _silu(write: _Writer, node: fx.Node) -> fx.Node:
+    (tensor,) = operands(node)
+    return write.call(_aten.mul.Tensor, tensor, write.call(_aten.sigmoid.default, tensor))
+
+
+def _linear(write: _Writer, node: fx.Node) -> fx.Node | None:
+    """addmm(bias, x, W), and x W for a matrix W that nothing else reads, as a layer with the transpose of W."""
+    if node.kwargs:
+        return None
+    bias, (tensor, weight) = operands(node)[:-2], operands(node)[-2:]
+    if not is_constant(weight) or not is_tensor(tensor) or weight.meta["val"].ndim != 2 or len(weight.users) > 1:
+        return None
+    if bias and (not is_constant(bias[0]) or bias[0].meta["val"].ndim != 1):
+        return None
+    turned = write.constant(str(weight.target), write.value(weight).T.contiguous(), weight)
+    return write.call(_aten.linear.default, tensor, turned, *bias)
+
+
+def _flat(write: _Writer, node: fx.Node) -> fx.Node | None:
+    """A linear layer, and the rectifier after it, with all axes but the last made one."""
+    tensor, weight, *_ = operands(node)
+    shape = list(node.meta["val"].shape)
+    if len(shape) < 3 or not is_constant(weight) or not is_tensor(tensor) or node.kwargs:
+        return None
+    if not all(isinstance(size, int) for size in shape[1:]):
+        return None
+    like = (_aten.reshape.default, (tensor, [-1, weight.meta["val"].shape[1]]))
+    flat = next((user for user in tensor.users if (user.target, user.args) == like), None)
+    if flat is None:
+        flat = write.call(like[0], *like[1])
+    made = write.call(_aten.linear.default, flat, *operands(node)[1:])
+    user = next(iter(node.users))
+    if len(node.users) > 1 or ceiling(user) is None:
+        return write.call(_aten.reshape.default, made, [-1, *shape[1:]])
+    made = write.call(user.target, made, *operands(user)[1:], **user.kwargs)
+    user.replace_all_uses_with(write.call(_aten.reshape.default, made, [-1, *shape[1:]]))
+    return made
+
+
+def _scaled(write: _Writer, node: fx.Node) -> fx.Node | None:
+    """Batch-norm of images."""
+    tensor, *statistics, training, _, epsilon, _ = operands(node)
+    axes = tensor.meta["val"].ndim - 2
+    if training or axes not in _AXES or not all(value is None or is_constant(value) for value in statistics):
+        return None
+    gamma, beta, mean, variance = (None if value is None else write.value(value).double() for value in statistics)
+    assert mean is not None
+    assert variance is not None
+    gain = (1 if gamma is None else gamma) / (variance + epsilon).sqrt()
+    bias = (0 if beta is None else beta) - mean * gain
+    key, like = str(statistics[2].target).rpartition(".")[0], statistics[2]
+    weight = write.constant(f"{key}.gain", gain.reshape(-1, *[1] * (axes + 1)).float(), like)
+    rest = [1] * axes, [0] * axes, [1] * axes, len(gain)
+    return write.call(_AXES[axes], tensor, weight, write.constant(f"{key}.folded_bias", bias.float(), like), *rest)
+
+
+_AXES: dict[int, Any] = {1: _aten.conv1d.default, 2: _aten.conv2d.default, 3: _aten.conv3d.default}
+
+
+def _attention(write: _Writer, node: fx.Node) -> fx.Node | None:
+    query, key, value, mask, _, causal = (*operands(node), *(None, 0.0, False)[max(0, len(node.args) - 3) :])[:6]
+    mask = node.kwargs.get("attn_mask", mask)
+    scale = node.kwargs.get("scale")
+    causal = node.kwargs.get("is_causal", causal)
+    if node.kwargs.get("enable_gqa") or not node.kwargs.keys() <= {"attn_mask", "dropout_p", "is_causal", "scale"}:
+        return None
+    width = query.meta["val"].shape[-1]
+    rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
+    scores = write.call(_aten.matmul.default, query, write.call(_aten.transpose.int, key, -2, -1))
+    scores = write.call(_aten.mul.Tensor, scores, scale if scale is not None else 1 / math.sqrt(width))
+    if causal:
+        if not isinstance(rows, int) or not isinstance(columns, int):
+            return None
+        future = torch.full((rows, columns), -math.inf).triu(1)
+        triangle = write.graph.get_attr(_buffer(write, f"{node.name}_mask", future))
+        triangle.meta["val"] = query.meta["val"].new_empty((rows, columns))
+        scores = write.call(_aten.add.Tensor, scores, triangle)
+    elif mask is not None:
+        if mask.meta["val"].dtype == torch.bool:
+            mask = write.call(_aten.where.Scalar, mask, 0.0, HIDDEN)
+        scores = write.call(_aten.add.Tensor, scores, mask)
+    return write.call(_aten.matmul.default, write.call(_aten.softmax.int, scores, -1), value)
+
+
+def _buffer(write: _Writer, key: str, value: Tensor) -> str:
+    set_tensor(write.module, key, value, parameter=False)
+    return key
+
+
+def _convolution(write: _Writer, node: fx.Node) -> fx.Node | None:
+    """y[q s + r - p] = sum over m of x[q - (K - 1) + m] V_r[m], V_r[m] = W[(K - 1 - m) s + r], K = ceil(k / s)."""
+    defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1)
+    tensor, weight, *rest = (*operands(node), *defaults[max(0, len(node.args) - 2) :])
+    bias, stride, padding, extra, groups, dilation = rest
+    axes = tensor.meta["val"].ndim - 2
+    each = lambda value: list(value) * (axes // len(value)) if isinstance(value, (list, tuple)) else [value] * axes  # noqa: E731
+    strides, paddings, extras, dilations = map(each, (stride, padding, extra, dilation))
+    if node.kwargs or not is_constant(weight) or len(weight.users) > 1 or any(d != 1 for d in dilations):
+        return None
+    if bias is not None and not is_constant(bias):
+        return None
+    kernel = list(weight.meta["val"].shape[2:])
+    taps = [-(-k // s) for k, s in zip(kernel, strides, strict=True)]
+    surplus = [s * t + p - k - e for s, t, p, k, e in zip(strides, taps, paddings, kernel, extras, strict=True)]
+    if min(surplus) < 0 or ((len(set(strides)) > 1 or axes != 2) and not _static(tensor)):
+        return None
+    phases = _by_phase(write.value(weight), strides, taps, groups)
+    made = [tensor, write.constant(str(weight.target), phases, weight)]
+    if bias is not None:
+        repeated = write.value(bias).repeat_interleave(math.prod(strides))
+        made.append(write.constant(f"{bias.target}_by_phase", repeated, bias))
+    else:
+        made.append(None)
+    pads = [tap - 1 for tap in taps]
+    wide = write.call(_CONVOLUTION[node.target], *made, [1] * axes, pads, [1] * axes, groups)
+    whole = _shuffled(write, wide, strides)
+    for axis, (first, last) in enumerate(zip(paddings, surplus, strict=True), 2):
+        if first or last:
+            whole = write.call(_aten.slice.Tensor, whole, axis, first, -last if last else _END)
+    return whole
+
+
+def _static(tensor: fx.Node) -> bool:
+    return all(isinstance(size, int) for size in tensor.meta["val"].shape[1:])
+
+
+def _by_phase(weight: Tensor, strides: Sequence[int], taps: Sequence[int], groups: int) -> Tensor:
+    """(inputs, outputs / groups, k, ...) -> (outputs x phases, inputs / groups, taps, ...)."""
+    axes = len(strides)
+    short = [s * t - k for s, t, k in zip(strides, taps, weight.shape[2:], strict=True)]
+    padded = torch.nn.functional.pad(weight, [amount for size in reversed(short) for amount in (0, size)])
+    inputs, outputs = weight.shape[:2]
+    parted = padded.reshape(
+        groups, inputs // groups, outputs, *(n for ts in zip(taps, strides, strict=True) for n in ts)
+    )
+    parted = parted.flip([3 + 2 * axis for axis in range(axes)])
+    # (group, input, output, tap, phase, tap, phase) -> (group, output, phases, input, taps)
+    order = [0, 2, *(4 + 2 * axis for axis in range(axes)), 1, *(3 + 2 * axis for axis in range(axes))]
+    return parted.permute(order).reshape(groups * outputs * math.prod(strides), inputs // groups, *taps).contiguous()
+
+
+def _shuffled(write: _Writer, wide: fx.Node, strides: Sequence[int]) -> fx.Node:
+    """(N, C x phases, Q, ...) -> (N, C, Q s, ...)."""
+    axes = len(strides)
+    if math.prod(strides) == 1:
+        return wide
+    if axes == 2 and strides[0] == strides[1]:
+        return write.call(_aten.pixel_shuffle.default, wide, strides[0])
+    _, channels, *sizes = wide.meta["val"].shape
+    channels //= math.prod(strides)
+    parted = write.call(_aten.reshape.default, wide, [-1, channels, *strides, *sizes])
+    order = [0, 1, *(at for axis in range(axes) for at in (2 + axes + axis, 2 + axis))]
+    moved = write.call(_aten.permute.default, parted, order)
+    return write.call(_aten.reshape.default, moved, [-1, channels, *map(operator.mul, sizes, strides)])
+
+
+_RULES: dict[Target, Callable[[_Writer, fx.Node], fx.Node | None]] = {
+    operator.getitem: _pieces,
+    _aten.slice.Tensor: _nothing_cut,
+    _aten.silu.default: _silu,
+    _aten.addmm.default: _linear,
+    _aten.mm.default: _linear,
+    _aten.matmul.default: _linear,
+    _aten.scaled_dot_product_attention.default: _attention,
+    BATCH_NORM: _scaled,
+    **dict.fromkeys(_CONVOLUTION, _convolution),
+}
+
+
+@dataclass(frozen=True)
+class Decompose(Rewrite):
+    tolerance: ClassVar[float] = 1e-4  # float32 sums in another order, through a deep network
+
+    def rewrite(self, program: Program) -> Program:
+        write = _Writer(program)
+        for rules in (_RULES, {_aten.linear.default: _flat}):
+            for node in list(write.graph.nodes):
+                if node.target in rules and node.users:
+                    with write.graph.inserting_before(node):
+                        made = rules[node.target](write, node)
+                    if made is not None:
+                        node.replace_all_uses_with(made)
+                        write.graph.erase_node(node)  # attention counts as random, and would stay
+        write.graph.eliminate_dead_code()
+        write.module.recompile()
+        return replace(program, graph=fx.GraphModule(write.module, write.graph))
