@@ -544,12 +544,13 @@ def operators(path: str | Path) -> Counter[str]:
 
 
 def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
-    """The file with the value of every activation site as a further output, and the keys of those sites in order."""
+    """The file with the value of every quantized activation as a further output, and the keys of their sites, each as
+    often as tensors share its quantizer, in the order of the graph."""
     model = onnx.load(path)
     keys = []
     for node in model.graph.node:
         scale = node.input[1] if node.op_type == "DequantizeLinear" and len(node.input) == 3 else ""
-        if scale.endswith(SCALE) and scale.removesuffix(SCALE) not in keys:
+        if scale.endswith(SCALE):
             keys.append(scale.removesuffix(SCALE))
             model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
     return model.SerializeToString(), keys

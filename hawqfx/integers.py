@@ -101,7 +101,8 @@ class _Cut:
     def __init__(self, graph: fx.Graph, fixed: list[fx.Node], free: set[fx.Node]) -> None:
         self.edges: networkx.DiGraph[object] = networkx.DiGraph()
         self.edges.add_nodes_from((INTEGER, FLOAT))
-        self.fixed, self.free = set(fixed), free
+        self.graph, self.fixed, self.free = graph, set(fixed), free
+        self.unit = len(graph.nodes) ** 2  # of an element: more than all preferences together
         self.kernel_of = {end(node): node for node in graph.nodes if node in self.fixed or elementwise(node)}
         for node in graph.nodes:
             if is_tensor(node) and not self._inside(node):
@@ -117,7 +118,7 @@ class _Cut:
         return (node in self.fixed or bool(elementwise(node))) and end(node) is not node
 
     def _tensor(self, node: fx.Node) -> None:
-        size = _elements(node)
+        size = elements(node)
         kernel = self.kernel_of.get(node, node)
         if kernel in self.fixed:
             if not _may_leave_floats(kernel, node):
@@ -126,7 +127,9 @@ class _Cut:
             if kernel is not node:  # what makes the rectifier's output is the same kernel
                 self._join(kernel, node)
                 self._join(node, kernel)
-            if is_carrier(node):  # where it makes no difference, quantize before values are moved
+            if len(node.all_input_nodes) > 1 and is_carrier(node):  # where it makes no difference, share no quantizer
+                self.edges.add_edge(node, FLOAT, capacity=self.unit // len(self.graph.nodes))
+            elif is_carrier(node):  # and quantize before values are moved
                 self.edges.add_edge(INTEGER, node, capacity=1)
         else:
             self._join(node, FLOAT)
@@ -135,8 +138,8 @@ class _Cut:
             self._join(("dequantize", node), reader)
             self._join(reader, ("quantize", node))
         if readers:
-            self.edges.add_edge(node, ("dequantize", node), capacity=2 * size)
-            self.edges.add_edge(("quantize", node), node, capacity=2 * size)
+            self.edges.add_edge(node, ("dequantize", node), capacity=size * self.unit)
+            self.edges.add_edge(("quantize", node), node, capacity=size * self.unit)
 
     def _reader(self, user: fx.Node) -> object:
         if user in self.fixed:
@@ -154,7 +157,8 @@ def _may_leave_floats(kernel: fx.Node, tensor: fx.Node) -> bool:
     return tensor is kernel and (is_product(kernel) or WEIGHTED[kernel.target] == "linear")
 
 
-def _elements(node: fx.Node) -> int:
+def elements(node: fx.Node) -> int:
+    """Of a tensor, with the batch that it was captured with."""
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     total = 1

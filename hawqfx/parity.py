@@ -2,8 +2,8 @@
 
 With onnxruntime's optimizations off the same float operations run on both sides, and sums in another order differ in
 the last bits.  Where a value lies on a rounding tie, that flips a code; one flipped code changes everything after it.
-So each site is compared with the values that onnxruntime itself had at the sites before: `flips` counts codes that
-differ there, and `worst` is the largest relative difference of an output computed from equal codes.
+So each quantized tensor is compared with the values that onnxruntime itself had at those before: `flips` counts codes
+that differ there, and `worst` is the largest relative difference of an output computed from equal codes.
 With optimizations on, integer kernels run, and only outputs are compared.
 """
 
@@ -43,18 +43,17 @@ def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
     content, keys = expose_sites(path)
     values = runtime.run(runtime.session(content, optimize=False), inputs)
     outputs = len(values) - len(keys)
-    theirs = {key: torch.from_numpy(value) for key, value in zip(keys, values[outputs:], strict=True)}
     counts = {"codes": 0, "flips": 0}
     nodes = _quantizers(program)
+    assert [key for key, _ in nodes.values()] == keys, "the file quantizes other tensors than the graph"
+    theirs = {name: torch.from_numpy(value) for name, value in zip(nodes, values[outputs:], strict=True)}
 
     def follow(name: str, value: Tensor) -> Tensor:
-        key, scale = nodes[name]
-        codes = value.numel()
-        counts["codes"] += codes
-        counts["flips"] += int(((value - theirs[key]).abs() > scale / 2).sum())
-        return theirs[key]
+        counts["codes"] += value.numel()
+        counts["flips"] += int(((value - theirs[name]).abs() > nodes[name][1] / 2).sum())
+        return theirs[name]
 
-    followed = _first(program.run(batch.args, batch.kwargs, follow, at=[n for n in nodes if nodes[n][0] in theirs]))
+    followed = _first(program.run(batch.args, batch.kwargs, follow, at=nodes))
     reference = torch.from_numpy(values[0])
     free = _first(program.run(batch.args, batch.kwargs))
     optimized = torch.from_numpy(runtime.run(runtime.session(path), inputs)[0])
@@ -76,12 +75,12 @@ def kernels(path: str | Path) -> dict[str, int]:
 
 
 def _quantizers(program: Program) -> dict[str, tuple[str, float]]:
-    """The first fake-quantize node of each activation site -> its key and scale."""
+    """The fake-quantize nodes of activations -> the key of the site and its scale."""
     sites = {site.key for site in program.activations}
     found: dict[str, tuple[str, float]] = {}
     for node in program.graph.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE):
         key = str(getattr(node.args[1], "target", "")).removesuffix(SCALE)
-        if key in sites and key not in {k for k, _ in found.values()}:
+        if key in sites:
             found[node.name] = key, float(program.tensor(key + SCALE))
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _COARSE, _REFINE = 80, 6
+CACHED = 1 << 15  # elements of a weight that are looked at together, so that they stay in the processor's cache
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
@@ -44,8 +45,12 @@ def symmetric_scales(weight: Tensor, bits: int) -> Tensor:
     <q, w> / <q, q>, and for a fixed scale the best codes are the rounded ones, so the error never rises.
     A channel of zeros gets scale 1.
     """
-    rows = weight.detach().double().reshape(weight.shape[0], -1)
-    low, high = signed_range(bits)
+    rows = weight.detach().reshape(weight.shape[0], -1)
+    few = max(1, CACHED // max(1, rows.shape[1]))
+    return torch.cat([_scales(part.double(), *signed_range(bits)) for part in rows.split(few)])
+
+
+def _scales(rows: Tensor, low: int, high: int) -> Tensor:
     largest = rows.abs().amax(1)
     widest = torch.where(largest > 0, largest / max(high, 1), 1.0)
     best = widest.clone()

@@ -1,0 +1,174 @@
+"""decompose and fold_constants: the function stays, and what was written anew has integer kernels."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hawqfx.capture import capture
+from hawqfx.contract import Pass
+from hawqfx.passes.decompose import Decompose
+from hawqfx.passes.fold_batchnorm import FoldBatchnorm
+from hawqfx.passes.fold_constants import FoldConstants
+from hawqfx.program import Program
+from hawqfx.study import Batch
+
+# float32 sums of at most a few hundred products of size one, in another order
+ROUNDING = 1e-5
+
+
+def rewritten(model: nn.Module, x: Tensor, *passes: Any) -> tuple[Program, float]:
+    """The program after passes, and the largest change of its output relative to the largest output."""
+    program = capture(model.eval(), Batch((x,), {}))
+    before = program.run((x,), {})
+    steps: list[Pass] = [FoldBatchnorm(), *passes]
+    for step in steps:
+        program = step.rewrite(program)  # type: ignore[attr-defined]
+    after = program.run((x,), {})
+    return program, float((after - before).abs().max() / before.abs().max())
+
+
+def targets(program: Program) -> list[str]:
+    return [str(node.target).split(".")[1] for node in program.graph.graph.nodes if node.op == "call_function"]
+
+
+CASES = [
+    (axes, kernel, stride, padding, extra, groups)
+    for axes in (1, 2, 3)
+    for kernel, stride, padding, extra in (
+        (2, 2, 0, 0), (4, 2, 1, 0), (3, 2, 1, 1), (3, 2, 0, 0), (3, 1, 1, 0), (2, 3, 0, 0), (5, 3, 2, 2),
+    )
+    for groups in ((1, 2) if axes == 2 else (1,))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("axes", "kernel", "stride", "padding", "extra", "groups"), CASES)
+def test_a_transposed_convolution_is_a_convolution_and_a_shuffle(
+    axes: int, kernel: int, stride: int, padding: int, extra: int, groups: int
+) -> None:
+    torch.manual_seed(0)
+    make: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    x = torch.randn(2, 4, *(5, 6, 4)[:axes])
+    program, change = rewritten(make(4, 6, kernel, stride, padding, extra, groups), x, Decompose())
+    assert change < ROUNDING
+    assert f"conv{axes}d" in targets(program)
+    assert not any("transpose" in target and target != "transpose" for target in targets(program))
+
+
+def test_strides_that_differ_by_axis() -> None:
+    torch.manual_seed(0)
+    program, change = rewritten(nn.ConvTranspose2d(3, 2, (4, 3), (2, 3)), torch.randn(2, 3, 5, 4), Decompose())
+    assert change < ROUNDING
+    assert targets(program) == ["conv2d", "reshape", "permute", "reshape"]
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(2, 2, 3, 2, dilation=2), nn.ConvTranspose2d(2, 2, 2, 3, 0, 2)])
+def test_other_transposed_convolutions_stay(layer: nn.Module) -> None:
+    program, change = rewritten(layer, torch.randn(2, 2, 4, 4), Decompose())
+    assert change == 0
+    assert targets(program) == ["conv_transpose2d"]
+
+
+class Attending(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.mask = nn.Buffer(torch.ones(6, 6, dtype=torch.bool).tril(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = x.reshape(-1, 3, 2, 6, 4).unbind(1)
+        mask: dict[str, Any] = {"attn_mask": self.mask} if self.options.get("masked") else {}
+        return F.scaled_dot_product_attention(
+            q, k, v, **mask, **{k: v for k, v in self.options.items() if k != "masked"}
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"is_causal": True}, {"masked": True}])
+def test_attention_is_two_products_and_a_softmax(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    program, change = rewritten(Attending(**options), torch.randn(2, 144), Decompose())
+    assert change < ROUNDING
+    found = targets(program)
+    assert found.count("matmul") == 2
+    assert "scaled_dot_product_attention" not in found
+    assert "unbind" not in found
+    assert found.count("select") == 3
+
+
+class Products(nn.Module):
+    """Products with constant matrices, as GPT-2 has them, and a linear layer of matrices that ends in a rectifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+        self.other, self.stacked = nn.Parameter(torch.randn(6, 5)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.reshape(-1, 4), self.one) @ self.other
+        return torch.relu(self.stacked(y.reshape(-1, 2, 3, 5)))
+
+
+def test_products_with_constants_are_layers_of_one_matrix() -> None:
+    torch.manual_seed(0)
+    program, change = rewritten(Products(), torch.randn(2, 24), Decompose())
+    assert change < ROUNDING
+    assert targets(program) == ["reshape", "linear", "linear", "reshape", "reshape", "linear", "relu", "reshape"]
+    assert program.tensor("one").shape == (6, 4)
+
+
+class Parted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.chunk(2, 1)
+        first, _, last = torch.split(other, [1, 2, 1], 1)
+        return F.silu(one[:, :1]) + first * last
+
+
+def test_parts_are_slices_and_silu_is_a_product() -> None:
+    program, change = rewritten(Parted(), torch.randn(2, 8), Decompose())
+    assert change < ROUNDING
+    assert sorted(set(targets(program))) == ["add", "mul", "sigmoid", "slice"]
+
+
+class FrozenNorm(nn.Module):
+    """Batch-norm written out, after a convolution and after a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.gain, self.shift, self.variance = (nn.Buffer(torch.rand(4) + 0.5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.gain * (self.variance + 1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        shift = self.shift.reshape(1, -1, 1, 1)
+        y = self.conv(x) * scale + shift
+        return torch.relu(torch.cat([y[:, 2:], y[:, :2]], 1) * scale + shift)
+
+
+def test_a_scale_and_shift_per_channel_goes_into_the_layer_before_or_is_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 6, 6)
+    program, change = rewritten(FrozenNorm(), x, FoldConstants(), FoldBatchnorm(), Decompose())
+    assert change < ROUNDING
+    assert targets(program) == ["conv2d", "slice", "slice", "cat", "conv2d", "relu"]
+    layers = [node for node in program.graph.graph.nodes if "conv2d" in str(node.target)]
+    assert layers[1].args[6] == 4  # a channel each
+
+
+class LeftOver(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm3d(2, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(x.reshape(-1, 2, 1, 2, math.prod((2, 1)))))
+
+
+def test_a_batchnorm_without_a_layer_is_a_convolution_of_each_channel() -> None:
+    model = LeftOver()
+    model.norm.running_mean, model.norm.running_var = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 2.0])
+    program, change = rewritten(model, torch.randn(2, 8), Decompose())
+    assert change < ROUNDING
+    assert targets(program) == ["reshape", "conv3d", "relu"]
