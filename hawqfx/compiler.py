@@ -23,6 +23,7 @@ from hawqfx.plan import Plan
 from hawqfx.runner import run
 from hawqfx.session import Compiled, Metric, Scoring, Session
 from hawqfx.study import Batch, Draw, Loss, Study, cross_entropy, gather, silent
+from hawqfx.target import exact_widths
 from hawqfx.timetable import Timetable
 
 STRONGEST = 64  # pairs of weights whose interaction enters the integer program
@@ -44,6 +45,7 @@ def compile(
     fix: Mapping[str, int] | None = None,
     rule: Rule = "exact",
     interactions: bool = False,
+    target: str = "any",
     plan: Plan | str | Path | None = None,
     draw: Draw | None = None,
     samples: int | None = None,
@@ -77,6 +79,7 @@ def compile(
     rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
     interactions: let what the errors of two weights do together enter the predicted loss (needs cross-entropy or
         draw=); benchmarks/interactions.py shows what that brings.
+    target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
     plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
     draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
         without targets and for "fisher"; labels by softmax of the logits by default.
@@ -100,7 +103,7 @@ def compile(
     chosen = pipeline.metric(sensitivity, drawn=loss is cross_entropy or draw is not None)
     if batch is not None and batch < 1:
         raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
-    weights, activations = _widths(weight_bits), _widths(activation_bits)
+    weights, activations = exact_widths(target, _widths(weight_bits)), _widths(activation_bits)
     device = _usable(device)
     batches = tuple(part.to(device) for part in gather(data, samples))
     scoring = None
@@ -117,6 +120,8 @@ def compile(
             quantizers = run(pipeline.quantizing(Calibration(*integer)), found, study, observers)
         else:
             quantizers = given.facts_for(found)
+            for site in found.weights:
+                exact_widths(target, [given.bits[site.key]])
         measured = run(pipeline.pricing(Rounding(rounding)), quantizers, study, observers)
         if given is None:
             measured = run(pipeline.measuring(chosen, interactions), measured, study, observers)
@@ -128,7 +133,7 @@ def compile(
             rule,
             STRONGEST if interactions else 0,
         )
-        session = Session(measured, study, tuple(observers), rules, scoring, threads)
+        session = Session(measured, study, tuple(observers), rules, scoring, threads, target)
         if given is not None:
             compiled = session.lowered(measured, given.budget)
         else:

@@ -8,6 +8,7 @@ zero-point, biases int32, and 4- or 6-bit activations as uint8 with a Clip on th
 """
 
 import logging
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from hawqfx.vocabulary import EMBEDDING, PADS, WEIGHTED, operands, spatial_mean
 Packing = Literal["portable", "native"]
 
 DOMAIN = "hawqfx"
+LARGEST_FILE = (1 << 31) - (1 << 26)  # bytes of tensors; protobuf takes files below 2 GiB
 LEAST = "_least"  # the constant that no number is less than
 OPSET: dict[str, int] = {"portable": 18, "native": 25}
 IR_VERSION: dict[str, int] = {"portable": 10, "native": 13}
@@ -557,9 +559,27 @@ def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
 
 
 def _write(model: ir.Model, path: Path) -> None:
+    """In one file, or with the tensors in a second one beside it where protobuf's limit of 2 GiB is near."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    if sum(tensor.nbytes for tensor in tensors if tensor is not None) > LARGEST_FILE:
+        _write_in_two(model, path)
+        return
     with whole_file(path) as temporary:
         ir.save(model, temporary)
         try:
             onnx.checker.check_model(temporary)
         except onnx.checker.ValidationError as error:
             raise ExportError(f"{path} was not written: {error}") from error
+
+
+def _write_in_two(model: ir.Model, path: Path) -> None:
+    name = f"{path.name}.data"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        whole = Path(folder) / path.name
+        ir.save(model, whole, external_data=name, size_threshold_bytes=128)
+        try:
+            onnx.checker.check_model(str(whole))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"{path} was not written: {error}") from error
+        (Path(folder) / name).replace(path.with_name(name))
+        whole.replace(path)

@@ -62,12 +62,13 @@ def measure(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Timetable:
-    """Times the parts of a program that has sites and quantizers of 8 bits.
+    """Times the parts of a program that has sites and quantizers, of 8 bits for activations.
 
     batch: samples in a run, by default one, or those of `example` where the graph has a fixed batch.  cache: the folder
     of timings, by default the user's.  Raises CacheError, HawqfxError.
     """
-    missing = [site.key for site in program.sites if 8 not in program.facts.get(site.key, Quantizers).by_bits]
+    missing = [site.key for site in program.activations if 8 not in program.facts.get(site.key, Quantizers).by_bits]
+    missing += [site.key for site in program.weights if not program.facts.get(site.key, Quantizers).by_bits]
     if missing:
         raise HawqfxError(f"latency is timed at 8 bits, and {missing[0]!r} was not measured there: let it have 8")
     size = batch or (1 if program.dynamic_batch else example.size)
@@ -356,7 +357,8 @@ class _Work:
 
     def _lowered(self, bits: int) -> Program:
         """The network with one width for everything."""
-        facts: dict[str, Fact] = {site.key: Bits(bits, 0.0) for site in self.program.sites}
+        keys = [site.key for site in self.program.sites]
+        facts: dict[str, Fact] = {key: Bits(_width(self.program, key, bits), 0.0) for key in keys}
         return run(pipeline.lowering(), self.program.learn(facts), Study((self.example,), cross_entropy))
 
     def _time_whole(self) -> dict[str, float]:
@@ -365,6 +367,11 @@ class _Work:
 
 
 _WHOLE = (("float", FLOAT_BITS), ("integer", 8))
+
+
+def _width(program: Program, key: str, bits: int) -> int:
+    """The widest that the site has of at most so many bits: whatever the width of a weight, its kernel is the same."""
+    return bits if bits == FLOAT_BITS else max(b for b in program.facts.get(key, Quantizers).by_bits if b <= bits)
 
 
 def _is_free(node: fx.Node) -> bool:
@@ -461,5 +468,5 @@ class _Cutter:
             for fact in facts:
                 program = program.learn({key: fact})
         bits = {s.key: weight_bits if isinstance(s, WeightSite) else activation_bits for s in self.sites}
-        program = program.learn({key: Bits(width, 0.0) for key, width in bits.items()})
+        program = program.learn({key: Bits(_width(program, key, width), 0.0) for key, width in bits.items()})
         return run(pipeline.lowering(), program, Study((), cross_entropy))

@@ -70,6 +70,7 @@ class Session:
     allocation: Allocation = field(default_factory=lambda: Allocation(Budget()))
     scoring: Scoring | None = None
     threads: int = 1
+    target: str = "any"
 
     def at(self, budget: Budget | str, *, against_uniform: bool = True, **rules: Unpack[Rules]) -> "Compiled":
         """The network under a budget; `rules` are those of compile(), in place of what was given there.
@@ -396,7 +397,10 @@ class Compiled:
         from hawqfx import __version__
         from hawqfx.export import export
 
-        metadata = {"hawqfx_version": __version__, "hawqfx_plan": self.plan.digest, "hawqfx_packing": packing}
+        metadata = {
+            "hawqfx_version": __version__, "hawqfx_plan": self.plan.digest, "hawqfx_packing": packing,
+            "hawqfx_target": self.session.target,
+        }  # fmt: skip
         export(self.program, self.session.study.batches[0], path, packing, metadata)
 
     def export_float(self, path: str | Path) -> None:

@@ -34,6 +34,7 @@ LAW: dict[str, set[str]] = {
     "files": {"errors"},
     "facts": {"errors"},
     "ops": {"maths"},
+    "target": {"errors", "maths"},
     "timetable": {"maths"},
     "program": {"facts", "timetable"},
     "integers": {"vocabulary"},
@@ -75,7 +76,7 @@ LAW: dict[str, set[str]] = {
     },
     "compiler": {
         "budget", "capture", "contract", "errors", "frontier", "latency", "maths", "observe", "passes", "pipeline",
-        "plan", "runner", "session", "study", "timetable",
+        "plan", "runner", "session", "study", "target", "timetable",
     },
     "demo": {"compiler", "observe", "runtime", "session", "zoo"},
     "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "pipeline", "plan", "workers"},
