@@ -1,6 +1,7 @@
-"""The command line: hawqfx compile, pareto, explain, demo, passes."""
+"""The command line: hawqfx compile, pareto, explain, bench, demo, passes."""
 
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
 from hawqfx.contract import Analysis, Observer, Pass
 from hawqfx.errors import HawqfxError
+from hawqfx.files import whole_file
 from hawqfx.observe import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
 from hawqfx.plan import Plan
@@ -135,6 +137,41 @@ def explain(
 ) -> None:
     """Say why a plan has the bits that it has."""
     print(Plan.read(plan).explain(site))
+
+
+@app.command()
+def bench(
+    file: Annotated[Path, typer.Argument(help="an ONNX file, as `compile` writes it")],
+    backend: Annotated[
+        list[str] | None, typer.Option(help="ort-cpu, ort-cuda, ort-tensorrt, torch-cpu or torch-cuda; may be repeated")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="pkg.module:factory of the float model, to compare with")] = None,
+    data: Annotated[str | None, typer.Option(help="pkg.module:loader; its first batch is run")] = None,
+    plan: Annotated[Path | None, typer.Option(help="the plan of the file, for torch")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="samples in a run")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="of onnxruntime or torch")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="runs that are timed")] = 100,
+    out: Annotated[Path | None, typer.Option(help="write the figures here, as JSON")] = None,
+) -> None:
+    """Time a file on backends that are installed here, and compare its answers with the float model's."""
+    from hawqfx.backends import table
+    from hawqfx.benchmark import benchmark
+
+    results = benchmark(
+        file,
+        backend or ["ort-cpu"],
+        None if model is None else _load(model)(),
+        None if data is None else _load(data)(),
+        plan,
+        batch=batch,
+        threads=threads,
+        rounds=rounds,
+    )
+    Console(width=140).print(table(results))
+    if out is not None:
+        kept = {name: r if isinstance(r, str) else r.to_json() for name, r in results.items()}
+        with whole_file(out) as temporary:
+            temporary.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 @app.command()

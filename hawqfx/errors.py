@@ -50,6 +50,10 @@ class PlanError(HawqfxError, ValueError):
     """A saved plan does not belong to this model, or is damaged."""
 
 
+class BackendError(HawqfxError, ValueError):
+    """A backend is not there, or cannot run what it was given."""
+
+
 class PassError(HawqfxError):
     """A pass broke its promise, or the graph after it breaks the law of the graph."""
 

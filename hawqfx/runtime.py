@@ -10,14 +10,20 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+CPU = "CPUExecutionProvider"
 Arrays = Sequence[NDArray[np.generic]]
 
 
 def session(
-    model: str | Path | bytes, *, threads: int = 0, optimize: bool = True, save: Path | None = None
+    model: str | Path | bytes,
+    *,
+    threads: int = 0,
+    optimize: bool = True,
+    save: Path | None = None,
+    provider: str = CPU,
 ) -> onnxruntime.InferenceSession:
-    """A CPU session of a file or its content; `threads=0` lets onnxruntime choose.  With `save`, the graph as
-    onnxruntime optimized it for this machine is written there."""
+    """A session of a file or its content, on the processor unless another `provider` is asked for; `threads=0` lets
+    onnxruntime choose.  With `save`, the graph as onnxruntime optimized it for this machine is written there."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -26,7 +32,7 @@ def session(
     if save is not None:
         options.optimized_model_filepath = str(save)
     return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        model if isinstance(model, bytes) else str(model), options, providers=list(dict.fromkeys((provider, CPU)))
     )
 
 
@@ -86,6 +92,16 @@ def steady(
                 if turn >= BURST // 4:
                     times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in seconds]
+
+
+def providers() -> list[str]:
+    """What this onnxruntime can run on."""
+    return list(onnxruntime.get_available_providers())
+
+
+def inputs(path: str | Path) -> list[tuple[str, list[int | str], str]]:
+    """Name, shape and type of each input of a file."""
+    return [(value.name, value.shape, value.type) for value in session(path).get_inputs()]
 
 
 def version() -> str:

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from hawqfx import pipeline
 from hawqfx.budget import Budget, Limit
@@ -402,6 +404,21 @@ class Compiled:
             "hawqfx_target": self.session.target,
         }  # fmt: skip
         export(self.program, self.session.study.batches[0], path, packing, metadata)
+
+    def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
+        """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration
+        data.  See hawqfx.backends; raises BackendError."""
+        from hawqfx import backends as runs
+
+        batch = self.session.study.batches[0]
+        sample = batch.first(1 if self.planned.dynamic_batch else batch.size)
+        answer = self.session.measured.run(sample.args, sample.kwargs)
+        reference = [leaf.detach().numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            self.export(path)
+            found = runs.every(path, self.model, backends, sample, reference, threads=threads, rounds=rounds)
+        return runs.table(found)
 
     def export_float(self, path: str | Path) -> None:
         """Write the float32 network, with batch-norm folded, to compare with."""

@@ -71,15 +71,20 @@ LAW: dict[str, set[str]] = {
         "timetable", "vocabulary",
     },
     "session": {
-        "budget", "contract", "errors", "export", "facts", "frontier", "latency", "maths", "passes", "pipeline",
-        "plan", "program", "runner", "study",
+        "backends", "budget", "contract", "errors", "export", "facts", "frontier", "latency", "maths", "passes",
+        "pipeline", "plan", "program", "runner", "study",
     },
     "compiler": {
         "budget", "capture", "contract", "errors", "frontier", "latency", "maths", "observe", "passes", "pipeline",
         "plan", "runner", "session", "study", "target", "timetable",
     },
+    "backends": {"errors", "runtime", "study"},
+    "benchmark": {"backends", "capture", "compiler", "plan", "study"},
     "demo": {"compiler", "observe", "runtime", "session", "zoo"},
-    "cli": {"budget", "compiler", "contract", "demo", "errors", "observe", "pipeline", "plan", "workers"},
+    "cli": {
+        "backends", "benchmark", "budget", "compiler", "contract", "demo", "errors", "files", "observe", "pipeline",
+        "plan", "workers",
+    },
     "__main__": {"cli"},
     "__init__": {"budget", "compiler", "frontier", "plan", "session"},
 }  # fmt: skip
