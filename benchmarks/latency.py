@@ -1,0 +1,178 @@
+"""Latency beside float onnxruntime and beside onnxruntime's own tool, in one run.
+
+    python benchmarks/latency.py [--quick] [--check] [--only NETWORK ...]
+
+ResNet-18 at 224 pixels and the stack of six 3x3 convolutions with 128 channels at 28x28 (random weights), and
+EfficientNet-Lite0, YOLOX-Nano and MiniLM (subjects.py; the extra `bench`).  One sample; one thread, and all.
+
+* mixed: hawqfx at 4 bits per weight on average (chosen by squared error: the kernels do not depend on which metric
+  chose), in the portable packing;
+* float: the same network, as hawqfx exports it;
+* static int8 and INT4: onnxruntime.quantization.quantize_static of that float file, after its own preprocessing, on the
+  same calibration data: QDQ, weights signed and per channel, activations uint8, everything else as it comes.
+
+Files take turns, each with a session of its own; medians.  --quick: the stack of convolutions alone.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import resnet18
+from common import Claims, console, environment, parser
+from rich.table import Table
+from torch import nn
+
+import hawqfx
+from hawqfx import runtime
+from hawqfx.study import Batch
+
+THREADS = (1, 0)  # 0: as many as onnxruntime chooses
+ROUNDS = 60
+CALIBRATION = 16  # samples
+ORDINARY = ("efficientnet-lite0", "yolox-nano", "minilm")
+FASTER, NOT_SLOWER = 3.0, 1.05
+
+
+def random_images(model: nn.Module, *shape: int) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(1)
+    return {"model": model.eval(), "data": [torch.randn(8, *shape, generator=random) for _ in range(2)]}
+
+
+def stack() -> dict[str, Any]:
+    torch.manual_seed(0)
+    layers = [module for _ in range(6) for module in (nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())]
+    return random_images(nn.Sequential(*layers), 128, 28, 28)
+
+
+def residual() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return random_images(resnet18(), 3, 224, 224)
+
+
+def subject(name: str) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        from subjects import SUBJECTS
+
+        found = SUBJECTS[name]()
+        return {"model": found.model, "data": found.calibration, "loss": found.loss, "draw": found.draw}
+
+    return make
+
+
+NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "convolution stack": stack, "ResNet-18": residual, **{name: subject(name) for name in ORDINARY},
+}  # fmt: skip
+
+
+class Reader:
+    """Calibration data as onnxruntime's tool takes it, one sample at a time."""
+
+    def __init__(self, path: Path, batches: tuple[Batch, ...]) -> None:
+        names = [value.name for value in runtime.session(path).get_inputs()]
+        self.rows = self._rows(names, batches)
+
+    def _rows(self, names: list[str], batches: tuple[Batch, ...]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            for part in batch.split(1):
+                yield {name: tensor.numpy() for name, tensor in zip(names, part.tensors, strict=True)}
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self.rows, None)
+
+
+def their_files(original: Path, batches: tuple[Batch, ...], folder: Path) -> dict[str, Path | str]:
+    """What onnxruntime's tool makes of a float file; the error, where it makes nothing."""
+    from onnxruntime import quantization  # noqa: TID251  (the other tool)
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: TID251
+
+    prepared = folder / "prepared.onnx"
+    try:
+        quant_pre_process(str(original), str(prepared))
+    except Exception:  # its symbolic shapes fail on some transformers: then without them
+        quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
+    found: dict[str, Path | str] = {}
+    kinds = {"static int8": quantization.QuantType.QInt8, "static INT4": quantization.QuantType.QInt4}
+    for name, weights in kinds.items():
+        path = folder / f"{name}.onnx"
+        try:
+            quantization.quantize_static(
+                str(prepared), str(path), Reader(prepared, batches), per_channel=True, weight_type=weights,
+                activation_type=quantization.QuantType.QUInt8,
+            )  # fmt: skip
+            runtime.session(path)
+            found[name] = path
+        except Exception as error:  # whatever that tool and its file raise
+            found[name] = f"{type(error).__name__}: {error}"[:200]
+    return found
+
+
+def examine(name: str, folder: Path) -> dict[str, Any]:
+    network = NETWORKS[name]()
+    compiled = hawqfx.compile(
+        network.pop("model"), "weight_bits=4", network.pop("data"), samples=CALIBRATION, sensitivity="mse",
+        rounding="nearest", **network,
+    )  # fmt: skip
+    files: dict[str, str | Path] = {"float": folder / "float.onnx", "mixed": folder / "mixed.onnx"}
+    compiled.export_float(files["float"])
+    compiled.export(files["mixed"])
+    theirs = their_files(Path(files["float"]), compiled.session.study.batches, folder)
+    files |= {key: path for key, path in theirs.items() if isinstance(path, Path)}
+    sample = [tensor.numpy() for tensor in compiled.session.study.batches[0].first(1).tensors]
+    found: dict[str, Any] = {
+        "bytes": {key: Path(path).stat().st_size for key, path in files.items()},
+        "refused": {key: text for key, text in theirs.items() if isinstance(text, str)},
+        "milliseconds": {},
+    }
+    for threads in THREADS:
+        times = runtime.latency(files, sample, threads=threads, rounds=ROUNDS)
+        word = f"{threads} thread" if threads else "all threads"
+        found["milliseconds"][word] = {key: 1e3 * latency.median for key, latency in times.items()}
+    return found
+
+
+def claim(name: str, found: dict[str, Any], claims: Claims) -> None:
+    one, size = found["milliseconds"]["1 thread"], found["bytes"]
+    if name not in ORDINARY:
+        ratio = one["float"] / one["mixed"]
+        claims.add(f"{name}: {FASTER} times faster than float at one thread", ratio >= FASTER, f"{ratio:.2f}")
+    if "static int8" in one:
+        ratio = one["mixed"] / one["static int8"]
+        claims.add(
+            f"{name}: not slower than {NOT_SLOWER} times onnxruntime's static int8", ratio <= NOT_SLOWER, f"{ratio:.3f}"
+        )
+    if "static INT4" in one:
+        claims.add(
+            f"{name}: faster than onnxruntime's INT4 file, at equal or smaller bytes",
+            one["mixed"] < one["static INT4"] and size["mixed"] <= size["static INT4"],
+            f"{one['static INT4'] / one['mixed']:.2f} times, {size['mixed']:,} against {size['static INT4']:,} bytes",
+        )
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    args = options.parse_args()
+    warnings.simplefilter("ignore")
+    results, claims = {}, Claims()
+    for name in ["convolution stack"] if args.quick else args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = examine(name, Path(folder))
+        for word, times in results[name]["milliseconds"].items():
+            table = Table("file", "ms", "of float", "bytes", title=f"{name}, {word}")
+            for key, milliseconds in times.items():
+                ratio = milliseconds / times["float"]
+                table.add_row(key, f"{milliseconds:.3f}", f"{ratio:.2f}", f"{results[name]['bytes'][key]:,}")
+            for key, text in results[name]["refused"].items():
+                table.add_row(key, text)
+            console.print(table)
+        claim(name, results[name], claims)
+    console.print(f"VNNI: {environment()['vnni']}")
+    claims.finish("latency", args, {"networks": results, "calibration": CALIBRATION, "seed": 0})
+
+
+if __name__ == "__main__":
+    main()
