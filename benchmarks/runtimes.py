@@ -1,0 +1,123 @@
+"""Do exported files load, and compute the same, in old and new versions of onnxruntime?
+
+    python benchmarks/runtimes.py [--quick] [--check]
+
+Makes an environment for each version in the user's cache folder (`pip install onnxruntime==...`, from the package
+index), runs files there in a process of its own, and compares their outputs with those of the onnxruntime installed
+here.  Files: ResNet-20 (hawqfx.zoo) with 2 to 8 bits, a U-Net and a BERT (architectures.py), each in the portable
+packing, for 1.20 and later, and in the native one, for 1.24 and later.  --quick: ResNet-20 alone.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from architectures import build
+from common import Claims, arguments, console
+from rich.table import Table
+
+import hawqfx
+from hawqfx import Compiled, runtime, zoo
+from hawqfx.export import Packing
+
+VERSIONS = {"1.20.1": ("portable",), "1.24.1": ("portable", "native"), "newest": ("portable", "native")}
+ELSEWHERE = """
+import json, sys, time
+import numpy, onnxruntime
+found = {"version": onnxruntime.__version__}
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+for name, path in json.loads(sys.argv[1]).items():
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        inputs = numpy.load(path + ".npz")
+        outputs = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
+        numpy.save(f"{path}.{sys.argv[2]}.npy", outputs[0])
+        found[name] = "ran"
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"[:300]
+print(json.dumps(found))
+"""
+
+
+def python_with(version: str) -> Path:
+    """The interpreter of an environment with this onnxruntime, made where it is not there yet."""
+    folder = Path(platformdirs.user_cache_dir("hawqfx")) / "runtimes" / version
+    python = folder / "bin" / "python"
+    wanted = "onnxruntime" if version == "newest" else f"onnxruntime=={version}"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", wanted], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def networks(quick: bool) -> dict[str, Compiled]:
+    widths = (2, 3, 4, 5, 6, 7, 8)
+    session = hawqfx.compile(
+        zoo.resnet20(), "weight_bits=8", zoo.calibration()[:1], samples=64, sensitivity="mse"
+    ).session
+    keys = [site.key for site in session.measured.weights]
+    every = session.at("weight_bits=8", fix={key: widths[at % len(widths)] for at, key in enumerate(keys)})
+    found = {"ResNet-20": every}
+    for name in () if quick else ("U-Net", "BERT"):
+        model, batches = build(name)
+        found[name] = hawqfx.compile(model, "weight_bits=5", batches, sensitivity="mse", rounding="nearest")
+    return found
+
+
+def written(quick: bool, folder: Path) -> dict[str, Path]:
+    """Files by network and packing, each with its inputs beside it."""
+    found = {}
+    packings: tuple[Packing, ...] = ("portable", "native")
+    for name, compiled in networks(quick).items():
+        for packing in packings:
+            path = folder / f"{name}-{packing}.onnx"
+            compiled.export(path, packing)
+            names = [value.name for value in runtime.session(path).get_inputs()]
+            tensors = compiled.session.study.batches[0].first(2).tensors
+            values: dict[str, Any] = {key: tensor.numpy() for key, tensor in zip(names, tensors, strict=True)}
+            np.savez(f"{path}.npz", **values)
+            found[f"{name}, {packing}"] = path
+    return found
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    table, claims, results = Table("onnxruntime", "file", "result"), Claims(), []
+    with tempfile.TemporaryDirectory() as name:
+        files = written(args.quick, Path(name))
+        for version, packings in VERSIONS.items():
+            there = {key: str(path) for key, path in files.items() if key.rpartition(" ")[2] in packings}
+            command = [str(python_with(version)), "-c", ELSEWHERE, json.dumps(there), version]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True)
+            found = json.loads(answer.stdout.splitlines()[-1])
+            for key, path in there.items():
+                row = {"asked": version, "version": found["version"], "file": key, "result": found[key]}
+                if found[key] == "ran":
+                    inputs = np.load(f"{path}.npz")
+                    session = runtime.session(path)
+                    ours = runtime.run(session, [inputs[value.name] for value in session.get_inputs()])[0]
+                    theirs = np.load(f"{path}.{version}.npy")
+                    row |= {"equal": bool(np.array_equal(ours, theirs)), "largest": float(np.abs(ours - theirs).max())}
+                results.append(row)
+                same = "" if "equal" not in row else f", largest difference {row['largest']:.2g}"
+                table.add_row(found["version"], key, found[key] + same)
+    console.print(table)
+    ran = [row for row in results if row["result"] == "ran"]
+    claims.add("every file loads and runs", len(ran) == len(results), f"{len(ran)} of {len(results)}")
+    # kernels differ between versions in how they round ties, by a step of the last quantizer
+    equal = sum(row["equal"] for row in ran)
+    claims.add(
+        "the outputs are those of the version installed here", equal == len(ran), f"{equal} of {len(ran)} exactly"
+    )
+    claims.finish("runtimes", args, {"files": results})
+
+
+if __name__ == "__main__":
+    main()
