@@ -2,7 +2,8 @@
 
 The schedule is the order of the graph.  A storage is live from the node that makes it to the last that reads it, inputs
 from the start and outputs to the end.  Views and in-place operators share the storage that they look at, as their
-schemas say; so does a rectifier with the kernel before it, if nothing else reads that one: both fuse.
+schemas say; what is quantized beside the float tensor that it copies has a storage of its own.  A rectifier shares
+one with the kernel before it, if nothing else reads that one: both fuse.
 """
 
 import operator
@@ -15,7 +16,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from hawqfx.program import Program
-from hawqfx.vocabulary import ceiling
+from hawqfx.vocabulary import COPY, ceiling
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def _storages(program: Program) -> list[_Storage]:
 def _looks_at(node: fx.Node) -> fx.Node | None:
     """The node whose storage this one shares."""
     sources = node.all_input_nodes
+    if node.target is COPY:
+        return None
     if node.target is operator.getitem:
         return sources[0]
     if ceiling(node) is not None and len(sources[0].users) == 1:

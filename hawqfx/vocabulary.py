@@ -106,6 +106,8 @@ NO_PRODUCTS: set[Target] = _CARRIERS | {_aten.add.Tensor, _aten.sub.Tensor, _ate
 
 BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
 DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
+# What integer kernels read of a tensor that is read in float too (passes/borders.py).
+COPY: OpOverload[..., Any] = _aten.alias.default
 DROPOUT: set[Target] = {_aten.dropout.default, _aten.feature_dropout.default}
 IDENTITIES: set[Target] = {
     _aten.alias.default,

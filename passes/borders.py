@@ -8,13 +8,12 @@ all of its readers.)
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from hawqfx import integers
 from hawqfx.contract import Rewrite
 from hawqfx.program import Program, copy_graph
-from hawqfx.vocabulary import is_tensor, kept_in_float
+from hawqfx.vocabulary import COPY, is_tensor, kept_in_float
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Borders(Rewrite):
                 continue
             after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
             with graph.inserting_after(after):
-                copy = graph.call_function(torch.ops.aten.alias.default, (node,))
+                copy = graph.call_function(COPY, (node,))
             copy.meta["val"] = node.meta["val"]
             for user in reading:
                 user.replace_input_with(node, copy)

@@ -59,6 +59,26 @@ def test_views_take_no_memory_and_float_parts_do_not_shrink() -> None:
     assert largest(program, 8) >= 4 * (64 + 64 + 128)
 
 
+class Normalised(nn.Module):
+    """A tensor in float that a layer reads as integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.reshape(-1, 8, 8))
+        return torch.tanh(self.last(x)) + x
+
+
+def test_a_quantized_copy_takes_memory_beside_the_float_tensor() -> None:
+    program = after("find_sites", Normalised)
+    (copy,) = program.activations
+    (together,) = (step for step in live(program) if copy.key in step.elements)
+    # the normalised tensor and what the layer makes of it, in float, and the copy
+    assert (together.fixed, together.elements) == (4 * (64 + 64), {copy.key: (64,)})
+
+
 def test_no_step_is_within_another() -> None:
     steps = live(after("find_sites", Residual))
     assert len(steps) == len({(step.fixed, tuple(step.elements.items())) for step in steps})
