@@ -66,7 +66,17 @@ def share_of_macs(compiled: Compiled) -> float:
     batch = compiled.session.study.batches[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         compiled.session.measured.run(batch.args, batch.kwargs)
-    return integer * batch.size / max(counter.get_total_flops() / 2, integer * batch.size)
+    return integer / (counter.get_total_flops() / 2 / batch.size + recurrent(compiled))
+
+
+def recurrent(compiled: Compiled) -> int:
+    """Products of LSTMs for one sample, which torch does not count: every weight matrix in every step."""
+    total = 0
+    for node in compiled.session.measured.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input):
+        tensor, _, weights, *_ = node.args
+        steps = tensor.meta["val"].shape[1 if node.args[-1] else 0]
+        total += steps * sum(weight.meta["val"].numel() for weight in weights if weight.meta["val"].ndim == 2)
+    return total
 
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
