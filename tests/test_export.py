@@ -149,7 +149,12 @@ def test_one_function_per_width_and_no_traces_of_the_exporter(tmp_path: Path) ->
     assert sum(node.op_type == "Weight4" for node in model.graph.node) == 3
     assert not model.graph.value_info
     assert not model.graph.metadata_props
-    assert {entry.key for entry in model.metadata_props} == {"hawqfx_version", "hawqfx_plan", "hawqfx_packing"}
+    assert {entry.key for entry in model.metadata_props} == {
+        "hawqfx_version",
+        "hawqfx_plan",
+        "hawqfx_packing",
+        "hawqfx_target",
+    }
 
 
 def test_the_same_inputs_and_seed_give_the_same_plan_and_bytes(tmp_path: Path) -> None:
