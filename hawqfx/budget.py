@@ -8,7 +8,12 @@ from hawqfx.errors import BudgetError
 
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SECONDS = {"s": 1, "ms": 1e-3, "us": 1e-6}
-_UNITS: Mapping[str, Mapping[str, float]] = {"size": _BYTES, "activation_memory": _BYTES, "latency": _SECONDS}
+_UNITS: Mapping[str, Mapping[str, float]] = {
+    "size": _BYTES,
+    "activation_memory": _BYTES,
+    "weight_memory": _BYTES,
+    "latency": _SECONDS,
+}
 _ALLOWED = {"b": "bytes: B, kB, MB, GB, KiB, MiB, GiB", "s": "a time: s, ms, us", "": "a plain number"}
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)")
 
@@ -35,6 +40,8 @@ class Budget:
     weight_bits: average bits per quantized weight.
     bops: MACs x weight bits x activation bits, summed over the layers, for one sample.
     activation_memory: bytes of the tensors that are live at once, at their widths, where that is most, for one sample.
+    weight_memory: bytes of the weights as onnxruntime holds them while it runs: one each on integer kernels, four in
+        float, the bits themselves where a layer is weight-only.
     latency: seconds of a run in onnxruntime, predicted from parts that are timed on this machine.
     drop: by how much a metric on data may fall; then the smallest network that keeps it, and the other limits.
     """
@@ -43,6 +50,7 @@ class Budget:
     weight_bits: Limit | None = None
     bops: Limit | None = None
     activation_memory: Limit | None = None
+    weight_memory: Limit | None = None
     latency: Limit | None = None
     drop: Limit | None = None
 

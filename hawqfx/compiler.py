@@ -15,6 +15,7 @@ from hawqfx.contract import Analysis, Observer
 from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontier import Frontier
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import Scheme
 from hawqfx.observe import progress_bars
 from hawqfx.passes.allocation import Allocation, Rule
 from hawqfx.passes.calibration import Calibration
@@ -40,6 +41,7 @@ def compile(
     sensitivity: str | Analysis | None = None,
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     activation_bits: Sequence[int] = (4, 6, 8),
+    schemes: Sequence[Scheme] | None = None,
     rounding: Literal["compensated", "nearest"] = "compensated",
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
@@ -73,6 +75,9 @@ def compile(
         or "hawq-v2" for a loss other than cross-entropy without draw=.
     weight_bits, activation_bits: widths to choose from, within 2 to 8, and 32 for float, which budgets on latency and
         drop may choose in any case.  Fewer bits of activation than 8 are chosen only where a limit asks for it.
+    schemes: how layers may compute: "static" in integers, and linear layers "dynamic", with the range of what they
+        read taken in each run, or "weight-only", with 4 bits in blocks; see hawqfx.maths.schemes.  By default all three
+        under a budget on latency or weight_memory, else the static one.
     rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper.
     keep_float: patterns of names of weights whose layers stay in float.
     fix: pattern of names of sites -> the width that they have.
@@ -103,6 +108,8 @@ def compile(
     chosen = pipeline.metric(sensitivity, drawn=loss is cross_entropy or draw is not None)
     if batch is not None and batch < 1:
         raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
+    weighs = limits is not None and (limits.latency is not None or limits.weight_memory is not None)
+    offered = _schemes(schemes, weighs)
     weights, activations = exact_widths(target, _widths(weight_bits)), _widths(activation_bits)
     device = _usable(device)
     batches = tuple(part.to(device) for part in gather(data, samples))
@@ -116,8 +123,9 @@ def compile(
         study = Study(batches, loss, seed, device, progress, draw, batch, None if cache is None else Path(cache))
         found = run(pipeline.finding(tuple(keep_float)), program, study, observers)
         if given is None:
-            integer = (tuple(bits for bits in widths if bits < FLOAT_BITS) for widths in (weights, activations))
-            quantizers = run(pipeline.quantizing(Calibration(*integer)), found, study, observers)
+            integer = [tuple(bits for bits in widths if bits < FLOAT_BITS) for widths in (weights, activations)]
+            calibration = Calibration(integer[0], integer[1], offered)
+            quantizers = run(pipeline.quantizing(calibration), found, study, observers)
         else:
             quantizers = given.facts_for(found)
             for site in found.weights:
@@ -129,6 +137,7 @@ def compile(
             Budget(),
             weights if FLOAT_BITS in weights else None,
             activations if FLOAT_BITS in activations else None,
+            None if schemes is None else offered,
             tuple((fix or {}).items()),
             rule,
             STRONGEST if interactions else 0,
@@ -225,6 +234,16 @@ def _check_device(model: Model, device: torch.device) -> None:
     stray = next((tensor.device for tensor in state.values() if tensor.device.type != device.type), None)
     if stray is not None:
         raise HawqfxError(f"the model is on {stray} and device={str(device)!r}: move it with model.to({str(device)!r})")
+
+
+def _schemes(wanted: Sequence[Scheme] | None, weighs: bool) -> tuple[Scheme, ...]:
+    known: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
+    if wanted is None:
+        return known if weighs else known[:1]
+    odd = [scheme for scheme in wanted if scheme not in known]
+    if odd or not wanted:
+        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(known)}")
+    return tuple(scheme for scheme in known if scheme in wanted)
 
 
 def _widths(bits: Sequence[int]) -> tuple[int, ...]:

@@ -38,12 +38,12 @@ class BudgetError(HawqfxError, ValueError):
 
 
 class InfeasibleBudget(HawqfxError, ValueError):
-    """No choice of bits meets the budget.  The message names the limit and the least it could be; `least` is that, in
-    the limit's unit."""
+    """No choice of bits meets the budget.  The message names the limit and the least it could be; `limit` and `least`
+    are these, the latter in the limit's unit."""
 
-    def __init__(self, message: str, least: float = float("nan")) -> None:
+    def __init__(self, message: str, limit: str = "", least: float = float("nan")) -> None:
         super().__init__(message)
-        self.least = least
+        self.limit, self.least = limit, least
 
 
 class PlanError(HawqfxError, ValueError):

@@ -24,13 +24,24 @@ import onnx_ir.passes.common as common
 import torch
 from numpy.typing import NDArray
 from onnxscript import opset18 as op
+from onnxscript.values import Op, Opset
 from torch import fx
 
 from hawqfx import capture
 from hawqfx.errors import ExportError
 from hawqfx.files import check_writable, whole_file
 from hawqfx.maths import affine, packing
-from hawqfx.ops import DEQUANTIZE, DEQUANTIZE_ROWS, FAKE_QUANTIZE, GLOBAL_AVERAGE
+from hawqfx.maths.schemes import BLOCK, BLOCKWISE, bits_of
+from hawqfx.ops import (
+    BLOCKWISE_LINEAR,
+    DEQUANTIZE,
+    DEQUANTIZE_ROWS,
+    DYNAMIC_LINEAR,
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_BLOCKS,
+    FAKE_QUANTIZE_DYNAMIC,
+    GLOBAL_AVERAGE,
+)
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.study import Batch
 from hawqfx.vocabulary import EMBEDDING, PADS, WEIGHTED, operands, spatial_mean
@@ -40,6 +51,7 @@ Packing = Literal["portable", "native"]
 DOMAIN = "hawqfx"
 LARGEST_FILE = (1 << 31) - (1 << 26)  # bytes of tensors; protobuf takes files below 2 GiB
 LEAST = "_least"  # the constant that no number is less than
+IN_8_BITS = 4  # accuracy_level of MatMulNBits: what it multiplies by is rounded so
 OPSET: dict[str, int] = {"portable": 18, "native": 25}
 IR_VERSION: dict[str, int] = {"portable": 10, "native": 13}
 OLDEST_RUNTIME: dict[str, str] = {"portable": "1.20", "native": "1.24"}
@@ -89,12 +101,44 @@ def _freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
             constant = graph.get_attr(name)
             node.replace_all_uses_with(graph.call_function(DEQUANTIZE, (constant, scale)))
         graph.erase_node(node)
+    _lay_out_linear(module, graph, widths)
     _keep_weights_in_float(module, graph)
     _average_globally(graph)
     _gather_codes(graph)
     graph.eliminate_dead_code()
     module.recompile()
     return fx.GraphModule(module, graph), widths
+
+
+def _lay_out_linear(module: fx.GraphModule, graph: fx.Graph, widths: dict[str, int]) -> None:
+    """Linear layers of the schemes "dynamic" and "weight-only", as the operators that onnxruntime has for them."""
+    columns: dict[str, int] = {}
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
+        source, weight, bias = (*operands(node), None)[:3]
+        if source.target not in (FAKE_QUANTIZE_DYNAMIC, FAKE_QUANTIZE_BLOCKS):
+            continue
+        codes, scale = operands(weight)
+        with graph.inserting_before(node):
+            if source.target is FAKE_QUANTIZE_DYNAMIC:
+                found = graph.call_function(DYNAMIC_LINEAR, (source.args[0], codes, scale))
+            else:
+                key = str(codes.target)
+                if key not in columns:  # else another layer shares it
+                    columns[key] = _store_blocks(module, key, str(scale.target))
+                    del widths[key]
+                found = graph.call_function(BLOCKWISE_LINEAR, (source.args[0], codes, scale, columns[key]))
+            if bias is not None:
+                found = graph.call_function(torch.ops.aten.add.Tensor, (found, bias))
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
+
+
+def _store_blocks(module: fx.GraphModule, key: str, scale: str) -> int:
+    """Lays out the codes and scales of a weight as MatMulNBits has them; returns how many inputs the weight has."""
+    codes = module.get_buffer(key).numpy()
+    set_tensor(module, key, torch.from_numpy(packing.pack_blocks(codes)), parameter=False)
+    set_tensor(module, scale, module.get_buffer(scale).reshape(-1), parameter=False)
+    return int(codes.shape[1])
 
 
 def _average_globally(graph: fx.Graph) -> None:
@@ -169,11 +213,51 @@ def _average(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
 
+def _matmul_nbits() -> Op:
+    """What onnxruntime adds to ONNX for weight-only layers, as far as it is used here."""
+    schema = onnx.defs.OpSchema
+    kinds = {"T1": "tensor(float)", "T2": "tensor(uint8)"}
+    return Op(
+        Opset("com.microsoft", 1),
+        "MatMulNBits",
+        schema(
+            "MatMulNBits",
+            "com.microsoft",
+            1,
+            inputs=[schema.FormalParameter(name, kind) for name, kind in (("A", "T1"), ("B", "T2"), ("scales", "T1"))],
+            outputs=[schema.FormalParameter("Y", "T1")],
+            type_constraints=[(name, [kind], "") for name, kind in kinds.items()],
+            attributes=[
+                schema.Attribute(name, schema.AttrType.INT, "")
+                for name in ("K", "N", "bits", "block_size", "accuracy_level")
+            ],
+        ),
+    )
+
+
+_MATMUL_NBITS = _matmul_nbits()
+
+
+def _dynamic_linear(x: Any, codes: Any, scale: Any) -> Any:
+    rounded, step, zero = op.DynamicQuantizeLinear(x)
+    sums = op.MatMulInteger(rounded, op.Transpose(codes, perm=[1, 0]), zero)
+    return op.Mul(op.Cast(sums, to=onnx.TensorProto.FLOAT), op.Mul(step, scale))
+
+
+def _blockwise_linear(x: Any, packed: Any, scale: Any, columns: int) -> Any:
+    rows = packed.shape[0]
+    return _MATMUL_NBITS(
+        x, packed, scale, K=columns, N=rows, bits=bits_of(BLOCKWISE), block_size=BLOCK, accuracy_level=IN_8_BITS
+    )
+
+
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     FAKE_QUANTIZE: _activation,
     DEQUANTIZE: _constant_codes,
     DEQUANTIZE_ROWS: _rows,
     GLOBAL_AVERAGE: _average,
+    DYNAMIC_LINEAR: _dynamic_linear,
+    BLOCKWISE_LINEAR: _blockwise_linear,
 }
 
 
@@ -221,19 +305,24 @@ def _pack_weight(model: ir.Model, name: str, bits: int, how: Packing) -> None:
     packed = _packed(name, array, bits, how)
     model.graph.opset_imports[DOMAIN] = 1
     inputs = [_initializer(graph, value) for value in packed]
+    unpacked: ir.Value | None = None  # of all who read codes
     for use in list(codes.uses()):
         node = use.node
+        if node.op_type != "DequantizeLinear" and unpacked is not None:
+            node.replace_input_with(use.idx, unpacked)
+            continue
         whole = node.op_type == "DequantizeLinear"
         function = _weight_function(bits, how, dequantized=whole)
         model.functions[function.identifier()] = function
-        call = ir.node(function.name, [*inputs, *[node.inputs[1]] * whole], domain=DOMAIN)
+        call = ir.node(function.name, [*inputs, *(node.inputs[1:2] if whole else ())], domain=DOMAIN)
         call.outputs[0].name = node.outputs[0].name if whole else f"{name}_codes"
         graph.insert_before(node, call)
         if whole:
             ir.convenience.replace_all_uses_with(node.outputs[0], call.outputs[0])
             graph.remove(node, safe=True)
         else:
-            node.replace_input_with(use.idx, call.outputs[0])
+            unpacked = call.outputs[0]
+            node.replace_input_with(use.idx, unpacked)
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -307,6 +396,8 @@ def _weight_function(bits: int, how: Packing, *, dequantized: bool) -> ir.Functi
         names = ("high", *("pair",) * bool(parts.pair), *("bit", "shape") * parts.bit)
         inputs = [ir.Value(name=name) for name in names]
         codes = _native_codes(body, parts, dict(zip(names, inputs, strict=True)))
+    if not body.nodes and not dequantized:  # a function must make what it returns
+        codes = body("Identity", codes)
     if dequantized:
         inputs.append(ir.Value(name="scale"))
         codes = body.dequantized(codes, inputs[-1])

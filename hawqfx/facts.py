@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from hawqfx.errors import PassError
+from hawqfx.maths.schemes import Scheme, width_of
 
 SIGNIFICANT = 2.0  # standard errors: an estimate below this many is not told from zero
 
@@ -37,7 +38,8 @@ class Sensitivity:
 class QuantParams:
     """One affine quantizer: code = clip(round(x / scale) + zero_point, low, high).
 
-    One scale for the whole tensor, or one per index of dimension 0 (per-channel).
+    One scale for the whole tensor, or one per index of dimension 0 (per-channel), or in the scheme "weight-only" one
+    per block of each row, row by row.  A dynamic one has no scale: it comes from the values.
     """
 
     bits: int
@@ -46,6 +48,12 @@ class QuantParams:
     low: int
     high: int
     per_channel: bool
+    scheme: Scheme = "static"
+    blocks: int = 1  # of a row
+
+    @property
+    def width(self) -> int:
+        return width_of(self.bits, self.scheme)
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ class Why:
 
 @dataclass(frozen=True)
 class Bits:
-    """The width that the allocation chose (32: float), the loss increase that is predicted for the site, and why."""
+    """The width that the allocation chose (hawqfx.maths.schemes), the loss increase that is predicted for the site, and
+    why."""
 
     bits: int
     increase: float

@@ -15,6 +15,7 @@ Timings are kept in the user's cache folder, by machine, threads and version of 
 import hashlib
 import json
 import logging
+import math
 import operator
 import os
 import platform
@@ -37,6 +38,7 @@ from hawqfx.facts import Bits, Fact, Quantizers, Rounding
 from hawqfx.files import whole_file
 from hawqfx.integers import taken
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, is_static
 from hawqfx.program import ActivationSite, Layer, Program, WeightSite, set_tensor
 from hawqfx.runner import run
 from hawqfx.study import Batch, Progress, Study, cross_entropy, silent
@@ -48,7 +50,10 @@ log = logging.getLogger(__name__)
 COPIES = 4  # of a small graph in one file
 PIECE_SECONDS, WHOLE_SECONDS = 0.15, 2.0  # for the runs of a small graph, and of the whole network
 # bits of weights and of activations
-_SCHEMES = {"integer": (8, 8), "floating": (FLOAT_BITS, FLOAT_BITS), "unpacking": (8, FLOAT_BITS)}
+_SCHEMES = {
+    "integer": (8, 8), "floating": (FLOAT_BITS, FLOAT_BITS), "unpacking": (8, FLOAT_BITS), "dynamic": (8, DYNAMIC),
+    "blockwise": (BLOCKWISE, FLOAT_BITS),
+}  # fmt: skip
 VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}  # carriers that cost nothing
 LEAST = 0.1  # of what a convolution takes alone, at least so much is its own and not its layout's
 
@@ -230,15 +235,28 @@ class _Work:
         weights = dict.fromkeys(filter(None, [kernel.weight]))
         ends = dict.fromkeys(self.site_of[n] for n in [kernel.end.name] if n in self.site_of)
         seconds = {}
-        for scheme in _SCHEMES:
+        for scheme in filter(lambda scheme: self._has(kernel, scheme), _SCHEMES):
             alone = self.shelf.get(self._signature(kernel, scheme), lambda s=scheme: self._alone(kernel, s))  # type: ignore[misc]
             layout = 0.0
-            if kernel.weight is not None and scheme != "unpacking":  # that one takes images as they are
+            if kernel.weight is not None and scheme in ("integer", "floating"):  # others take images as they are
                 layout = sum(self._layout(node.name, scheme == "integer") for node in (kernel.reads[0], kernel.end))
             seconds[scheme] = max(LEAST * alone, alone - layout)
         if kernel.weight is None:
             seconds["unpacking"] = seconds["floating"]
         return Timed(kernel.end.name, tuple({**sites, **weights, **ends}), kernel.weight, **seconds)
+
+    def _has(self, kernel: _Kernel, scheme: str) -> bool:
+        """Whether a kernel may run so."""
+        if scheme == "blockwise":
+            return kernel.weight is not None and BLOCKWISE in self._widths(kernel.weight)
+        if scheme == "dynamic":
+            read = kernel.weight is not None and self.site_of.get(kernel.reads[0].name)
+            linear = kernel.weight is not None and WEIGHTED[kernel.nodes[0].target] == "linear"
+            return bool(linear and read and DYNAMIC in self._widths(read))
+        return True
+
+    def _widths(self, key: str) -> Mapping[int, object]:
+        return self.program.facts.get(key, Quantizers).by_bits
 
     def _layout(self, name: str, integer: bool) -> float:
         """Of laying an image out anew: in integers its channels go last, in float they go into blocks.  The latter has
@@ -295,7 +313,7 @@ class _Work:
         wanted: dict[str, _Kernel] = {}
         for kernel in self.kernels:
             key = self._signature(kernel, scheme)
-            if key not in self.shelf.seconds:
+            if self._has(kernel, scheme) and key not in self.shelf.seconds:
                 wanted.setdefault(key, kernel)
         cutter = _Cutter(self.program, self.site_of, self.values)
         for kernel in wanted.values():
@@ -324,18 +342,26 @@ class _Work:
         bits = {word: dict.fromkeys(map(operator.attrgetter("key"), self.program.sites), b) for word, b in _WHOLE}
         whole = self._whole()
         floating, integer = (table.seconds(bits[word]) for word, _ in _WHOLE)
-        known = min(1.0, 0.98 * whole["float"] / floating) if floating else 1.0
-        rest = whole["float"] - known * floating
-        factor = max(0.02 * whole["integer"], whole["integer"] - rest) / integer if integer else 1.0
-        if not 0.2 < factor < 2.5:
+        known, factor, rest = _scales(whole["float"], whole["integer"], floating, integer)
+        if not _plausible(factor) or not _plausible(known):
             log.warning(
-                "parts timed alone and in the whole network differ by a factor of %.2f: expect rough latencies", factor
+                "parts timed alone and in the whole network differ by factors of %.2f in float and %.2f in integers: "
+                "expect rough latencies",
+                known,
+                factor,
             )
         return replace(
             table,
             rest=rest,
             timed=tuple(
-                replace(t, integer=factor * t.integer, floating=known * t.floating, unpacking=known * t.unpacking)
+                replace(
+                    t,
+                    integer=factor * t.integer,
+                    floating=known * t.floating,
+                    unpacking=known * t.unpacking,
+                    dynamic=factor * t.dynamic,
+                    blockwise=factor * t.blockwise,
+                )
                 for t in table.timed
             ),
             converted=tuple(
@@ -366,12 +392,38 @@ class _Work:
         return {word: seconds for (word, _), seconds in zip(_WHOLE, times, strict=True)}
 
 
+def _scales(whole_float: float, whole_integer: float, floating: float, integer: float) -> tuple[float, float, float]:
+    """What scales the float parts and the integer ones, and the seconds that belong to neither.
+
+    Parts in float are taken as they were timed, and so is what they leave of the whole network.  Where integer parts
+    then had to be far from how they were timed, as in a network of many more weights than a cache holds, of which a
+    small graph is none, the seconds that belong to neither are those that leave both scales nearest to one."""
+    if not floating or not integer:
+        return 1.0, 1.0, whole_float - floating
+    known = min(1.0, 0.98 * whole_float / floating)
+    rest = whole_float - known * floating
+    factor = max(0.02 * whole_integer, whole_integer - rest) / integer
+    if _plausible(factor):
+        return known, factor, rest
+    most = 0.98 * min(whole_float, whole_integer)
+    rests = (most * step / 100 for step in range(101))
+    found = (((whole_float - rest) / floating, (whole_integer - rest) / integer, rest) for rest in rests)
+    return min(found, key=lambda scales: math.log(scales[0]) ** 2 + math.log(scales[1]) ** 2)
+
+
+def _plausible(factor: float) -> bool:
+    return 0.2 < factor < 2.5
+
+
 _WHOLE = (("float", FLOAT_BITS), ("integer", 8))
 
 
 def _width(program: Program, key: str, bits: int) -> int:
     """The widest that the site has of at most so many bits: whatever the width of a weight, its kernel is the same."""
-    return bits if bits == FLOAT_BITS else max(b for b in program.facts.get(key, Quantizers).by_bits if b <= bits)
+    known = program.facts.get(key, Quantizers).by_bits
+    if not is_static(bits):
+        return bits if bits in known else FLOAT_BITS
+    return max(b for b in known if b <= bits)
 
 
 def _is_free(node: fx.Node) -> bool:

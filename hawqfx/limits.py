@@ -16,8 +16,9 @@ from hawqfx.maths.knapsack import Limit as Row
 from hawqfx.maths.knapsack import Nogood, Terms
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.maths.pricing import FLOAT_BITS, bops
-from hawqfx.program import Program
-from hawqfx.timetable import Timed, Timetable
+from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, bits_of, is_static
+from hawqfx.program import Program, WeightSite
+from hawqfx.timetable import KERNELS, Timed, Timetable
 
 Bits = Mapping[str, int]
 NANO = 1e-9  # latencies are counted in nanoseconds
@@ -155,7 +156,10 @@ def _size(program: Program, space: Space) -> Measure:
 
 
 def _weight_bits(program: Program, space: Space) -> Measure:
-    single = {space.item[site.key]: [bits * site.numel for bits in space.widths[site.key]] for site in program.weights}
+    single = {
+        space.item[site.key]: [bits_of(bits) * site.numel for bits in space.widths[site.key]]
+        for site in program.weights
+    }
     weights = sum(site.numel for site in program.weights)
     return Measure("weight_bits", "bits on average", 1 / weights, FLOAT_BITS, [(0, Terms(single, {}))])
 
@@ -166,7 +170,7 @@ def _bops(program: Program, space: Space) -> Measure:
     multiplied = [(layer.weight, layer.input, layer.macs) for layer in program.layers]
     multiplied += [(*product.inputs, product.macs) for product in program.products]
     for one, other, macs in multiplied:
-        rows, columns = space.widths[one], space.widths[other]
+        rows, columns = (list(map(bits_of, space.widths[site])) for site in (one, other))
         if one == other:  # a product of a tensor with itself
             row = single.setdefault(space.item[one], [0] * len(rows))
             for number, bits in enumerate(rows):
@@ -183,7 +187,8 @@ def _bops(program: Program, space: Space) -> Measure:
 def _activation_memory(program: Program, space: Space) -> Measure:
     steps = live(program)
 
-    def taken(elements: Sequence[int], bits: int) -> int:
+    def taken(elements: Sequence[int], width: int) -> int:
+        bits = width if is_static(width) else FLOAT_BITS  # what is quantized in each run lives as floats
         return sum(packed_bytes(count, bits) for count in elements)
 
     parts = []
@@ -195,6 +200,20 @@ def _activation_memory(program: Program, space: Space) -> Measure:
         parts.append((step.fixed, Terms(single, {})))
     floats = (step.fixed + sum(taken(elements, FLOAT_BITS) for elements in step.elements.values()) for step in steps)
     return Measure("activation_memory", "bytes", 1, max(floats), parts, [step.node for step in steps])
+
+
+def _weight_memory(program: Program, space: Space) -> Measure:
+    """On integer kernels every weight takes a byte, however it is stored; weight-only kernels read what is stored, and
+    so do tables."""
+
+    def taken(site: WeightSite, width: int) -> int:
+        if width == FLOAT_BITS or (is_static(width) and site.kind != "embedding"):
+            return site.numel * (packed_bytes(1, FLOAT_BITS) if width == FLOAT_BITS else 1)
+        return program.facts.get(site.key, Cost).bytes[width] if width == BLOCKWISE else site.numel
+
+    single = {space.item[s.key]: [taken(s, width) for width in space.widths[s.key]] for s in program.weights}
+    reference = sum(taken(site, FLOAT_BITS) for site in program.weights)
+    return Measure("weight_memory", "bytes", 1, reference, [(0, Terms(single, {}))])
 
 
 def _latency(program: Program, space: Space) -> Measure:
@@ -209,7 +228,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 class _Encoder:
-    """Timetable.seconds as terms: a kernel is an item with the options float, integer and unpacking, tied to its sites;
+    """Timetable.seconds as terms: a kernel is an item with the options that it can run as, tied to its sites;
     a conversion that hangs on several kernels is an item with the options no and yes."""
 
     def __init__(self, table: Timetable, space: Space) -> None:
@@ -228,45 +247,48 @@ class _Encoder:
             self._conversion(tensor.site, tensor.readers, tensor.dequantize)
         return self.fixed, Terms(self.single, {})
 
-    def _add(self, site: str, cost: Callable[[int], int], floating: int = 0) -> None:
-        """A cost of the widths of a site."""
+    def _add(self, site: str, cost: Callable[[int], int]) -> None:
+        """A cost of the static widths of a site."""
         row = self.single.setdefault(self.space.item[site], [0] * len(self.space.widths[site]))
-        for number, bits in enumerate(self.space.widths[site]):
-            row[number] += cost(bits) if bits < FLOAT_BITS else floating
+        for number, width in enumerate(self.space.widths[site]):
+            row[number] += cost(width) if is_static(width) else 0
 
-    def _quantized(self, site: str) -> frozenset[int]:
-        return self.space.options(site, lambda bits: bits < FLOAT_BITS)
+    def _static(self, site: str) -> frozenset[int]:
+        return self.space.options(site, is_static)
 
-    def _left(self, site: str) -> frozenset[int]:
-        return self.space.options(site, lambda bits: bits == FLOAT_BITS)
+    def _others(self, site: str) -> frozenset[int]:
+        return self.space.options(site, lambda width: not is_static(width))
 
     def _kernel(self, timed: Timed) -> int | bool:
-        costs = [_nanoseconds(seconds) for seconds in (timed.floating, timed.integer, timed.unpacking)]
-        if not any(map(self._left, timed.sites)):
-            self.fixed += costs[1]
+        if not any(map(self._others, timed.sites)):
+            self.fixed += _nanoseconds(timed.integer)
             return True
-        if not all(map(self._quantized, timed.sites)):
-            if timed.weight is None:
-                self.fixed += costs[0]
-            else:
-                self._add(timed.weight, lambda bits: costs[2], floating=costs[0])
+        if timed.weight is None and not all(map(self._static, timed.sites)):
+            self.fixed += _nanoseconds(timed.floating)
             return False
-
-        def option(bits: Bits) -> int:
-            if timed.is_integer(bits):
-                return 1
-            return 2 if timed.weight is not None and bits[timed.weight] < FLOAT_BITS else 0
-
-        item = self.space.add(option, 3)
-        self.single[item] = costs
-        self._forbid({**{self.space.item[site]: self._quantized(site) for site in timed.sites}, item: {0, 2}})
+        item = self.space.add(lambda bits: KERNELS.index(timed.kernel(bits)), len(KERNELS))
+        seconds = [getattr(timed, kernel) for kernel in KERNELS]
+        # what a layer has no kernel for is forbidden below, and must look cheap to no relaxation
+        worst = max(each for each in seconds if math.isfinite(each))
+        self.single[item] = [_nanoseconds(min(each, worst)) for each in seconds]
+        self._forbid({self.space.item[site]: self._static(site) for site in timed.sites} | _but("integer", item))
         for site in timed.sites:
-            self._forbid({self.space.item[site]: self._left(site), item: {1}})
+            self._forbid({self.space.item[site]: self._others(site)} | _only(item, "integer"))
         if timed.weight is None:
-            self._forbid({item: {2}})
-        else:
-            self._forbid({self.space.item[timed.weight]: self._quantized(timed.weight), item: {0}})
-            self._forbid({self.space.item[timed.weight]: self._left(timed.weight), item: {2}})
+            self._forbid(_only(item, "unpacking", "dynamic", "blockwise"))
+            return item
+        weight, read = self.space.item[timed.weight], self.space.item[timed.sites[0]]
+
+        def of(site: str, width: int) -> frozenset[int]:
+            return self.space.options(site, lambda each: each == width)
+
+        static, dynamic = self._static(timed.weight), of(timed.sites[0], DYNAMIC)
+        self._forbid({weight: of(timed.weight, FLOAT_BITS)} | _but("floating", item))
+        self._forbid({weight: of(timed.weight, BLOCKWISE)} | _but("blockwise", item))
+        self._forbid({weight: static} | _only(item, "floating", "blockwise"))
+        self._forbid({weight: static, read: dynamic} | _but("dynamic", item))
+        not_dynamic = self.space.options(timed.sites[0], lambda each: each != DYNAMIC)
+        self._forbid({read: not_dynamic} | _only(item, "dynamic"))
         return item
 
     def _forbid(self, nogood: Mapping[int, Set[int]]) -> None:
@@ -280,17 +302,25 @@ class _Encoder:
             self._add(site, lambda bits: _nanoseconds(seconds))
             return
         undecided = [kernel for kernel in kernels if kernel is not True]
-        if not undecided or not self._quantized(site):
+        if not undecided or not self._static(site):
             return
         needs = [self.timed[end] for end in ends if end is not None]
 
         def needed(bits: Bits) -> int:
-            return int(bits[site] < FLOAT_BITS and not all(timed.is_integer(bits) for timed in needs))
+            return int(is_static(bits[site]) and not all(timed.is_integer(bits) for timed in needs))
 
         item = self.space.add(needed, 2)
         self.single[item] = [0, _nanoseconds(seconds)]
         for kernel in undecided:
-            self._forbid({self.space.item[site]: self._quantized(site), kernel: {0, 2}, item: {0}})
+            self._forbid({self.space.item[site]: self._static(site), item: {0}} | _but("integer", kernel))
+
+
+def _only(item: int, *kernels: str) -> dict[int, Set[int]]:
+    return {item: frozenset(map(KERNELS.index, kernels))}
+
+
+def _but(kernel: str, item: int) -> dict[int, Set[int]]:
+    return {item: frozenset(range(len(KERNELS))) - {KERNELS.index(kernel)}}
 
 
 _KNOWN: Mapping[str, Callable[[Program, Space], Measure]] = {
@@ -298,5 +328,6 @@ _KNOWN: Mapping[str, Callable[[Program, Space], Measure]] = {
     "weight_bits": _weight_bits,
     "bops": _bops,
     "activation_memory": _activation_memory,
+    "weight_memory": _weight_memory,
     "latency": _latency,
 }

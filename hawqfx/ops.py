@@ -5,6 +5,10 @@ where the value was in range and is zero where it was clipped (Bengio, Leonard, 
 graph can be trained.  dequantize takes its place where the codes are constants, in the graph that is exported; there
 dequantize_rows gathers rows of a table of codes, and global_average is an average over all pixels, for which
 onnxruntime has an integer kernel under that name only.
+
+fake_quantize_dynamic and fake_quantize_blocks are what the schemes "dynamic" and "weight-only" do to what a linear
+layer reads (hawqfx.maths.schemes); dynamic_linear and blockwise_linear take the places of such layers in the graph that
+is exported.
 """
 
 from typing import Any
@@ -84,3 +88,54 @@ def _(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
 
 
 DEQUANTIZE_ROWS = torch.ops.hawqfx.dequantize_rows.default
+
+
+@torch.library.custom_op("hawqfx::fake_quantize_dynamic", mutates_args=())
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    return affine.fake_quantize_dynamic(x)
+
+
+@torch.library.custom_op("hawqfx::fake_quantize_blocks", mutates_args=())
+def fake_quantize_blocks(x: Tensor) -> Tensor:
+    return affine.fake_quantize_blocks(x)
+
+
+def _pass(ctx: Any, gradient: Tensor) -> Tensor:
+    return gradient  # nothing is clipped
+
+
+for _operator in (fake_quantize_dynamic, fake_quantize_blocks):
+    _operator.register_fake(torch.empty_like)
+    _operator.register_autograd(_pass)
+
+FAKE_QUANTIZE_DYNAMIC = torch.ops.hawqfx.fake_quantize_dynamic.default
+FAKE_QUANTIZE_BLOCKS = torch.ops.hawqfx.fake_quantize_blocks.default
+
+
+@torch.library.custom_op("hawqfx::dynamic_linear", mutates_args=())
+def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) through fake_quantize_dynamic, times weights of codes (N, K) with scales (N,) -> (..., N)."""
+    return affine.fake_quantize_dynamic(x) @ (codes.to(scale.dtype) * scale[:, None]).T
+
+
+@torch.library.custom_op("hawqfx::blockwise_linear", mutates_args=())
+def blockwise_linear(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """x (..., K) through fake_quantize_blocks, times weights of packed codes (N, blocks, bytes) with scales
+    (N * blocks,) -> (..., N); see hawqfx.maths.packing.pack_blocks."""
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(2).to(scale.dtype) - 8
+    weight = (codes * scale.reshape(*codes.shape[:2], 1)).flatten(1)[:, :columns]
+    return affine.fake_quantize_blocks(x) @ weight.T
+
+
+@dynamic_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@blockwise_linear.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+DYNAMIC_LINEAR = torch.ops.hawqfx.dynamic_linear.default
+BLOCKWISE_LINEAR = torch.ops.hawqfx.blockwise_linear.default

@@ -13,9 +13,10 @@ from hawqfx.errors import PlanError
 from hawqfx.facts import Account, Bits, Fact, Move, Quantizers, QuantParams, Use, Why
 from hawqfx.files import whole_file
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import bits_of, described, scheme, width_of
 from hawqfx.program import Program
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ class Plan:
 
     @property
     def bits(self) -> dict[str, int]:
-        return {key: bits.bits for key, bits in self.chosen.items()}
+        return {key: bits_of(bits.bits) for key, bits in self.chosen.items()}
+
+    @property
+    def schemes(self) -> dict[str, str]:
+        """How the tensors of each site are quantized: hawqfx.maths.schemes."""
+        return {key: scheme(bits.bits) for key, bits in self.chosen.items()}
 
     def explain(self, site: str | None = None) -> str:
         """Why a site has its bits, or every site whose name the pattern matches; without one, what the plan takes of
@@ -61,10 +67,10 @@ class Plan:
         for key, bits in self.chosen.items():
             quantizer = self.quantizers[key]
             sites[key] = {
-                "bits": bits.bits,
+                **_width_entry(bits.bits),
                 "loss_increase": bits.increase,
                 "quantizer": None if quantizer is None else asdict(quantizer),
-                "why": None if bits.why is None else asdict(bits.why),
+                "why": _why_entry(bits.why),
             }
         account = None if self.account is None else asdict(self.account)
         content = {"hawqfx_plan": FORMAT, "budget": self.budget, "account": account, "sites": sites}
@@ -82,7 +88,9 @@ class Plan:
             sites = {key: dict(entry) for key, entry in data["sites"].items()}
             quantizers = {key: _quantizer(entry) for key, entry in sites.items()}
             chosen = {
-                key: Bits(int(entry["bits"]), _number(entry["loss_increase"]), _why(entry["why"]))
+                key: Bits(
+                    width_of(int(entry["bits"]), entry["scheme"]), _number(entry["loss_increase"]), _why(entry["why"])
+                )
                 for key, entry in sites.items()
             }
             return Plan(str(data["budget"]), quantizers, chosen, _account(data["account"]))
@@ -114,10 +122,10 @@ class Plan:
             raise PlanError(f"the plan is for another model: {', '.join(odd[:5])} in only one of them")
         for site in program.weights:
             quantizer = self.quantizers[site.key]
-            if quantizer is not None and len(quantizer.scale) != site.shape[0]:
+            if quantizer is not None and len(quantizer.scale) != site.shape[0] * quantizer.blocks:
                 raise PlanError(f"the plan is for another model: {site.key} has {site.shape[0]} channels here")
         quantizers: dict[str, Fact] = {
-            key: Quantizers({} if q is None else {q.bits: q}) for key, q in self.quantizers.items()
+            key: Quantizers({} if q is None else {q.width: q}) for key, q in self.quantizers.items()
         }
         return replace(program.learn(quantizers).learn(dict(self.chosen)), account=self.account)
 
@@ -140,8 +148,7 @@ def _whole(plan: Plan) -> str:
 
 
 def _explained(key: str, bits: Bits, account: Account | None) -> str:
-    width = "float" if bits.bits == FLOAT_BITS else f"{bits.bits} bits"
-    lines = [f"{key}: {width}, predicted loss increase {bits.increase:.4g}"]
+    lines = [f"{key}: {described(bits.bits)}, predicted loss increase {bits.increase:.4g}"]
     why = bits.why
     if why is None or account is None:
         return lines[0]
@@ -152,8 +159,7 @@ def _explained(key: str, bits: Bits, account: Account | None) -> str:
             lines.append(f"  has no {word} width to take")
             continue
         costs = [f"{_written(amount, account.limits[name], sign=True)} {name}" for name, amount in move.amounts.items()]
-        to = "float" if move.bits == FLOAT_BITS else f"{move.bits} bits"
-        lines.append(f"  {to} instead: " + ", ".join([f"{move.loss:+.3g} loss", *costs]))
+        lines.append(f"  {described(move.bits)} instead: " + ", ".join([f"{move.loss:+.3g} loss", *costs]))
     return "\n".join(lines)
 
 
@@ -200,10 +206,29 @@ def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
     return quantizer
 
 
+def _width(entry: Mapping[str, Any]) -> int:
+    return width_of(int(entry["bits"]), entry["scheme"])
+
+
+def _width_entry(width: int) -> dict[str, object]:
+    return {"bits": bits_of(width), "scheme": scheme(width)}
+
+
+def _why_entry(why: Why | None) -> dict[str, Any] | None:
+    if why is None:
+        return None
+    found = asdict(why)
+    for word, move in (("wider", why.wider), ("narrower", why.narrower)):
+        if move is not None:
+            found[word] |= _width_entry(move.bits)
+    return found
+
+
 def _why(entry: Mapping[str, Any] | None) -> Why | None:
     if entry is None:
         return None
-    moves = (None if entry[word] is None else Move(**entry[word]) for word in ("wider", "narrower"))
+    found = (entry[word] for word in ("wider", "narrower"))
+    moves = (None if move is None else Move(_width(move), move["loss"], move["amounts"]) for move in found)
     return Why(_number(entry["loss_share"]), dict(entry["shares"]), *moves)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from hawqfx.facts import Account, Bits, Fact, FactTable, Interactions
+from hawqfx.maths.schemes import Scheme, layer_scheme
 from hawqfx.timetable import Timetable
 
 SCALE = "_scale"  # the buffer with the scale of a site's quantizer is named KEY_scale
@@ -118,6 +119,11 @@ class Program:
     def bits(self) -> dict[str, int]:
         """The chosen width of every site."""
         return {site.key: self.facts.get(site.key, Bits).bits for site in self.sites}
+
+    def schemes(self) -> dict[str, Scheme]:
+        """How each layer computes with the chosen widths, by its node."""
+        bits = self.bits()
+        return {layer.node: layer_scheme(bits[layer.weight], bits[layer.input]) for layer in self.layers}
 
     def tensor(self, key: str) -> Tensor:
         """The parameter or buffer with this qualified name."""

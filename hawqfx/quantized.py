@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hawqfx.facts import Quantizers, Rounding
+from hawqfx.facts import Quantizers, QuantParams, Rounding
 from hawqfx.maths import affine
 from hawqfx.ops import dequantize
 from hawqfx.program import Program
@@ -13,11 +13,21 @@ def weight_at(program: Program, key: str, bits: int) -> Tensor:
     """The weight as its rounding left it, in its own type."""
     codes = program.facts.get(key, Rounding).codes[bits]
     quantizer = program.facts.get(key, Quantizers).by_bits[bits]
-    return dequantize(codes, torch.tensor(quantizer.scale, device=codes.device)).to(program.tensor(key).dtype)
+    return dequantize(codes, scale_of(quantizer).to(codes.device)).to(program.tensor(key).dtype)
+
+
+def scale_of(quantizer: QuantParams) -> Tensor:
+    """The scale of a static or blockwise quantizer, in the shape that hawqfx.maths.affine takes."""
+    if not quantizer.per_channel:
+        return torch.tensor(quantizer.scale[0])
+    scale = torch.tensor(quantizer.scale)
+    return scale.reshape(-1, quantizer.blocks) if quantizer.scheme == "weight-only" else scale
 
 
 def activation_at(program: Program, key: str, bits: int, x: Tensor) -> Tensor:
     """`x` through the activation's quantizer."""
     quantizer = program.facts.get(key, Quantizers).by_bits[bits]
-    scale = torch.tensor(quantizer.scale[0], device=x.device)
+    if quantizer.scheme == "dynamic":
+        return affine.fake_quantize_dynamic(x)
+    scale = scale_of(quantizer).to(x.device)
     return affine.fake_quantize(x, scale, quantizer.zero_point, quantizer.low, quantizer.high)

@@ -22,6 +22,7 @@ from hawqfx.errors import HawqfxError, InfeasibleBudget
 from hawqfx.facts import Bits, Cost, LossIncrease, Sensitivity
 from hawqfx.frontier import Frontier, Point
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import Scheme, described
 from hawqfx.passes.allocation import Allocation, Rule
 from hawqfx.plan import Plan
 from hawqfx.program import Program, Site, WeightSite
@@ -53,6 +54,7 @@ class Rules(TypedDict, total=False):
 
     weight_bits: Sequence[int]
     activation_bits: Sequence[int]
+    schemes: Sequence[Scheme]
     fix: Mapping[str, int]
     rule: Rule
 
@@ -168,7 +170,8 @@ class Session:
 
     def _in_time(self, allocation: Allocation) -> "Compiled":
         """The plan for a latency that the exported network keeps when it is run: where it does not, because the solver
-        likes what is predicted too fast, the prediction is held to less.  Raises InfeasibleBudget."""
+        likes what is predicted too fast, the prediction is held to less; and where no prediction is fast enough, the
+        network that is predicted to be the fastest is run.  Raises InfeasibleBudget."""
         from hawqfx.latency import whole_networks
 
         size = 1 if self.measured.dynamic_batch else self.study.batches[0].size
@@ -178,14 +181,15 @@ class Session:
         assert table is not None
         most = limit.of(table.seconds(dict.fromkeys((site.key for site in self.measured.sites), FLOAT_BITS)))
         wanted, predicted, seconds = most, math.nan, math.inf
+        fastest = False
         for _ in range(TRIES):
             held = replace(allocation, budget=replace(limits, latency=Limit(wanted)))
             try:
                 planned = self._quiet._planned(held)
             except InfeasibleBudget as error:
-                if wanted == most or not wanted < error.least:  # asked for too little, or another limit is in the way
+                if error.limit != "latency":
                     raise
-                wanted = error.least * (1 + 1e-9)  # the fastest that there is
+                fastest, wanted = True, error.least * (1 + 1e-9)
                 continue
             compiled = self._quiet.lowered(planned, str(limits))
             predicted = table.seconds(planned.bits())
@@ -195,11 +199,14 @@ class Session:
                 use = replace(planned.account.limits["latency"], bound=most, measured=seconds)
                 account = replace(planned.account, limits={**planned.account.limits, "latency": use})
                 return self.lowered(replace(planned, account=account), str(limits))
+            if fastest:
+                break
             wanted *= (1 - NOISE) * most / seconds
+        which = "the fastest network" if fastest else "a network"
         raise InfeasibleBudget(
-            f"latency={limit} cannot be met: a network predicted to take {1e3 * predicted:.4g} ms was measured at "
-            f"{1e3 * seconds:.4g} ms"
-        )
+            f"latency={limit} cannot be met: {which}, predicted to take {1e3 * predicted:.4g} ms, was measured at "
+            f"{1e3 * seconds:.4g} ms", "latency", seconds,
+        )  # fmt: skip
 
     def _or_uniform(self, compiled: "Compiled", allocation: Allocation) -> "Compiled":
         """Uniform bits within the same limits if they lose less on the calibration data, else the plan."""
@@ -315,11 +322,18 @@ class Session:
         return score
 
 
+def _bits(width: int) -> str:
+    """A width in a table."""
+    return described(width).removesuffix(" bits")
+
+
 def _ruled(allocation: Allocation, rules: Rules) -> Allocation:
     changes: dict[str, Any] = dict(rules)
     for name in ("weight_bits", "activation_bits"):
         if name in changes:
             changes[name] = tuple(sorted(set(changes[name])))
+    if "schemes" in rules:
+        changes["schemes"] = tuple(rules["schemes"])
     if "fix" in rules:
         changes["fix"] = tuple(rules["fix"].items())
     return replace(allocation, **changes)
@@ -339,7 +353,7 @@ def _common(widths: Mapping[str, Sequence[int]], sites: Sequence[Site], fixed: M
 
 
 def _listed(widths: set[int]) -> str:
-    return "/".join(map(str, sorted(widths)))
+    return "/".join(map(_bits, sorted(widths)))
 
 
 @dataclass(frozen=True)
@@ -399,9 +413,10 @@ class Compiled:
         from hawqfx import __version__
         from hawqfx.export import export
 
+        schemes = sorted(set(self.planned.schemes().values()))
         metadata = {
             "hawqfx_version": __version__, "hawqfx_plan": self.plan.digest, "hawqfx_packing": packing,
-            "hawqfx_target": self.session.target,
+            "hawqfx_target": self.session.target, "hawqfx_schemes": ", ".join(schemes),
         }  # fmt: skip
         export(self.program, self.session.study.batches[0], path, packing, metadata)
 
@@ -439,7 +454,7 @@ class Compiled:
             if self.planned.facts.has(site.key, Cost):
                 size = str(self.planned.facts.get(site.key, Cost).bytes[bits.bits])
             shape = "x".join(map(str, site.shape))
-            table.add_row(site.key, site.kind, shape, trace, error, str(bits.bits), size, f"{bits.increase:.1e}")
+            table.add_row(site.key, site.kind, shape, trace, error, _bits(bits.bits), size, f"{bits.increase:.1e}")
         return table
 
     def summary(self) -> str:

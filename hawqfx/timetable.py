@@ -1,22 +1,29 @@
 """How long a network takes at any choice of bits: measured seconds of its parts, and the rule that adds them up.
 
 onnxruntime runs a node on an integer kernel when every tensor that the kernel needs is quantized, and in float
-otherwise; a float kernel whose weight is quantized unpacks it in every run, and cannot lay it out as it likes.  Where
+otherwise; a float kernel whose weight is quantized unpacks it in every run, and cannot lay it out as it likes.  Linear
+layers have kernels that take floats and quantized weights, dynamic ones and weight-only ones (maths/schemes.py).  Where
 float meets integer it converts: a quantized tensor that a float kernel made is quantized once, and one that a float
 kernel reads is dequantized once.  Below 8 bits an activation takes a Clip on its integers.  The width of a weight does
 not matter, since weights are unpacked when the file is loaded.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, is_static
+
+# how a kernel runs
+KERNELS = ("floating", "integer", "unpacking", "dynamic", "blockwise")
 
 
 @dataclass(frozen=True)
 class Timed:
     """Seconds of one node of the graph: as an integer kernel where all of `sites` are quantized, else in float, where
-    it takes `unpacking` if its weight is quantized and `floating` if not.
+    it takes `unpacking` if its weight is quantized and `floating` if not; `dynamic` and `blockwise`: of the linear
+    layers that have these schemes, else infinite.  The first site of a layer is what it reads.
 
     `node`: the fx node that makes the kernel's output, the rectifier's where the kernel takes one in.  `weight`: the
     one of the sites that is a weight, if there is one."""
@@ -27,14 +34,24 @@ class Timed:
     integer: float
     floating: float
     unpacking: float
+    dynamic: float = math.inf
+    blockwise: float = math.inf
 
     def is_integer(self, bits: Mapping[str, int]) -> bool:
-        return all(bits[site] < FLOAT_BITS for site in self.sites)
+        return all(is_static(bits[site]) for site in self.sites)
+
+    def kernel(self, bits: Mapping[str, int]) -> str:
+        """One of KERNELS."""
+        if self.is_integer(bits):
+            return "integer"
+        if self.weight is None or bits[self.weight] == FLOAT_BITS:
+            return "floating"
+        if bits[self.weight] == BLOCKWISE:
+            return "blockwise"
+        return "dynamic" if bits[self.sites[0]] == DYNAMIC else "unpacking"
 
     def seconds(self, bits: Mapping[str, int]) -> float:
-        if self.is_integer(bits):
-            return self.integer
-        return self.unpacking if self.weight is not None and bits[self.weight] < FLOAT_BITS else self.floating
+        return float(getattr(self, self.kernel(bits)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,7 @@ class Timetable:
         integer = {timed.node: timed.is_integer(bits) for timed in self.timed}
         total = self.rest + sum(timed.seconds(bits) for timed in self.timed)
         for tensor in self.converted:
-            if bits[tensor.site] == FLOAT_BITS:
+            if not is_static(bits[tensor.site]):
                 continue
             total += tensor.clip * (bits[tensor.site] < 8)
             total += tensor.quantize * (tensor.maker is None or not integer[tensor.maker])

@@ -22,6 +22,7 @@ from hawqfx.limits import Measure, Space, measures
 from hawqfx.maths.knapsack import Choice, Infeasible, Nogood, Problem, Terms, choose
 from hawqfx.maths.knapsack import Limit as Row
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, Scheme, described, is_static
 from hawqfx.program import ActivationSite, Program, Site, WeightSite
 from hawqfx.study import Study
 
@@ -42,6 +43,8 @@ def increases(program: Program, site: Site) -> dict[int, float]:
 @dataclass(frozen=True)
 class Allocation(Analysis):
     """budget: the limits.  weight_bits, activation_bits: widths to choose from, 32 being float; None: those measured.
+    schemes: how layers may compute, of what was measured; None: by all schemes where latency or the memory of weights
+    is limited, else by the static one alone.
     fix: pairs of a pattern of site names, as in a shell, and the width that those sites have.  interactions: so many
     pairs of weights, the strongest, enter with what their errors do together.  start: pairs of a site and a width, a
     plan to begin the search from.  gap: accept a plan proven to be so near to the least loss, relatively.  seconds:
@@ -50,6 +53,7 @@ class Allocation(Analysis):
     budget: Budget
     weight_bits: tuple[int, ...] | None = None
     activation_bits: tuple[int, ...] | None = None
+    schemes: tuple[Scheme, ...] | None = None
     fix: tuple[tuple[str, int], ...] = ()
     rule: Rule = "exact"
     interactions: int = 0
@@ -82,7 +86,8 @@ class Allocation(Analysis):
             return False
         task = Task.of(program, self, bits)
         picks = task.space.picks(bits)
-        return all(row.terms.total(picks) <= row.bound for row in task.rows)
+        barred = any(all(picks[item] in options for item, options in nogood.items()) for nogood in task.space.nogoods)
+        return not barred and all(row.terms.total(picks) <= row.bound for row in task.rows)
 
     def given(self, program: Program, bits: Mapping[str, int]) -> Program:
         """The program with a plan that was found elsewhere, explained."""
@@ -106,17 +111,68 @@ class Allocation(Analysis):
         """The widths that each site may take, lowest first.  Raises HawqfxError if a site has none."""
         fixed = self.fixed(program)
         found = {}
+        read_in_float = self._read_in_float(program)
         for site in program.sites:
             measured = [*sorted(program.facts.get(site.key, LossIncrease).by_bits), FLOAT_BITS]
             wanted: Sequence[int] | None = self.weight_bits if isinstance(site, WeightSite) else self.activation_bits
             if site.key in fixed:
                 wanted = [fixed[site.key]]
-            found[site.key] = measured[:-1] if wanted is None else [bits for bits in measured if bits in wanted]
+                found[site.key] = [bits for bits in measured if bits in wanted]
+            else:
+                static = [bits for bits in measured if is_static(bits) and (wanted is None or bits in wanted)]
+                floats = [FLOAT_BITS] * (FLOAT_BITS in (wanted or ()) or site.key in read_in_float)
+                found[site.key] = [*self._in_schemes(site, static, measured), *floats]
             if not found[site.key]:
                 raise HawqfxError(
                     f"{site.key!r} may take {_listed(wanted or ())} bits, and was measured at {_listed(measured)}"
                 )
         return found
+
+    @property
+    def _schemes(self) -> tuple[Scheme, ...]:
+        weighs = self.budget.latency is not None or self.budget.weight_memory is not None
+        every: tuple[Scheme, ...] = ("static", "dynamic", "weight-only") if weighs else ("static",)
+        return every if self.schemes is None else self.schemes
+
+    def _in_schemes(self, site: Site, static: Sequence[int], measured: Sequence[int]) -> list[int]:
+        """The widths of a site in the schemes that are allowed.  A weight has static ones if it has no block."""
+        weight = isinstance(site, WeightSite)
+        takes_static = "static" in self._schemes or (
+            weight and ("dynamic" in self._schemes or BLOCKWISE not in measured)
+        )
+        more = [("dynamic", DYNAMIC), ("weight-only", BLOCKWISE)]
+        others = sorted(width for scheme, width in more if scheme in self._schemes and width in measured)
+        return [*(static if takes_static else ()), *others]
+
+    def _read_in_float(self, program: Program) -> set[str]:
+        """The activations that may have no quantizer: what weight-only layers read; without static ones, all others."""
+        known = {site.key: program.facts.get(site.key, LossIncrease).by_bits for site in program.sites}
+        found = set()
+        if "weight-only" in self._schemes:
+            found = {layer.input for layer in program.layers if BLOCKWISE in known[layer.weight]}
+        if "static" not in self._schemes:
+            dynamic = {key for key, widths in known.items() if "dynamic" in self._schemes and DYNAMIC in widths}
+            found |= {site.key for site in program.activations} - dynamic
+        return found
+
+    def nogoods(self, program: Program, space: Space) -> list[Nogood]:
+        """A weight in blocks is multiplied by floats alone, and floats that nobody asked for by no other weight."""
+        found: list[Nogood] = []
+        asked = FLOAT_BITS in (self.activation_bits or ())
+        for layer in program.layers:
+            weight, read = space.item[layer.weight], space.item[layer.input]
+            blocks = space.options(layer.weight, lambda width: width == BLOCKWISE)
+            quantized = space.options(layer.input, lambda width: width != FLOAT_BITS)
+            if blocks and quantized:
+                found.append({weight: blocks, read: quantized})
+            static, floats = space.options(layer.weight, is_static), space.options(layer.input, _is_float)
+            if blocks and static and floats and not asked:
+                found.append({weight: static, read: floats})
+        return found
+
+
+def _is_float(width: int) -> bool:
+    return width == FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -138,6 +194,7 @@ class Task:
         if allocation.budget.latency is None and not allocation.interactions:
             widths = {key: _undominated(losses[key], kept) for key, kept in widths.items()}
         space = Space({key: sorted({*kept, bits.get(key, kept[0])}) for key, kept in widths.items()})
+        space.nogoods.extend(allocation.nogoods(program, space))
         counted = measures(program, allocation.budget, space)
         if allocation.rule == "hawq-v2":
             space.nogoods.extend(_monotone(program, space))
@@ -209,7 +266,7 @@ class Task:
             text += f"; keep_float leaves {', '.join(kept[:3])} in float"
         if self.allocation.rule != "exact":
             text += f"; the rule {self.allocation.rule} allows no other"
-        return InfeasibleBudget(text, self._amount(measure, found))
+        return InfeasibleBudget(text, name, self._amount(measure, found))
 
     def _amount(self, measure: Measure, found: Infeasible) -> float:
         number = measure.part(found.name)
@@ -261,16 +318,17 @@ class Task:
 
 
 def _undominated(losses: Mapping[int, float], widths: Sequence[int]) -> list[int]:
-    """Widths, lowest first, each of which predicts a smaller loss than every narrower one: ties go to fewer bits."""
+    """Widths, lowest first, each static one of which predicts a smaller loss than every narrower one: ties go to fewer
+    bits."""
     kept: list[int] = []
     for bits in widths:
-        if not kept or losses[bits] < losses[kept[-1]]:
+        if not kept or losses[bits] < losses[kept[-1]] or (not is_static(bits) and bits != FLOAT_BITS):
             kept.append(bits)
     return kept
 
 
 def _listed(widths: Iterable[int]) -> str:
-    return ", ".join(map(str, widths))
+    return ", ".join(str(width) if is_static(width) or _is_float(width) else described(width) for width in widths)
 
 
 def _nearest(widths: Sequence[int], wanted: int) -> int:

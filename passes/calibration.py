@@ -1,10 +1,12 @@
 """The quantizer of every site at every bit width that it may take, with the least squared error found.
 
 Weights: signed, symmetric, one scale per output channel.  Activations: unsigned, one scale and zero-point per tensor,
-from a histogram of the float network's values over the calibration data.
+from a histogram of the float network's values over the calibration data.  Linear layers have other schemes beside the
+static one (hawqfx.maths.schemes): their weights may have a scale per block, and what they read a range that is taken in
+each run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +17,7 @@ from hawqfx.contract import Analysis, Kind
 from hawqfx.errors import DataError
 from hawqfx.facts import Quantizers, QuantParams
 from hawqfx.maths import affine
+from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, Scheme, bits_of
 from hawqfx.program import ActivationSite, Program, WeightSite
 from hawqfx.study import Study
 
@@ -81,6 +84,18 @@ def _weight_quantizer(weight: Tensor, bits: int) -> QuantParams:
     return QuantParams(bits, tuple(affine.symmetric_scales(weight, bits).tolist()), 0, low, high, per_channel=True)
 
 
+def _blockwise_quantizer(weight: Tensor) -> QuantParams:
+    blocks, bits = affine.in_blocks(weight.detach()), bits_of(BLOCKWISE)
+    scale = affine.symmetric_scales(blocks.flatten(0, 1), bits)
+    low, high = affine.signed_range(bits)
+    return QuantParams(bits, tuple(scale.tolist()), 0, low, high, True, "weight-only", blocks.shape[1])
+
+
+def _dynamic_quantizer() -> QuantParams:
+    low, high = affine.unsigned_range(bits_of(DYNAMIC))
+    return QuantParams(bits_of(DYNAMIC), (), 0, low, high, False, "dynamic")
+
+
 def _activation_quantizer(histogram: _Histogram, site: ActivationSite, bits: int) -> QuantParams:
     scale, zero_point = affine.affine_range(*histogram.filled(), bits, nonnegative=site.nonnegative)
     low, high = affine.unsigned_range(bits)
@@ -89,12 +104,21 @@ def _activation_quantizer(histogram: _Histogram, site: ActivationSite, bits: int
     return QuantParams(bits, (scale,), zero_point, low, high, per_channel=False)
 
 
+def _read_by(program: Program, readers: Set[str]) -> list[str]:
+    """The weights that these nodes read and no others, such as the lookup of a table."""
+    nodes = [node for node in program.graph.graph.find_nodes(op="get_attr") if node.users]
+    others = {str(node.target) for node in nodes if not {user.name for user in node.users} <= readers}
+    return [site.key for site in program.weights if site.key not in others]
+
+
 @dataclass(frozen=True)
 class Calibration(Analysis):
-    """`weight_bits` and `activation_bits`: the widths that the allocation may choose from."""
+    """`weight_bits` and `activation_bits`: the static widths that the allocation may choose from.  `schemes`: what else
+    linear layers may compute by."""
 
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     activation_bits: tuple[int, ...] = (4, 6, 8)
+    schemes: tuple[Scheme, ...] = ()
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
     gives: ClassVar[tuple[Kind, ...]] = (Quantizers,)
 
@@ -104,9 +128,17 @@ class Calibration(Analysis):
             site.key: Quantizers({bits: _weight_quantizer(program.tensor(site.key), bits) for bits in self.weight_bits})
             for site in program.weights
         }
+        linear = [layer for layer in program.layers if layer.operator == "linear"]
+        if "weight-only" in self.schemes:
+            for key in _read_by(program, {layer.node for layer in linear}):
+                found = facts[key].by_bits
+                facts[key] = Quantizers({**found, BLOCKWISE: _blockwise_quantizer(program.tensor(key))})
+        dynamic = {layer.input for layer in linear} if "dynamic" in self.schemes else set()
         histograms = _histograms(program, study)
         for site in program.activations:
             histogram = histograms[site.key]
             by_bits = {bits: _activation_quantizer(histogram, site, bits) for bits in self.activation_bits}
+            if site.key in dynamic:
+                by_bits[DYNAMIC] = _dynamic_quantizer()
             facts[site.key] = Quantizers(by_bits)
         return facts

@@ -1,8 +1,9 @@
 """What every site costs at every bit width.
 
 A weight: the bytes of the exported file that belong to it, namely packed integers, one float32 scale per channel, and
-an int32 bias for every layer that uses it; in float, at 32 bits, the weight and its biases as they are.  An activation:
-the bytes of one sample packed at that width (onnxruntime itself holds 4 and 6 bits in a byte each).
+an int32 bias for every layer that uses it; weight-only, 4 bits for every element of its blocks and a scale for each
+block; in float, at 32 bits, the weight as it is.  Biases stay in float in both.  An activation: the bytes of one sample
+packed at that width (onnxruntime itself holds 4 and 6 bits in a byte each).
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from hawqfx.facts import Cost as CostFact
 from hawqfx.facts import Quantizers
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.schemes import BLOCK, BLOCKWISE, bits_of, blocks, is_static
 from hawqfx.program import Program, WeightSite
 from hawqfx.study import Study
 
@@ -27,6 +29,9 @@ def _weight_bytes(program: Program, site: WeightSite, bits: int) -> int:
     biased = sum(layer.bias is not None for layer in used)
     if bits == FLOAT_BITS:
         return FLOAT_BYTES * (site.numel + channels * len({layer.bias for layer in used if layer.bias is not None}))
+    if bits == BLOCKWISE:
+        count = channels * blocks(site.shape[1])
+        return count * (packed_bytes(BLOCK, bits_of(bits)) + SCALE_BYTES) + FLOAT_BYTES * channels * biased
     return packed_bytes(site.numel, bits) + channels * (SCALE_BYTES + BIAS_BYTES * biased)
 
 
@@ -42,5 +47,7 @@ class Cost(Analysis):
             if isinstance(site, WeightSite):
                 facts[site.key] = CostFact({bits: _weight_bytes(program, site, bits) for bits in widths})
             else:
-                facts[site.key] = CostFact({bits: packed_bytes(site.numel, bits) for bits in widths})
+                # what is quantized in each run lives as floats
+                taken = {bits: bits if is_static(bits) else FLOAT_BITS for bits in widths}
+                facts[site.key] = CostFact({bits: packed_bytes(site.numel, taken[bits]) for bits in widths})
         return facts

@@ -3,26 +3,33 @@
 A site that the plan leaves in float gets none.  Decides first: every number comes from the facts.  Emits after: the
 output of each activation site, each weight and each bias goes through a fake-quantize node, which export writes as
 QuantizeLinear and DequantizeLinear.  A bias is int32 with the scale of the sums that it is added to, input scale x
-weight scale, computed in the graph so that the file need not hold it; where the input or the weight is in float, so is
-the bias.
+weight scale, computed in the graph so that the file need not hold it; where the input or the weight is not static, it
+stays in float.  Of the schemes "dynamic" and "weight-only", what the kernel does to its input goes before the layer.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from hawqfx.contract import Kind, Rewrite
 from hawqfx.facts import Bits, Quantizers, QuantParams, Rounding
 from hawqfx.maths.pricing import FLOAT_BITS
-from hawqfx.ops import FAKE_QUANTIZE
+from hawqfx.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_BLOCKS, FAKE_QUANTIZE_DYNAMIC
 from hawqfx.program import SCALE, Program, copy_graph, set_tensor
-from hawqfx.quantized import weight_at
+from hawqfx.quantized import scale_of, weight_at
 from hawqfx.vocabulary import PADS, ceiling
 
 INT32 = torch.iinfo(torch.int32)
+# what a kernel does to its input by itself
+_INPUTS: Mapping[str, OpOverload[..., Any]] = {
+    "dynamic": FAKE_QUANTIZE_DYNAMIC,
+    "weight-only": FAKE_QUANTIZE_BLOCKS,
+}
 
 
 class _Emitter:
@@ -37,9 +44,8 @@ class _Emitter:
 
     def scale(self, key: str, quantizer: QuantParams) -> fx.Node:
         """The scale of a site, a buffer at the top of the graph."""
-        values = torch.tensor(quantizer.scale if quantizer.per_channel else quantizer.scale[0])
         name = key + SCALE
-        set_tensor(self.module, name, values, parameter=False)
+        set_tensor(self.module, name, scale_of(quantizer), parameter=False)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             self.scales[key] = self.graph.get_attr(name)
         return self.scales[key]
@@ -54,6 +60,17 @@ class _Emitter:
         for user in users:
             user.replace_input_with(tensor, quantized)
         return quantized
+
+    def quantize_input(self, layer: fx.Node, how: OpOverload[..., Any]) -> None:
+        """The layer reads its input through `how`, of which layers that read the same share one."""
+        source = layer.args[0]
+        assert isinstance(source, fx.Node)
+        found = next((user for user in source.users if user.target is how), None)
+        if found is None:
+            with self.graph.inserting_after(source):
+                found = self.graph.call_function(how, (source,))
+            found.meta["val"] = source.meta.get("val")
+        layer.args = (found, *layer.args[1:])
 
     def quantize_bias(self, layer: fx.Node, input_scale: fx.Node, weight_scale: fx.Node) -> None:
         bias = layer.args[2]
@@ -86,12 +103,14 @@ class Lowering(Rewrite):
                 set_tensor(emit.module, weight.key, program.tensor(weight.key).detach().clone(), parameter=True)
                 continue
             # the quantizer maps these values onto themselves
-            set_tensor(emit.module, weight.key, weight_at(program, weight.key, quantizer.bits), parameter=True)
+            set_tensor(emit.module, weight.key, weight_at(program, weight.key, quantizer.width), parameter=True)
             emit.quantize(emit.constants[weight.key], emit.scale(weight.key, quantizer), quantizer)
         for site in program.activations:
             if site.key not in chosen:
                 continue
             quantizer = chosen[site.key]
+            if quantizer.scheme == "dynamic":
+                continue
             scale = emit.scale(site.key, quantizer)
             for name in (*site.nodes, *site.carriers):
                 node = emit.nodes[name]
@@ -101,9 +120,13 @@ class Lowering(Rewrite):
                     # the quantizer's range ends at the ceiling; a ReLU is what onnxruntime takes into a kernel
                     node.target, node.args, node.kwargs = torch.ops.aten.relu.default, node.args[:1], {}
                 emit.quantize(node, scale, quantizer)
+        schemes = program.schemes()
         for layer in program.layers:
-            if layer.bias is not None and layer.input in chosen and layer.weight in chosen:
-                emit.quantize_bias(emit.nodes[layer.node], emit.scales[layer.input], emit.scales[layer.weight])
+            node, scheme = emit.nodes[layer.node], schemes[layer.node]
+            if scheme in _INPUTS:
+                emit.quantize_input(node, _INPUTS[scheme])
+            if layer.bias is not None and scheme == "static":
+                emit.quantize_bias(node, emit.scales[layer.input], emit.scales[layer.weight])
         emit.graph.eliminate_dead_code()
         emit.module.recompile()
         return replace(program, graph=fx.GraphModule(emit.module, emit.graph))

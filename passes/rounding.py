@@ -6,7 +6,7 @@ the error by it (hawqfx.maths.rounding).  benchmarks/accuracy.py
 measures both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.contract import Analysis, Kind
-from hawqfx.facts import Quantizers
+from hawqfx.facts import Quantizers, QuantParams
 from hawqfx.facts import Rounding as RoundingFact
-from hawqfx.maths import rounding
+from hawqfx.maths import affine, rounding
 from hawqfx.program import Layer, Program, WeightSite
+from hawqfx.quantized import scale_of
 from hawqfx.study import Study
 from hawqfx.vocabulary import operands
 
@@ -59,30 +60,45 @@ def _moments(program: Program, study: Study) -> dict[str, Tensor]:
 
 
 def _compensated(weight: Tensor, widths: Quantizers, moment: Tensor) -> RoundingFact:
-    """All widths in one go: the rows of every width stand below each other."""
+    """All widths with a scale per row in one go, and those with more."""
+    codes: dict[int, Tensor] = {}
+    errors: dict[int, float] = {}
+    for of_rows in (True, False):
+        quantizers = [q for q in widths.by_bits.values() if (q.scheme == "static") is of_rows]
+        if quantizers:
+            found = _compensated_together(weight, quantizers, moment)
+            codes |= found.codes
+            errors |= found.squared_error
+    return RoundingFact(codes, errors)
+
+
+def _compensated_together(weight: Tensor, quantizers: Sequence[QuantParams], moment: Tensor) -> RoundingFact:
+    """The rows of every width stand below each other."""
     groups, columns = moment.shape[0], moment.shape[-1]
     rows = weight.detach().double().reshape(groups, -1, columns)
-    quantizers = list(widths.by_bits.values())
-    if not quantizers:  # a plan that leaves the weight in float
-        return RoundingFact({}, {})
-    scales = [torch.tensor(q.scale, dtype=torch.float64, device=rows.device).reshape(groups, -1, 1) for q in quantizers]
+    scales = [_scale_of_rows(q, weight).double().reshape(groups, rows.shape[1], -1) for q in quantizers]
     low, high = (
-        torch.cat([torch.full_like(scale, value) for scale, value in zip(scales, ends, strict=True)], 1)
+        torch.cat([torch.full_like(scale[..., :1], value) for scale, value in zip(scales, ends, strict=True)], 1)
         for ends in ([q.low for q in quantizers], [q.high for q in quantizers])
     )
     stacked = rows.repeat(1, len(quantizers), 1)
     codes = rounding.compensated(stacked, moment, torch.cat(scales, 1), low, high).chunk(len(quantizers), 1)
     errors = [rounding.weighted_error(c * scale - rows, moment) for c, scale in zip(codes, scales, strict=True)]
     return RoundingFact(
-        {q.bits: c.to(torch.int8).reshape(weight.shape) for q, c in zip(quantizers, codes, strict=True)},
-        {q.bits: error for q, error in zip(quantizers, errors, strict=True)},
+        {q.width: c.to(torch.int8).reshape(weight.shape) for q, c in zip(quantizers, codes, strict=True)},
+        {q.width: error for q, error in zip(quantizers, errors, strict=True)},
     )
+
+
+def _scale_of_rows(quantizer: QuantParams, weight: Tensor) -> Tensor:
+    """One scale per row of a weight, or of a matrix one per element."""
+    return affine.along_channels(scale_of(quantizer).to(weight.device), weight)
 
 
 def _nearest(weight: Tensor, widths: Quantizers) -> RoundingFact:
     codes, errors = {}, {}
     for bits, quantizer in widths.by_bits.items():
-        scale = torch.tensor(quantizer.scale, device=weight.device).reshape(-1, *[1] * (weight.ndim - 1))
+        scale = _scale_of_rows(quantizer, weight)
         code = (weight / scale).round().clamp(quantizer.low, quantizer.high)
         codes[bits] = code.to(torch.int8)
         errors[bits] = float((code * scale - weight).square().sum(dtype=torch.float64))

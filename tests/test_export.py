@@ -154,6 +154,7 @@ def test_one_function_per_width_and_no_traces_of_the_exporter(tmp_path: Path) ->
         "hawqfx_plan",
         "hawqfx_packing",
         "hawqfx_target",
+        "hawqfx_schemes",
     }
 
 

@@ -3,17 +3,22 @@
 Rounding is half to even and x is divided by s, as ONNX QuantizeLinear has it; torch's own fake_quantize multiplies by
 1/s, which rounds some ties the other way.  Weights are signed, symmetric (z = 0) and per-channel, on the full range
 -2^(b-1) ... 2^(b-1) - 1.  Activations are unsigned, per tensor, on 0 ... 2^b - 1.
+
+A scale is a number, or (C,) for the indices of dimension 0, or (C, B) for B blocks of each row of a matrix.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from hawqfx.maths.schemes import BLOCK
 
 _COARSE, _REFINE = 80, 6
 CACHED = 1 << 15  # elements of a weight that are looked at together, so that they stay in the processor's cache
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
-    """The values that quantization leaves of `x`; `scale` is one number, or one per index of dimension 0."""
+    """The values that quantization leaves of `x`."""
     s = along_channels(scale, x)
     return x.div(s).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(s)
 
@@ -116,5 +121,30 @@ def affine_range(values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool
 
 
 def along_channels(scale: Tensor, x: Tensor) -> Tensor:
-    """A scale that broadcasts over `x`: one number, or one per index of dimension 0."""
+    """A scale that broadcasts over `x`."""
+    if scale.ndim == 2:
+        return scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
     return scale if scale.ndim == 0 else scale.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def in_blocks(rows: Tensor) -> Tensor:
+    """Rows (..., K) as blocks (..., B, BLOCK), the last one filled up with zeros."""
+    return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+
+
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """The values that ONNX DynamicQuantizeLinear leaves of `x`: 8 bits unsigned over the range of all values and 0."""
+    low, high = x.min().clamp_max(0), x.max().clamp_min(0)
+    scale = (high - low) / 255
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero_point = (-low / scale).round_().clamp_(0, 255)
+    return x.div(scale).round_().add_(zero_point).clamp_(0, 255).sub_(zero_point).mul_(scale)
+
+
+def fake_quantize_blocks(x: Tensor) -> Tensor:
+    """The values that 8 bits leave of the rows (..., K) of `x`, signed, with the range of each block of its own: what
+    onnxruntime's MatMulNBits multiplies by at accuracy_level 4."""
+    blocks = in_blocks(x)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale > 0, blocks / scale, 0.0).round_()
+    return (codes * scale).flatten(-2)[..., : x.shape[-1]]

@@ -9,12 +9,17 @@ Native packing splits a code of b bits into a signed high part that ONNX has a t
         int2  int2 + bit  int4  int4 + bit  int4 + uint2  int4 + uint2 + bit  int8
 
 code = high * 2^(b-h) + uint2 * 2^(bit present) + bit.  Each part is rounded up by less than a byte.
+
+Blocks of 4 bits are stored as the kernel of onnxruntime's MatMulNBits reads them: code + 8, two to a byte, the first in
+the low half.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hawqfx.maths.schemes import BLOCK, blocks
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[np.int8]
@@ -68,6 +73,16 @@ def split(codes: Codes, bits: int) -> tuple[Codes, Bytes, Bytes]:
     pair = (wide >> parts.bit) & ((1 << parts.pair) - 1)
     bit = wide & ((1 << parts.bit) - 1)
     return high.astype(np.int8), pair.astype(np.uint8), bit.astype(np.uint8)
+
+
+def pack_blocks(codes: Codes) -> Bytes:
+    """4-bit codes (N, K) as (N, blocks, BLOCK / 2); the last block is filled up with zeros."""
+    _check_range(codes, 4)
+    rows, columns = codes.shape
+    filled = np.zeros((rows, blocks(columns) * BLOCK), np.int8)
+    filled[:, :columns] = codes
+    nibbles = (filled + 8).astype(np.uint8).reshape(rows, -1, BLOCK // 2, 2)
+    return np.ascontiguousarray(nibbles[..., 0] | (nibbles[..., 1] << 4))
 
 
 def _check_range(codes: Codes, bits: int) -> None:

@@ -69,7 +69,8 @@ def second_moment(rows: Tensor) -> Tensor:
 def compensated(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Integer codes (groups, R, K) of weight (groups, R, K) by input moment (groups, K, K), all float64.
 
-    scale, low and high (groups, R, 1) are per row, so that several widths of a layer are rounded together.
+    scale, low and high (groups, R, 1) are per row, so that several widths of a layer are rounded together; a scale
+    (groups, R, K) is per weight.
     """
     columns = weight.shape[-1]
     diagonal = moment.diagonal(dim1=1, dim2=2)
@@ -81,12 +82,15 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left = weight.gather(2, order[:, None, :].expand_as(weight))
+    if scale.shape[-1] > 1:
+        scale = scale.gather(2, order[:, None, :].expand_as(scale))
     codes = torch.empty_like(left)
     for k in range(columns):
         column = left[:, :, k : k + 1]
-        code = (column / scale).round().clamp(low, high)
+        step = scale[:, :, k : k + 1] if scale.shape[-1] > 1 else scale
+        code = (column / step).round().clamp(low, high)
         codes[:, :, k : k + 1] = code
-        error = (column - code * scale) / upper[:, k : k + 1, k : k + 1]
+        error = (column - code * step) / upper[:, k : k + 1, k : k + 1]
         left[:, :, k + 1 :] -= error * upper[:, k : k + 1, k + 1 :]
     return codes.gather(2, order.argsort(1)[:, None, :].expand_as(codes))
 
