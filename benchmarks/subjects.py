@@ -12,6 +12,7 @@ from typing import Any
 
 import data
 import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +33,7 @@ class Subject:
     score: Callable[[Callable[..., Any]], float]  # of the network, or of what is called as it is; higher is better
     samples: int  # that are scored
     draw: Callable[[Any, torch.Generator], Any] | None = None  # targets from the loss's own distribution
+    more: Callable[[Callable[..., Any]], dict[str, float]] = lambda model: {}  # other metrics, by name
 
 
 def resnet20() -> Subject:
@@ -58,13 +60,21 @@ def efficientnet_lite0() -> Subject:
         answers = _outputs(model, map(_standardise, pictures.split(22))).argmax(1).tolist()
         return sum(answer in right for answer, right in zip(answers, classes, strict=True)) / len(classes)
 
+    wanted = _outputs(model, map(_standardise, pictures.split(22))).argmax(1)
+
+    def more(other: Callable[..., Any]) -> dict[str, float]:
+        answers = _outputs(other, map(_standardise, pictures.split(22))).argmax(1)
+        return {"agreement with float": float((answers == wanted).double().mean())}
+
     # Nobody labelled these, so labels are drawn from the network's own answers, as hawqfx does where there are none;
     # here, once.  The expected Hessian of cross-entropy under such labels is the Fisher information.
     calibrating = _standardise(stamps.unlabelled_pictures(64, np.random.default_rng(0)))
     chances = _outputs(model, calibrating.split(16)).softmax(1)
     drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
     calibration = list(zip(calibrating.split(16), drawn.split(16), strict=True))
-    return Subject("efficientnet-lite0", model, calibration, cross_entropy, "top-1", score, len(pictures))
+    return Subject(
+        "efficientnet-lite0", model, calibration, cross_entropy, "top-1", score, len(pictures), more=more
+    )  # fmt: skip
 
 
 def _efficientnet_lite0() -> nn.Module:
@@ -90,13 +100,20 @@ def yolox_nano() -> Subject:
     for_scoring, for_calibration = stamps.split_coco()
     pictures, truth = stamps.scenes(150, yolox.SIDE, for_scoring, np.random.default_rng(0))
 
+    def found(model: Callable[..., Any]) -> list[Any]:
+        return list(map(yolox.detections, _outputs(model, map(_bgr, pictures.split(10))).numpy()))
+
     def score(model: Callable[..., Any]) -> float:
-        found = map(yolox.detections, _outputs(model, map(_bgr, pictures.split(10))).numpy())
-        return yolox.mean_average_precision(list(found), truth)
+        return yolox.mean_average_precision(found(model), truth)
+
+    def more(model: Callable[..., Any]) -> dict[str, float]:
+        return {"mAP": yolox.mean_average_precision(found(model), truth, yolox.OVERLAPS)}
 
     others, _ = stamps.scenes(32, yolox.SIDE, for_calibration, np.random.default_rng(1))
     calibration = [(batch, _outputs(model, [batch])) for batch in _bgr(others).split(8)]
-    return Subject("yolox-nano", model, calibration, yolox.distillation, "mAP50", score, len(pictures), yolox.drawn)
+    return Subject(
+        "yolox-nano", model, calibration, yolox.distillation, "mAP50", score, len(pictures), yolox.drawn, more
+    )  # fmt: skip
 
 
 def _bgr(pictures: Tensor) -> Tensor:
@@ -126,7 +143,22 @@ def minilm() -> Subject:
     def score(model: Callable[..., Any]) -> float:
         return float(F.cosine_similarity(_outputs(model, scored).double(), wanted.double()).mean())
 
-    return Subject("minilm", model, calibration, _distance, "cosine to float", score, len(wanted), _drawn)
+    lee = encoded(data.lee_documents(), 25)
+    pairs = data.wordsim353()
+    words = [encoded(list(column), 100) for column in ([one for one, *_ in pairs], [other for _, other, _ in pairs])]
+
+    def more(model: Callable[..., Any]) -> dict[str, float]:
+        """Against what people find alike: Pearson's correlation over pairs of documents, Spearman's over words."""
+        documents = F.normalize(_outputs(model, lee).double())
+        upper = np.triu_indices(len(documents), 1)
+        one, other = (F.normalize(_outputs(model, batches).double()) for batches in words)
+        said = [alike for *_, alike in pairs]
+        return {
+            "Lee": float(np.corrcoef((documents @ documents.T).numpy()[upper], data.lee_similarities()[upper])[0, 1]),
+            "WordSim": float(scipy.stats.spearmanr((one * other).sum(1).numpy(), said).statistic),
+        }
+
+    return Subject("minilm", model, calibration, _distance, "cosine to float", score, len(wanted), _drawn, more)
 
 
 def _first_sentence(text: str) -> str:

@@ -5,6 +5,7 @@ weights from that file.  Images (N, 3, 416, 416), BGR from 0 to 255, go to (N, 3
 the centre and the logarithm of the size, in strides, the probability of an object, and of each of COCO's 80 classes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIDE, STRIDES = 416, (8, 16, 32)
+OVERLAPS = tuple(0.5 + 0.05 * step for step in range(10))  # of COCO's mAP
 Boxes = NDArray[np.float64]  # (n, 4): left, top, right, bottom, in pixels
 
 
@@ -213,17 +215,22 @@ def iou(one: Boxes, other: Boxes) -> NDArray[np.float64]:
 
 
 def mean_average_precision(
-    found: list[tuple[Boxes, NDArray[np.int64], NDArray[np.float64]]], truth: list[tuple[Boxes, NDArray[np.int64]]]
+    found: list[tuple[Boxes, NDArray[np.int64], NDArray[np.float64]]],
+    truth: list[tuple[Boxes, NDArray[np.int64]]],
+    overlaps: Sequence[float] = (0.5,),
 ) -> float:
-    """COCO's mAP at an IoU of 0.5: mean over classes of precision, interpolated at 101 values of recall."""
+    """COCO's mAP: mean over classes, and the IoU from which a box is right, of precision, interpolated at 101 values of
+    recall.  By default mAP50."""
     present = sorted({int(label) for _, labels in truth for label in labels})
-    return float(np.mean([_average_precision(found, truth, label) for label in present]))
+    each = [_average_precision(found, truth, label, overlap) for label in present for overlap in overlaps]
+    return float(np.mean(each))
 
 
 def _average_precision(
     found: list[tuple[Boxes, NDArray[np.int64], NDArray[np.float64]]],
     truth: list[tuple[Boxes, NDArray[np.int64]]],
     label: int,
+    overlap: float,
 ) -> float:
     scores, right, objects = [], [], 0
     for (boxes, classes, confidence), (wanted, labels) in zip(found, truth, strict=True):
@@ -231,7 +238,7 @@ def _average_precision(
         objects += len(free)
         for box, score in zip(boxes[classes == label], confidence[classes == label], strict=True):
             overlaps = iou(box[None], free)[0] if len(free) else np.zeros(1)
-            hit = bool(overlaps.max() >= 0.5)
+            hit = bool(overlaps.max() >= overlap)
             if hit:
                 free = np.delete(free, overlaps.argmax(), 0)
             scores.append(score)
