@@ -8,15 +8,14 @@ EfficientNet-Lite0, YOLOX-Nano and MiniLM (subjects.py; the extra `bench`).  One
 * mixed: hawqfx at 4 bits per weight on average (chosen by squared error: the kernels do not depend on which metric
   chose), in the portable packing;
 * float: the same network, as hawqfx exports it;
-* static int8 and INT4: onnxruntime.quantization.quantize_static of that float file, after its own preprocessing, on the
-  same calibration data: QDQ, weights signed and per channel, activations uint8, everything else as it comes.
+* static int8 and INT4: what onnxruntime's tool makes of that float file on the same calibration data (theirs.py).
 
 Files take turns, each with a session of its own; medians.  --quick: the stack of convolutions alone.
 """
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ import torch
 from architectures import resnet18
 from common import Claims, console, environment, parser
 from rich.table import Table
+from theirs import their_files
 from torch import nn
 
 import hawqfx
 from hawqfx import runtime
-from hawqfx.study import Batch
 
 THREADS = (1, 0)  # 0: as many as onnxruntime chooses
 ROUNDS = 60
@@ -66,48 +65,6 @@ def subject(name: str) -> Callable[[], dict[str, Any]]:
 NETWORKS: dict[str, Callable[[], dict[str, Any]]] = {
     "convolution stack": stack, "ResNet-18": residual, **{name: subject(name) for name in ORDINARY},
 }  # fmt: skip
-
-
-class Reader:
-    """Calibration data as onnxruntime's tool takes it, one sample at a time."""
-
-    def __init__(self, path: Path, batches: tuple[Batch, ...]) -> None:
-        names = [value.name for value in runtime.session(path).get_inputs()]
-        self.rows = self._rows(names, batches)
-
-    def _rows(self, names: list[str], batches: tuple[Batch, ...]) -> Iterator[dict[str, Any]]:
-        for batch in batches:
-            for part in batch.split(1):
-                yield {name: tensor.numpy() for name, tensor in zip(names, part.tensors, strict=True)}
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self.rows, None)
-
-
-def their_files(original: Path, batches: tuple[Batch, ...], folder: Path) -> dict[str, Path | str]:
-    """What onnxruntime's tool makes of a float file; the error, where it makes nothing."""
-    from onnxruntime import quantization  # noqa: TID251  (the other tool)
-    from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: TID251
-
-    prepared = folder / "prepared.onnx"
-    try:
-        quant_pre_process(str(original), str(prepared))
-    except Exception:  # its symbolic shapes fail on some transformers: then without them
-        quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
-    found: dict[str, Path | str] = {}
-    kinds = {"static int8": quantization.QuantType.QInt8, "static INT4": quantization.QuantType.QInt4}
-    for name, weights in kinds.items():
-        path = folder / f"{name}.onnx"
-        try:
-            quantization.quantize_static(
-                str(prepared), str(path), Reader(prepared, batches), per_channel=True, weight_type=weights,
-                activation_type=quantization.QuantType.QUInt8,
-            )  # fmt: skip
-            runtime.session(path)
-            found[name] = path
-        except Exception as error:  # whatever that tool and its file raise
-            found[name] = f"{type(error).__name__}: {error}"[:200]
-    return found
 
 
 def examine(name: str, folder: Path) -> dict[str, Any]:

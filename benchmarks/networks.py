@@ -3,10 +3,11 @@
     python benchmarks/networks.py [--quick] [--check] [--only NETWORK ...]
 
 * Trained (subjects.py; the extra `bench`): EfficientNet-Lite0, YOLOX-Nano and MiniLM, with 64, 32 and 64 calibration
-  samples, all 8 bits and 4 bits per weight on average: the score of the float network and of the exported file in
-  onnxruntime, bytes, latency beside the float file's in the same run (one sample, one thread), seconds to compile, and
-  the most memory that the process ever took by then; with other metrics of each: top-1's agreement with the float
-  network's, mAP over COCO's ten overlaps, and correlations with what people find alike.
+  samples, all 8 bits and 4 bits per weight on average, beside what onnxruntime's own tool makes on the same samples
+  (theirs.py): the score of the float network and of each file in onnxruntime, bytes, latency beside the float file's in
+  the same run (one sample, one thread), seconds to compile, and the most memory that the process ever took by then;
+  with other metrics of each: top-1's agreement with the float network's, mAP over COCO's ten overlaps, and correlations
+  with what people find alike.
 * YOLOX-Nano with weights of 3 bits on average and activations of 4 and 6: one width for all, and mixed in the same
   memory for activations (the peak over the schedule).
 * Coverage (architectures.py): random weights, 6 bits per weight on average, chosen by squared error.  Flips are codes
@@ -29,6 +30,7 @@ from architectures import ARCHITECTURES, build
 from common import RESULTS, Claims, console, environment, parser
 from rich.table import Table
 from subjects import SUBJECTS, Subject
+from theirs import THEIRS, their_files
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,16 +101,21 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         network = compiled if budget == BUDGETS[0] else compiled.at(budget)
         path = paths[budget] = folder / f"{budget}.onnx"
         network.export(path)
-        found[budget] = {
-            "score": subject.score(Deployed(path)), "more": subject.more(Deployed(path)), "bytes": path.stat().st_size,
-            "integer MACs": share_of_macs(network), "kernels": parity.kernels(path),
+        found[budget] = {"integer MACs": share_of_macs(network), "kernels": parity.kernels(path)}
+    theirs = their_files(original, compiled.session.study.batches, folder)
+    found["refused"] = {kind: text for kind, text in theirs.items() if isinstance(text, str)}
+    paths |= {kind: path for kind, path in theirs.items() if isinstance(path, Path)}
+    for kind in paths.keys() - {"float"}:
+        deployed = Deployed(Path(paths[kind]))
+        found[kind] = found.get(kind, {}) | {
+            "score": subject.score(deployed), "more": subject.more(deployed), "bytes": Path(paths[kind]).stat().st_size,
         }  # fmt: skip
     found["float bytes"] = original.stat().st_size
     sample = [tensor.numpy() for tensor in compiled.session.study.batches[0].first(1).tensors]
     times = runtime.latency(paths, sample, rounds=100)
-    for budget in BUDGETS:
-        found[budget]["faster"] = times["float"].median / times[budget].median
-        found[budget]["milliseconds"] = 1e3 * times[budget].median
+    for kind in paths.keys() - {"float"}:
+        found[kind]["faster"] = times["float"].median / times[kind].median
+        found[kind]["milliseconds"] = 1e3 * times[kind].median
     if name == "yolox-nano":
         found["activations"] = activations(subject, compiled)
     return found
@@ -152,18 +159,19 @@ def covered(name: str, folder: Path) -> dict[str, Any]:
 
 def show(results: dict[str, Any], claims: Claims) -> None:
     columns = (
-        "score, float", "bits", "score", "bytes", "of float", "faster", "integer MACs", "compiled in", "memory", "more",
+        "score, float", "file", "score", "bytes", "of float", "faster", "integer MACs", "compiled in", "memory", "more",
     )  # fmt: skip
     table = Table("network", *columns)
     for name in [name for name in TRAINED if name in results]:
         found = results[name]
-        for budget in BUDGETS:
-            row = found[budget]
+        for kind in [kind for kind in (*BUDGETS, *THEIRS) if kind in found]:
+            row = found[kind]
+            ours = (f"{row['integer MACs']:.1%}", f"{found['seconds']:.0f} s", f"{found['peak GB']:.1f} GB")
             table.add_row(
-                name, f"{found['float']:.4f} ({found['metric']}, n={found['n']})", budget.removeprefix("weight_bits="),
+                name, f"{found['float']:.4f} ({found['metric']}, n={found['n']})", kind,
                 f"{row['score']:.4f}", f"{row['bytes']:,}", f"{row['bytes'] / found['float bytes']:.1%}",
-                f"{row['faster']:.2f}", f"{row['integer MACs']:.1%}", f"{found['seconds']:.0f} s",
-                f"{found['peak GB']:.1f} GB", ", ".join(f"{n} {v:.3f}" for n, v in row["more"].items()),
+                f"{row['faster']:.2f}", *(ours if kind in BUDGETS else ("", "", "")),
+                ", ".join(f"{n} {v:.3f}" for n, v in row["more"].items()),
             )  # fmt: skip
         more = ", ".join(f"{n} {v:.3f}" for n, v in found["float, more"].items())
         console.print(f"{name}, float: {more}")
