@@ -166,11 +166,13 @@ def show(results: dict[str, Any], claims: Claims) -> None:
         found = results[name]
         for kind in [kind for kind in (*BUDGETS, *THEIRS) if kind in found]:
             row = found[kind]
-            ours = (f"{row['integer MACs']:.1%}", f"{found['seconds']:.0f} s", f"{found['peak GB']:.1f} GB")
+            ours = ("", "", "")
+            if kind in BUDGETS:
+                ours = (f"{row['integer MACs']:.1%}", f"{found['seconds']:.0f} s", f"{found['peak GB']:.1f} GB")
             table.add_row(
                 name, f"{found['float']:.4f} ({found['metric']}, n={found['n']})", kind,
                 f"{row['score']:.4f}", f"{row['bytes']:,}", f"{row['bytes'] / found['float bytes']:.1%}",
-                f"{row['faster']:.2f}", *(ours if kind in BUDGETS else ("", "", "")),
+                f"{row['faster']:.2f}", *ours,
                 ", ".join(f"{n} {v:.3f}" for n, v in row["more"].items()),
             )  # fmt: skip
         more = ", ".join(f"{n} {v:.3f}" for n, v in found["float, more"].items())

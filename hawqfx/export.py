@@ -336,9 +336,8 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 def _packed(name: str, codes: NDArray[np.int8], bits: int, how: Packing) -> list[ir.TensorProtocol]:
     """The tensors that hold a weight, in the order of the inputs of its function, before the scale."""
     shape = np.array(codes.shape, np.int64)
-    if how == "portable":
-        stream = codes.view(np.uint8).reshape(-1) if bits == 8 else packing.pack(codes, bits)
-        return [ir.tensor(stream, name=name), ir.tensor(shape, name=f"{name}_shape")]
+    if _in_planes(bits, how):
+        return [ir.tensor(packing.pack(codes, bits), name=name), ir.tensor(shape, name=f"{name}_shape")]
     high, pair, bit = packing.split(codes, bits)
     parts = packing.NATIVE[bits]
     types = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
@@ -349,6 +348,11 @@ def _packed(name: str, codes: NDArray[np.int8], bits: int, how: Packing) -> list
         tensors.append(ir.tensor(np.packbits(bit.reshape(-1), bitorder="little"), name=f"{name}_bit"))
         tensors.append(ir.tensor(shape, name=f"{name}_shape"))
     return tensors
+
+
+def _in_planes(bits: int, how: Packing) -> bool:
+    """Whole bytes are stored as they are."""
+    return how == "portable" and bits < 8
 
 
 def _typed(values: NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
@@ -388,7 +392,7 @@ def _weight_function(bits: int, how: Packing, *, dequantized: bool) -> ir.Functi
     """(packed tensors ..., scale) -> float weight, or (packed tensors ...) -> codes; see hawqfx.maths.packing for the
     layouts."""
     body = _Body()
-    if how == "portable":
+    if _in_planes(bits, how):
         inputs = [ir.Value(name="packed"), ir.Value(name="shape")]
         codes = _portable_codes(body, bits, *inputs)
     else:
@@ -406,16 +410,12 @@ def _weight_function(bits: int, how: Packing, *, dequantized: bool) -> ir.Functi
 
 
 def _portable_codes(body: _Body, bits: int, packed: ir.Value, shape: ir.Value) -> ir.Value:
-    if bits == 8:  # the bytes of the codes; a cast from uint8 to int8 wraps around, but only by custom, so: exactly
-        wide = body("Cast", packed, to=ir.DataType.INT32)
-        sign = body("BitShift", packed, body.constant(7, np.uint8), direction="RIGHT")
-        turns = body("Mul", body("Cast", sign, to=ir.DataType.INT32), body.constant(256, np.int32))
-        return body("Reshape", body("Cast", body("Sub", wide, turns), to=ir.DataType.INT8), shape)
     count = body("Mul", body("ReduceProd", shape, keepdims=1), body.constant([bits], np.int64))
     planes = body("Reshape", body.bits(packed, count), body.constant([bits, -1], np.int64))
-    worth = body.constant(packing.plane_values(bits).reshape(-1, 1), np.int32)
-    weighted = body("Mul", body("Cast", planes, to=ir.DataType.INT32), worth)
-    codes = body("ReduceSum", weighted, body.constant([0], np.int64), keepdims=0)
+    # a product of matrices, since onnxruntime keeps all that it folds until the last weight is unpacked, and other ways
+    # to sum need four bytes per bit
+    worth = body.constant(packing.plane_values(bits).reshape(1, -1), np.int8)
+    codes = body("MatMulInteger", worth, planes)
     return body("Reshape", body("Cast", codes, to=ir.DataType.INT8), shape)
 
 
