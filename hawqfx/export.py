@@ -412,10 +412,10 @@ def _weight_function(bits: int, how: Packing, *, dequantized: bool) -> ir.Functi
 def _portable_codes(body: _Body, bits: int, packed: ir.Value, shape: ir.Value) -> ir.Value:
     count = body("Mul", body("ReduceProd", shape, keepdims=1), body.constant([bits], np.int64))
     planes = body("Reshape", body.bits(packed, count), body.constant([bits, -1], np.int64))
-    # a product of matrices, since onnxruntime keeps all that it folds until the last weight is unpacked, and other ways
-    # to sum need four bytes per bit
-    worth = body.constant(packing.plane_values(bits).reshape(1, -1), np.int8)
-    codes = body("MatMulInteger", worth, planes)
+    # A product of matrices, since onnxruntime keeps all that it folds until the last weight is unpacked, and other ways
+    # to sum need four bytes per bit.  Old versions multiply by uint8 alone: what the planes are worth, above 128.
+    worth = body.constant(packing.plane_values(bits).reshape(1, -1) + 128, np.uint8)
+    codes = body("MatMulInteger", worth, planes, body.constant(128, np.uint8))
     return body("Reshape", body("Cast", codes, to=ir.DataType.INT8), shape)
 
 

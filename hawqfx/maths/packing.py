@@ -1,8 +1,8 @@
 """Packed integers of 2 to 8 bits, signed, in two's complement.
 
 Portable packing is one bit stream: bit 0 of every code, then bit 1 of every code, ... (bit-planes), least significant
-bit of each byte first.  n codes of b bits take ceil(n b / 8) bytes, so a tensor is rounded up by less than a byte.  8 bits
-are whole bytes, stored as they are.
+bit of each byte first.  n codes of b bits take ceil(n b / 8) bytes, so a tensor is rounded up by less than a byte.
+8 bits are whole bytes, stored as they are.
 
 Native packing splits a code of b bits into a signed high part that ONNX has a type for, and what remains:
 
