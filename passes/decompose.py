@@ -16,7 +16,7 @@ Each is exact but for the order of float sums:
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,9 @@ from torch import Tensor, fx
 from torch.fx.node import Target
 
 from hawqfx.contract import Rewrite
-from hawqfx.program import Program, copy_graph, set_tensor
+from hawqfx.program import Program, set_tensor
 from hawqfx.vocabulary import BATCH_NORM, ceiling, is_constant, is_tensor, operands
+from hawqfx.writer import Writer
 
 _aten = torch.ops.aten
 HIDDEN = torch.finfo(torch.float32).min / 2  # added to the scores of what a mask hides
@@ -37,30 +38,7 @@ _CONVOLUTION: dict[Target, Any] = {
 }
 
 
-class _Writer:
-    """Puts nodes into a copy of the graph, before the node that is being rewritten."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.module = copy_graph(program.graph)
-        self.graph = self.module.graph
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
-        return node
-
-    def constant(self, key: str, value: Tensor, like: fx.Node) -> fx.Node:
-        set_tensor(self.module, key, value, parameter=True)
-        node = self.graph.get_attr(key)
-        node.meta["val"] = like.meta["val"].new_empty(value.shape)
-        return node
-
-    def value(self, node: fx.Node) -> Tensor:
-        return self.program.tensor(str(node.target)).detach()
-
-
-def _pieces(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _pieces(write: Writer, node: fx.Node) -> fx.Node | None:
     """An item of chunk, split or unbind."""
     whole, number = operands(node)
     if not isinstance(whole, fx.Node) or whole.target not in _PARTED or not is_tensor(whole.args[0]):
@@ -89,19 +67,19 @@ _PARTED: set[Target] = {
 }
 
 
-def _nothing_cut(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _nothing_cut(write: Writer, node: fx.Node) -> fx.Node | None:
     """A slice of everything."""
     defaults: tuple[Any, ...] = (0, None, None, 1)
     tensor, _, start, end, step = (*operands(node), *defaults[len(node.args) - 1 :])
     return tensor if start in (0, None) and end in (_END, None) and step == 1 else None
 
 
-def _silu(write: _Writer, node: fx.Node) -> fx.Node:
+def _silu(write: Writer, node: fx.Node) -> fx.Node:
     (tensor,) = operands(node)
     return write.call(_aten.mul.Tensor, tensor, write.call(_aten.sigmoid.default, tensor))
 
 
-def _linear(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _linear(write: Writer, node: fx.Node) -> fx.Node | None:
     """addmm(bias, x, W), and x W for a matrix W that nothing else reads, as a layer with the transpose of W."""
     if node.kwargs:
         return None
@@ -114,7 +92,7 @@ def _linear(write: _Writer, node: fx.Node) -> fx.Node | None:
     return write.call(_aten.linear.default, tensor, turned, *bias)
 
 
-def _flat(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _flat(write: Writer, node: fx.Node) -> fx.Node | None:
     """A linear layer, and the rectifier after it, with all axes but the last made one."""
     tensor, weight, *_ = operands(node)
     shape = list(node.meta["val"].shape)
@@ -135,7 +113,7 @@ def _flat(write: _Writer, node: fx.Node) -> fx.Node | None:
     return made
 
 
-def _scaled(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _scaled(write: Writer, node: fx.Node) -> fx.Node | None:
     """Batch-norm of images."""
     tensor, *statistics, training, _, epsilon, _ = operands(node)
     axes = tensor.meta["val"].ndim - 2
@@ -155,7 +133,7 @@ def _scaled(write: _Writer, node: fx.Node) -> fx.Node | None:
 _AXES: dict[int, Any] = {1: _aten.conv1d.default, 2: _aten.conv2d.default, 3: _aten.conv3d.default}
 
 
-def _attention(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _attention(write: Writer, node: fx.Node) -> fx.Node | None:
     query, key, value, mask, _, causal = (*operands(node), *(None, 0.0, False)[max(0, len(node.args) - 3) :])[:6]
     mask = node.kwargs.get("attn_mask", mask)
     scale = node.kwargs.get("scale")
@@ -180,12 +158,12 @@ def _attention(write: _Writer, node: fx.Node) -> fx.Node | None:
     return write.call(_aten.matmul.default, write.call(_aten.softmax.int, scores, -1), value)
 
 
-def _buffer(write: _Writer, key: str, value: Tensor) -> str:
+def _buffer(write: Writer, key: str, value: Tensor) -> str:
     set_tensor(write.module, key, value, parameter=False)
     return key
 
 
-def _convolution(write: _Writer, node: fx.Node) -> fx.Node | None:
+def _convolution(write: Writer, node: fx.Node) -> fx.Node | None:
     """y[q s + r - p] = sum over m of x[q - (K - 1) + m] V_r[m], V_r[m] = W[(K - 1 - m) s + r], K = ceil(k / s)."""
     defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1)
     tensor, weight, *rest = (*operands(node), *defaults[max(0, len(node.args) - 2) :])
@@ -237,7 +215,7 @@ def _by_phase(weight: Tensor, strides: Sequence[int], taps: Sequence[int], group
     return parted.permute(order).reshape(groups * outputs * math.prod(strides), inputs // groups, *taps).contiguous()
 
 
-def _shuffled(write: _Writer, wide: fx.Node, strides: Sequence[int]) -> fx.Node:
+def _shuffled(write: Writer, wide: fx.Node, strides: Sequence[int]) -> fx.Node:
     """(N, C x phases, Q, ...) -> (N, C, Q s, ...)."""
     axes = len(strides)
     if math.prod(strides) == 1:
@@ -252,7 +230,7 @@ def _shuffled(write: _Writer, wide: fx.Node, strides: Sequence[int]) -> fx.Node:
     return write.call(_aten.reshape.default, moved, [-1, channels, *map(operator.mul, sizes, strides)])
 
 
-_RULES: dict[Target, Callable[[_Writer, fx.Node], fx.Node | None]] = {
+_RULES: dict[Target, Callable[[Writer, fx.Node], fx.Node | None]] = {
     operator.getitem: _pieces,
     _aten.slice.Tensor: _nothing_cut,
     _aten.silu.default: _silu,
@@ -270,7 +248,7 @@ class Decompose(Rewrite):
     tolerance: ClassVar[float] = 1e-4  # float32 sums in another order, through a deep network
 
     def rewrite(self, program: Program) -> Program:
-        write = _Writer(program)
+        write = Writer(program)
         for rules in (_RULES, {_aten.linear.default: _flat}):
             for node in list(write.graph.nodes):
                 if node.target in rules and node.users:
@@ -279,6 +257,4 @@ class Decompose(Rewrite):
                     if made is not None:
                         node.replace_all_uses_with(made)
                         write.graph.erase_node(node)  # attention counts as random, and would stay
-        write.graph.eliminate_dead_code()
-        write.module.recompile()
-        return replace(program, graph=fx.GraphModule(write.module, write.graph))
+        return write.done()

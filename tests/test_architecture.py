@@ -44,6 +44,7 @@ LAW: dict[str, set[str]] = {
     "budget": {"errors"},
     "vocabulary": set(),
     "quantized": {"facts", "maths", "ops", "program"},
+    "writer": {"program"},
     "contract": {"program", "facts", "study"},
     "derivatives": {"errors", "program", "study"},
     "shelf": {"errors", "files"},
@@ -56,7 +57,7 @@ LAW: dict[str, set[str]] = {
     "capture": {"program", "study", "errors", "vocabulary"},
     "passes": {
         "maths", "program", "facts", "study", "contract", "errors", "vocabulary", "ops", "budget", "quantized",
-        "measure", "derivatives", "limits", "integers",
+        "measure", "derivatives", "limits", "integers", "writer",
     },
     "runner": {"contract", "verify", "program", "errors", "facts", "study"},
     "observe": {"contract", "program", "study"},
