@@ -79,15 +79,20 @@ def digest(parts: Iterable[Any]) -> str:
     return state.hexdigest()[:24]
 
 
+_TOLD_BY_REPR = (str, int, float, complex, bool, bytes, slice, PurePath, torch.device, torch.dtype)
+
+
 def _feed(update: Callable[[bytes], object], value: Any) -> None:
     if isinstance(value, Tensor):
         tensor = value.detach().cpu().contiguous()
         update(f"tensor {tensor.dtype} {tuple(tensor.shape)}".encode())
         update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif value is None or isinstance(value, (str, int, float, bool, bytes, PurePath, torch.device, torch.dtype)):
+    elif value is None or value is ... or isinstance(value, _TOLD_BY_REPR):
         update(f"{type(value).__name__} {value!r};".encode())
     elif isinstance(value, (list, tuple, set, frozenset, Mapping)):
         leaves = value.items() if isinstance(value, Mapping) else value
+        if isinstance(value, (set, frozenset)):  # whose order differs from process to process
+            leaves = sorted(value, key=repr)
         update(f"{type(value).__name__} {len(value)};".encode())
         for leaf in leaves:
             _feed(update, leaf)
