@@ -1,6 +1,7 @@
 """Files that onnxruntime's own tool makes: quantize_static of the float file, after its own preprocessing, on the same
 calibration data; QDQ, weights signed and per channel, activations uint8, everything else as it comes."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ class Reader:
 
 def their_files(original: Path, batches: tuple[Batch, ...], folder: Path) -> dict[str, Path | str]:
     """What onnxruntime's tool makes of a float file; the error, where it makes nothing."""
+    with contextlib.chdir(folder):  # its scratch files go to where it runs
+        return _made(original, batches, folder)
+
+
+def _made(original: Path, batches: tuple[Batch, ...], folder: Path) -> dict[str, Path | str]:
     from onnxruntime import quantization  # noqa: TID251  (the other tool)
     from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: TID251
 

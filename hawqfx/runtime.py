@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,25 +51,22 @@ class Latency:
     runs: int
 
 
+BURST = 8
+
+
 def latency(
     paths: Mapping[str, str | Path], inputs: Arrays, *, threads: int = 1, rounds: int = 100
 ) -> dict[str, Latency]:
-    """Time several files on the same inputs, in turns, so that noise and drift of the machine meet all alike."""
-    sessions = {name: session(path, threads=threads) for name, path in paths.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for turn in range(rounds + 3):
-        for name, model in sessions.items():
-            start = time.perf_counter()
-            run(model, inputs)
-            if turn >= 3:  # the first runs warm caches
-                seconds[name].append(time.perf_counter() - start)
+    """Time several files on the same inputs, so many runs each; see `_in_turns`."""
+    sessions = [session(path, threads=threads) for path in paths.values()]
+    found = _in_turns(
+        [lambda model=model: run(model, inputs) for model in sessions],  # type: ignore[misc]
+        lambda seconds: len(seconds) < rounds,
+    )
     return {
         name: Latency(statistics.median(times), statistics.quantiles(times, n=10)[-1], len(times))
-        for name, times in seconds.items()
+        for name, times in zip(paths, found, strict=True)
     }
-
-
-BURST = 8
 
 
 def steady(
@@ -79,19 +76,29 @@ def steady(
     threads: int,
     budget: float,
 ) -> list[float]:
-    """Seconds of one run of each model, the median for about so many seconds in all.  Models take turns in bursts, of
-    which the first runs only bring the caches into the state that they have where one model runs again and again."""
+    """Seconds of one run of each model, the median for about so many seconds in all; see `_in_turns`."""
     sessions = [session(model, threads=threads) for model in models]
-    seconds: list[list[float]] = [[] for _ in sessions]
     end = time.perf_counter() + budget
-    while not seconds[0] or time.perf_counter() < end:
-        for model, feed, times in zip(sessions, feeds, seconds, strict=True):
+    found = _in_turns(
+        [lambda model=model, feed=feed: model.run(None, feed) for model, feed in zip(sessions, feeds, strict=True)],  # type: ignore[misc]
+        lambda seconds: not seconds or time.perf_counter() < end,
+    )
+    return [statistics.median(times) for times in found]
+
+
+def _in_turns(runs: Sequence[Callable[[], object]], more: Callable[[Sequence[float]], bool]) -> list[list[float]]:
+    """Seconds of runs that take turns, so that noise and drift of the machine meet all alike, while the first needs
+    `more`.  Turns are bursts, of which the first runs only bring the caches into the state that they have where one
+    model runs again and again, as it does where it is deployed."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    while more(seconds[0]):
+        for each, times in zip(runs, seconds, strict=True):
             for turn in range(BURST):
                 start = time.perf_counter()
-                model.run(None, feed)
+                each()
                 if turn >= BURST // 4:
                     times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+    return seconds
 
 
 def providers() -> list[str]:
