@@ -36,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hawqfx
 from hawqfx import Compiled, parity, runtime
-from hawqfx.export import export
 from hawqfx.maths.pricing import FLOAT_BITS
 
 TRAINED = ("efficientnet-lite0", "yolox-nano", "minilm")
@@ -95,7 +94,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     found |= {"seconds": time.perf_counter() - start, "calibration": compiled.session.study.samples}
     found["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     original = folder / "float.onnx"
-    export(compiled.session.measured, compiled.session.study.batches[0], original)
+    compiled.export_float(original)
     paths: dict[str, str | Path] = {"float": original}
     for budget in BUDGETS:
         network = compiled if budget == BUDGETS[0] else compiled.at(budget)

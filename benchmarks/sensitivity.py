@@ -54,7 +54,7 @@ def subject(name: str) -> tuple[nn.Module, Program, Study]:
     else:
         model, data = zoo.resnet20(), zoo.calibration()[:1]
     study = Study(gather(data), cross_entropy)
-    return model, run(pipeline.finding(), capture(model, study.batches[0]), study), study
+    return model, run([*pipeline.folding(), *pipeline.finding()], capture(model, study.batches[0]), study), study
 
 
 class Work:

@@ -121,7 +121,8 @@ def compile(
     program = capture(model, batches[0])
     with progress_bars(console or Console(stderr=True)) as progress:
         study = Study(batches, loss, seed, device, progress, draw, batch, None if cache is None else Path(cache))
-        found = run(pipeline.finding(tuple(keep_float)), program, study, observers)
+        folded = run(pipeline.folding(), program, study, observers)
+        found = run(pipeline.finding(tuple(keep_float)), replace(folded, original=folded.graph), study, observers)
         if given is None:
             integer = [tuple(bits for bits in widths if bits < FLOAT_BITS) for widths in (weights, activations)]
             calibration = Calibration(integer[0], integer[1], offered)
@@ -191,6 +192,7 @@ def measure_latency(
     with progress_bars(console or Console(stderr=True)) as progress:
         study = Study(batches[:1], cross_entropy, progress=progress)
         steps = [
+            *pipeline.folding(),
             *pipeline.finding(tuple(keep_float)),
             *pipeline.quantizing(Calibration((8,), (8,))),
             *pipeline.pricing(Rounding("nearest")),

@@ -25,9 +25,14 @@ from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.taylor import Taylor
 
 
+def folding() -> Sequence[Pass]:
+    """The float network that the integer one is compared with."""
+    return [FoldConstants(), FoldBatchnorm()]
+
+
 def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
-    """Where bits are chosen."""
-    return [FoldConstants(), FoldBatchnorm(), Decompose(), Borders(keep_float), FindSites(keep_float)]
+    """Operators that have integer kernels, and where bits are chosen."""
+    return [Decompose(), Borders(keep_float), FindSites(keep_float)]
 
 
 def quantizing(calibration: Calibration) -> Sequence[Pass]:
@@ -90,6 +95,7 @@ def lowering() -> Sequence[Pass]:
 def recipe(budget: Budget) -> Sequence[Pass]:
     """All of it, with default options."""
     return [
+        *folding(),
         *finding(),
         *quantizing(Calibration()),
         *pricing(Rounding()),

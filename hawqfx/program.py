@@ -91,6 +91,7 @@ class Program:
     `left_float` maps each node that multiplies but stays in float to the reason.  `timetable`: what was measured of
     its latency, if it was.  `interactions`: what errors of
     weights do together, if that was measured.  `account`: what the chosen plan takes of its limits.
+    `original`: the float network before its operators were written as ones that have integer kernels, if it was kept.
     """
 
     graph: fx.GraphModule
@@ -102,6 +103,7 @@ class Program:
     timetable: Timetable | None = None
     interactions: Interactions | None = None
     account: Account | None = None
+    original: fx.GraphModule | None = None
     facts: FactTable = field(default_factory=FactTable)
     history: tuple[Step, ...] = ()
 
@@ -127,14 +129,12 @@ class Program:
 
     def tensor(self, key: str) -> Tensor:
         """The parameter or buffer with this qualified name."""
-        owner, _, name = key.rpartition(".")
-        value = getattr(self.graph.get_submodule(owner), name)
-        assert isinstance(value, Tensor)
-        return value
+        return tensor_of(self.graph, key)
 
     def float_bytes(self) -> int:
         """Bytes of the float32 network's parameters and constants, the 100% of a relative size."""
-        return sum(_float_bytes(tensor) for tensor in self.constants().values())
+        graph = self.graph if self.original is None else self.original
+        return sum(_float_bytes(tensor) for tensor in _constants(graph).values())
 
     def fixed_bytes(self) -> int:
         """Bytes of those that no site covers, so that they stay as they are."""
@@ -156,8 +156,7 @@ class Program:
 
     def constants(self) -> dict[str, Tensor]:
         """The parameters and buffers that the graph reads."""
-        nodes = self.graph.graph.find_nodes(op="get_attr")
-        return {str(node.target): self.tensor(str(node.target)) for node in nodes}
+        return _constants(self.graph)
 
     def run(
         self,
@@ -183,6 +182,19 @@ class Program:
         if len(spec.children()) == 2 and spec.children()[1].context:
             ordered = {name: kwargs[name] for name in spec.children()[1].context}
         return pytree.tree_leaves((args, ordered))
+
+
+def tensor_of(graph: fx.GraphModule, key: str) -> Tensor:
+    """The parameter or buffer of a graph with this qualified name."""
+    owner, _, name = key.rpartition(".")
+    value = getattr(graph.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _constants(graph: fx.GraphModule) -> dict[str, Tensor]:
+    nodes = graph.graph.find_nodes(op="get_attr")
+    return {str(node.target): tensor_of(graph, str(node.target)) for node in nodes}
 
 
 def _hint(size: Any) -> int:

@@ -436,10 +436,11 @@ class Compiled:
         return runs.table(found)
 
     def export_float(self, path: str | Path) -> None:
-        """Write the float32 network, with batch-norm folded, to compare with."""
+        """Write the float32 network, with batch-norm folded and else as it was, to compare with."""
         from hawqfx.export import export
 
-        export(self.session.measured, self.session.study.batches[0], path)
+        assert self.planned.original is not None
+        export(replace(self.planned, graph=self.planned.original), self.session.study.batches[0], path)
 
     def table(self) -> Table:
         """Every site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hawqfx.program import Program, copy_graph, set_tensor
+from hawqfx.program import Program, copy_graph, set_tensor, tensor_of
 
 
 class Writer:
@@ -28,7 +28,11 @@ class Writer:
         return node
 
     def value(self, node: fx.Node) -> Tensor:
-        return self.program.tensor(str(node.target)).detach()
+        return tensor_of(self.module, str(node.target)).detach()
+
+    def replace(self, constant: fx.Node, value: Tensor) -> None:
+        """Put another value of the same shape where a parameter is read."""
+        set_tensor(self.module, str(constant.target), value, parameter=True)
 
     def done(self) -> Program:
         """The program with the copy, and without what nothing reads any more."""

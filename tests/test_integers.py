@@ -101,7 +101,8 @@ def test_no_choice_converts_less(make: type[nn.Module]) -> None:
 def _before_borders() -> list[Any]:
     from hawqfx import pipeline
 
-    return [step for step in pipeline.finding() if not isinstance(step, (Borders, FindSites))]
+    steps = [*pipeline.folding(), *pipeline.finding()]
+    return [step for step in steps if not isinstance(step, (Borders, FindSites))]
 
 
 def sites(make: type[nn.Module]) -> Program:

@@ -29,6 +29,7 @@ def captured(make: Callable[[], nn.Module]) -> Program:
 def measuring(probes: int = 4) -> list[Pass]:
     """All passes before a budget is known, with few probes."""
     return [
+        *pipeline.folding(),
         *pipeline.finding(),
         *pipeline.quantizing(Calibration()),
         *pipeline.pricing(Rounding()),
