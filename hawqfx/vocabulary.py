@@ -23,6 +23,13 @@ WEIGHTED: dict[Target, str] = {
     _aten.linear.default: "linear",
 }
 
+# The convolution of so many axes.
+CONVOLUTIONS: dict[int, OpOverload[..., Any]] = {
+    1: _aten.conv1d.default,
+    2: _aten.conv2d.default,
+    3: _aten.conv3d.default,
+}
+
 # Products of two activations, as in attention; onnxruntime has integer kernels for them.
 PRODUCTS: dict[Target, str] = {_aten.matmul.default: "matmul", _aten.bmm.default: "bmm"}
 
@@ -101,6 +108,9 @@ _CARRIERS: set[Target] = {
 # Carriers that add nothing but zeros, which every quantizer represents; onnxruntime takes them into the layer after.
 PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
 
+# Functions of each value that torch does not tag as such.
+_UNTAGGED: set[Target] = {_aten.hardswish.default, _aten.log_sigmoid.default}
+
 # What constants go into without being multiplied by.
 NO_PRODUCTS: set[Target] = _CARRIERS | {_aten.add.Tensor, _aten.sub.Tensor, _aten.repeat.default, _aten.index.Tensor}
 
@@ -177,6 +187,11 @@ def is_carrier(node: fx.Node) -> bool:
         value = node.args[-1] if len(node.args) == (4 if node.target is _aten.pad.default else 3) else 0
         return constant and value in (0, None) and not node.kwargs
     return node.target in _CARRIERS and is_tensor(node)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a node computes each of its values from the values at the same place."""
+    return is_tensor(node) and (node.target in _UNTAGGED or torch.Tag.pointwise in getattr(node.target, "tags", ()))
 
 
 def training_argument(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from hawqfx.errors import DataError
 from hawqfx.facts import Quantizers, QuantParams
 from hawqfx.maths import affine
 from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, Scheme, bits_of
+from hawqfx.nonlinearity import Function, function_of
 from hawqfx.program import ActivationSite, Program, WeightSite
 from hawqfx.study import Study
 
@@ -96,8 +97,10 @@ def _dynamic_quantizer() -> QuantParams:
     return QuantParams(bits_of(DYNAMIC), (), 0, low, high, False, "dynamic")
 
 
-def _activation_quantizer(histogram: _Histogram, site: ActivationSite, bits: int) -> QuantParams:
-    scale, zero_point = affine.affine_range(*histogram.filled(), bits, nonnegative=site.nonnegative)
+def _activation_quantizer(
+    histogram: _Histogram, site: ActivationSite, bits: int, after: Function | None
+) -> QuantParams:
+    scale, zero_point = affine.affine_range(*histogram.filled(), bits, nonnegative=site.nonnegative, after=after)
     low, high = affine.unsigned_range(bits)
     if site.nonnegative:  # nothing above the ceiling, so that the quantizer does the rectifier's work
         scale = min(scale, float(torch.tensor(site.ceiling / high).nextafter(torch.tensor(0.0))))
@@ -137,7 +140,8 @@ class Calibration(Analysis):
         histograms = _histograms(program, study)
         for site in program.activations:
             histogram = histograms[site.key]
-            by_bits = {bits: _activation_quantizer(histogram, site, bits) for bits in self.activation_bits}
+            after = function_of(program.graph.graph, (*site.nodes, *site.carriers))
+            by_bits = {bits: _activation_quantizer(histogram, site, bits, after) for bits in self.activation_bits}
             if site.key in dynamic:
                 by_bits[DYNAMIC] = _dynamic_quantizer()
             facts[site.key] = Quantizers(by_bits)

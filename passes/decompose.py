@@ -25,16 +25,16 @@ from torch.fx.node import Target
 
 from hawqfx.contract import Rewrite
 from hawqfx.program import Program, set_tensor
-from hawqfx.vocabulary import BATCH_NORM, ceiling, is_constant, is_tensor, operands
+from hawqfx.vocabulary import BATCH_NORM, CONVOLUTIONS, ceiling, is_constant, is_tensor, operands
 from hawqfx.writer import Writer
 
 _aten = torch.ops.aten
 HIDDEN = torch.finfo(torch.float32).min / 2  # added to the scores of what a mask hides
 _END = torch.iinfo(torch.int64).max
-_CONVOLUTION: dict[Target, Any] = {
-    _aten.conv_transpose1d.default: _aten.conv1d.default,
-    _aten.conv_transpose2d.input: _aten.conv2d.default,
-    _aten.conv_transpose3d.input: _aten.conv3d.default,
+_TRANSPOSED: set[Target] = {
+    _aten.conv_transpose1d.default,
+    _aten.conv_transpose2d.input,
+    _aten.conv_transpose3d.input,
 }
 
 
@@ -117,7 +117,7 @@ def _scaled(write: Writer, node: fx.Node) -> fx.Node | None:
     """Batch-norm of images."""
     tensor, *statistics, training, _, epsilon, _ = operands(node)
     axes = tensor.meta["val"].ndim - 2
-    if training or axes not in _AXES or not all(value is None or is_constant(value) for value in statistics):
+    if training or axes not in CONVOLUTIONS or not all(value is None or is_constant(value) for value in statistics):
         return None
     gamma, beta, mean, variance = (None if value is None else write.value(value).double() for value in statistics)
     assert mean is not None
@@ -127,10 +127,9 @@ def _scaled(write: Writer, node: fx.Node) -> fx.Node | None:
     key, like = str(statistics[2].target).rpartition(".")[0], statistics[2]
     weight = write.constant(f"{key}.gain", gain.reshape(-1, *[1] * (axes + 1)).float(), like)
     rest = [1] * axes, [0] * axes, [1] * axes, len(gain)
-    return write.call(_AXES[axes], tensor, weight, write.constant(f"{key}.folded_bias", bias.float(), like), *rest)
-
-
-_AXES: dict[int, Any] = {1: _aten.conv1d.default, 2: _aten.conv2d.default, 3: _aten.conv3d.default}
+    return write.call(
+        CONVOLUTIONS[axes], tensor, weight, write.constant(f"{key}.folded_bias", bias.float(), like), *rest
+    )
 
 
 def _attention(write: Writer, node: fx.Node) -> fx.Node | None:
@@ -188,7 +187,7 @@ def _convolution(write: Writer, node: fx.Node) -> fx.Node | None:
     else:
         made.append(None)
     pads = [tap - 1 for tap in taps]
-    wide = write.call(_CONVOLUTION[node.target], *made, [1] * axes, pads, [1] * axes, groups)
+    wide = write.call(CONVOLUTIONS[axes], *made, [1] * axes, pads, [1] * axes, groups)
     whole = _shuffled(write, wide, strides)
     for axis, (first, last) in enumerate(zip(paddings, surplus, strict=True), 2):
         if first or last:
@@ -239,7 +238,7 @@ _RULES: dict[Target, Callable[[Writer, fx.Node], fx.Node | None]] = {
     _aten.matmul.default: _linear,
     _aten.scaled_dot_product_attention.default: _attention,
     BATCH_NORM: _scaled,
-    **dict.fromkeys(_CONVOLUTION, _convolution),
+    **dict.fromkeys(_TRANSPOSED, _convolution),
 }
 
 

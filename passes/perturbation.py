@@ -2,6 +2,9 @@
 
 For a weight the sum goes over its elements, as its rounding left them; for an activation over the elements of one
 sample, averaged over the calibration data.  (HAWQ-V2, equation 8 and section 3.3.)
+
+Where all that is read of an activation is a function f of each value, such as GELU, an error counts as it is after f.
+The curvature is that by x, and of the two E[f'(x)²] is the ratio, so the sum is ||f(Q_b(x)) - f(x)||² / E[f'(x)²].
 """
 
 from collections.abc import Mapping
@@ -15,14 +18,30 @@ from hawqfx.contract import Analysis, Kind
 from hawqfx.facts import Perturbation as PerturbationFact
 from hawqfx.facts import Quantizers, Rounding
 from hawqfx.maths import curvature
+from hawqfx.nonlinearity import Function, function_of, square_slope
 from hawqfx.program import Program
 from hawqfx.quantized import activation_at
 from hawqfx.study import Study
 
 
-def _squared_error(program: Program, key: str, bits: int, x: Tensor) -> float:
-    error = activation_at(program, key, bits, x) - x
+def _squared_error(program: Program, key: str, bits: int, x: Tensor, function: Function | None) -> float:
+    quantized = activation_at(program, key, bits, x)
+    error = quantized - x if function is None else function(quantized) - function(x)
     return curvature.dot(error, error)
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, total: float, count: int) -> None:
+        self.total += total
+        self.count += count
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,22 @@ class Perturbation(Analysis):
             for site in program.activations
         }
         site_of = {node: site.key for site in program.activations for node in site.nodes}
+        function = {
+            site.key: function_of(program.graph.graph, (*site.nodes, *site.carriers)) for site in program.activations
+        }
+        slopes = {key: _Mean() for key, known in function.items() if known is not None}
 
         def look(node: str, value: Tensor) -> Tensor:
             key = site_of[node]
+            after = function[key]
+            if after is not None:
+                slopes[key].add(square_slope(after, value), value.numel())
             for bits in errors[key]:
-                errors[key][bits] += _squared_error(program, key, bits, value) / study.samples
+                errors[key][bits] += _squared_error(program, key, bits, value, after) / study.samples
             return value
 
         for batch in study.track(study.batches, "perturbation", len(study.batches)):
             program.run(batch.args, batch.kwargs, look)
+        for key, slope in slopes.items():
+            errors[key] = {bits: error / (slope.value or 1.0) for bits, error in errors[key].items()}
         return facts | {key: PerturbationFact(by_bits) for key, by_bits in errors.items()}

@@ -45,6 +45,7 @@ LAW: dict[str, set[str]] = {
     "vocabulary": set(),
     "quantized": {"facts", "maths", "ops", "program"},
     "writer": {"program"},
+    "nonlinearity": {"maths", "vocabulary"},
     "contract": {"program", "facts", "study"},
     "derivatives": {"errors", "program", "study"},
     "shelf": {"errors", "files"},
@@ -57,7 +58,7 @@ LAW: dict[str, set[str]] = {
     "capture": {"program", "study", "errors", "vocabulary"},
     "passes": {
         "maths", "program", "facts", "study", "contract", "errors", "vocabulary", "ops", "budget", "quantized",
-        "measure", "derivatives", "limits", "integers", "writer",
+        "measure", "derivatives", "limits", "integers", "writer", "nonlinearity",
     },
     "runner": {"contract", "verify", "program", "errors", "facts", "study"},
     "observe": {"contract", "program", "study"},
@@ -201,7 +202,7 @@ def test_the_runner_holds_passes_to_their_promises() -> None:
     with pytest.raises(PassError, match=r"spoiler changed output 0 by 1.0e-03, over its tolerance 1e-04") as caught:
         run([Spoiler()], program, study())
     assert (
-        "in pass spoiler, after ['fold_constants', 'fold_batchnorm', 'decompose', 'borders', 'find_sites']"
+        "in pass spoiler, after ['fold_constants', 'fold_batchnorm', 'decompose', 'equalize', 'borders', 'find_sites']"
         in caught.value.__notes__[0]
     )
 
@@ -225,6 +226,7 @@ def test_history_tells_what_ran() -> None:
         "fold_constants",
         "fold_batchnorm",
         "decompose",
+        "equalize",
         "borders",
         "find_sites",
         "calibration",

@@ -7,6 +7,8 @@ Rounding is half to even and x is divided by s, as ONNX QuantizeLinear has it; t
 A scale is a number, or (C,) for the indices of dimension 0, or (C, B) for B blocks of each row of a matrix.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,11 +82,14 @@ def _error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return ((rows / s).round().clamp_(low, high).mul_(s) - rows).square().sum(1)
 
 
-def affine_range(values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool) -> tuple[float, int]:
+def affine_range(
+    values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool, after: Callable[[Tensor], Tensor] | None = None
+) -> tuple[float, int]:
     """Scale and zero-point of the least mean squared error on a histogram: `counts` (B,) of values near `values` (B,).
 
     Searches clipping points at both ends on a grid, then on a finer one around the best.  Zero is always represented
-    exactly; with `nonnegative` the zero-point is 0, which lets onnxruntime drop a ReLU before the quantizer.
+    exactly; with `nonnegative` the zero-point is 0, which lets onnxruntime drop a ReLU before the quantizer.  `after`:
+    a function of each value, such as GELU, after which errors count.
     """
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if nonnegative:
@@ -92,6 +97,7 @@ def affine_range(values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool
     if high == low:
         return 1.0, 0
     levels = unsigned_range(bits)[1]
+    wanted = values.double() if after is None else after(values.double())
     ends = (0.0, 1.0), (0.0, 1.0)
     best = (float("inf"), 1.0, 0)
     for _ in range(3):
@@ -104,9 +110,10 @@ def affine_range(values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool
         # float32, as in the file: the search must see the very quantizer that will be lowered
         scale = ((top - bottom) / levels).float().double().clamp_min(torch.finfo(torch.float32).tiny)
         zero = (-bottom / scale).round().clamp(0, levels)
-        codes = (values.double() / scale[:, None]).round() + zero[:, None]
-        back = (codes.clamp_(0, levels) - zero[:, None]) * scale[:, None]
-        errors = ((back - values) ** 2 * counts).sum(1)
+        codes = ((values.double() / scale[:, None]).round() + zero[:, None]).clamp_(0, levels)
+        become = (torch.arange(levels + 1) - zero[:, None]) * scale[:, None]  # of each code
+        become = become if after is None else after(become)
+        errors = ((become.gather(1, codes.long()) - wanted) ** 2 * counts).sum(1)
         at = int(errors.argmin())
         if float(errors[at]) < best[0]:
             best = (float(errors[at]), float(scale[at]), int(zero[at]))
