@@ -10,6 +10,7 @@ from hawqfx.passes.borders import Borders
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.cost import Cost
 from hawqfx.passes.decompose import Decompose
+from hawqfx.passes.equalize import Equalize
 from hawqfx.passes.find_sites import FindSites
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
@@ -32,7 +33,7 @@ def folding() -> Sequence[Pass]:
 
 def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
     """Operators that have integer kernels, and where bits are chosen."""
-    return [Decompose(), Borders(keep_float), FindSites(keep_float)]
+    return [Decompose(), Equalize(keep_float=keep_float), Borders(keep_float), FindSites(keep_float)]
 
 
 def quantizing(calibration: Calibration) -> Sequence[Pass]:

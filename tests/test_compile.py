@@ -148,7 +148,7 @@ def test_observers(tmp_path: Path) -> None:
     with (tmp_path / "printed.txt").open("w") as stream:
         quick(Plain, "size=60%", observers=[timing, Dump(tmp_path / "dump"), PrintAfter("lowering", stream)])
     names = [
-        "fold_constants", "fold_batchnorm", "decompose", "borders", "find_sites", "calibration", "rounding",
+        "fold_constants", "fold_batchnorm", "decompose", "equalize", "borders", "find_sites", "calibration", "rounding",
         "perturbation", "cost", "hawq_v2", "allocation",
         "lowering",
     ]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Bring the channels between a convolution and the depthwise one after it to one range, where they lie far apart.
+
+A tensor has one scale for all of its channels: beside large channels, small ones have few codes.  The convolution that
+makes them can as well make x' = x / s, with an s per channel, and the depthwise one, which reads every
+channel on its own, multiply by s; both have a scale per channel, so that their weights lose nothing.  Between them may
+be ReLU, which commutes with s, or a gated function x g(x), such as SiLU: that becomes x' g(s x'), where s x' is a
+convolution of each channel with one weight, on integer kernels too.  Nothing changes in float.
+
+Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.1, for ReLU, and
+for the norm of the weights as the measure of a channel's range.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from hawqfx.contract import Rewrite
+from hawqfx.nonlinearity import nonlinearity
+from hawqfx.program import Program
+from hawqfx.vocabulary import CONVOLUTIONS, WEIGHTED, ceiling, is_constant, is_tensor, kept_in_float
+from hawqfx.writer import Writer
+
+LEAST = 2.0**-10  # of the largest channel's range
+
+
+def _convolves(node: fx.Node) -> bool:
+    """Whether a node is a convolution whose weight and bias nothing else reads."""
+    if not WEIGHTED.get(node.target, "").startswith("conv") or node.kwargs or not is_tensor(node.args[0]):
+        return False
+    constants = [constant for constant in node.args[1:3] if constant is not None]
+    return all(is_constant(constant) and len(constant.users) == 1 for constant in constants)  # type: ignore[union-attr]
+
+
+def _depthwise(node: fx.Node) -> bool:
+    return _convolves(node) and len(node.args) > 6 and node.args[6] == node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+
+
+def _gate(maker: fx.Node, body: Sequence[fx.Node]) -> Sequence[fx.Node] | None:
+    """What computes g of x g(x); nothing for ReLU, or for no function at all; None for other functions."""
+    if not body or (len(body) == 1 and ceiling(body[0]) == float("inf")):
+        return ()
+    *gate, product = body
+    factors = product.args[:2]
+    if product.target is not torch.ops.aten.mul.Tensor or product.kwargs or len(gate) == 0:
+        return None
+    return gate if maker in factors and gate[-1] in factors else None
+
+
+@dataclass(frozen=True)
+class Equalize(Rewrite):
+    """`gain`: where the squared error of the tensor's quantizer falls by this factor; 256 is worth four bits.
+    `keep_float`: patterns, as in a shell, of the names of weights whose layers stay in float."""
+
+    gain: float = 256.0
+    keep_float: tuple[str, ...] = ()
+    tolerance: ClassVar[float] = 1e-4  # float32 rounding through a deep network
+
+    def rewrite(self, program: Program) -> Program:
+        write, found = Writer(program), False
+        for maker in list(write.graph.nodes):
+            if not _convolves(maker) or not maker.users:
+                continue
+            body = nonlinearity(maker)
+            gate = _gate(maker, body)
+            readers = list((body[-1] if body else maker).users)
+            if gate is None or not all(map(_depthwise, readers)):
+                continue
+            if any(kept_in_float(layer, self.keep_float) for layer in (maker, *readers)):
+                continue
+            sizes, counts = _ranges(write, maker, readers)
+            if float((counts * sizes.square()).sum() * self.gain) < float(counts.sum() * sizes.max() ** 2):
+                _equalize(write, maker, gate, readers, (sizes / sizes.max()).clamp_min(LEAST))
+                found = True
+        return write.done() if found else program
+
+
+def _ranges(write: Writer, maker: fx.Node, readers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
+    """(C,) how large each channel is, and (C,) how much its squared errors count."""
+    made = _rows(write, maker).square().sum(1)
+    counts = [_rows(write, reader).reshape(len(made), -1).square().sum(1) for reader in readers]
+    return made.sqrt(), torch.stack(counts).sum(0)
+
+
+def _rows(write: Writer, layer: fx.Node) -> Tensor:
+    """(output channels, elements), in float64."""
+    weight = layer.args[1]
+    assert isinstance(weight, fx.Node)
+    return write.value(weight).double().flatten(1)
+
+
+def _equalize(
+    write: Writer, maker: fx.Node, gate: Sequence[fx.Node], readers: Sequence[fx.Node], scale: Tensor
+) -> None:
+    if gate:
+        with write.graph.inserting_before(gate[0]):
+            axes = maker.meta["val"].ndim - 2
+            weight = maker.args[1]
+            assert isinstance(weight, fx.Node)
+            key = f"{weight.target}_range"
+            ones = write.constant(key, scale.reshape(-1, 1, *[1] * axes).to(weight.meta["val"].dtype), weight)
+            ranged = write.call(CONVOLUTIONS[axes], maker, ones, None, [1] * axes, [0] * axes, [1] * axes, len(scale))
+        for node in gate:
+            node.replace_input_with(maker, ranged)
+    for constant in maker.args[1:3]:
+        if isinstance(constant, fx.Node):
+            _scale(write, constant, 1 / scale)
+    for reader in readers:
+        assert isinstance(reader.args[1], fx.Node)
+        _scale(write, reader.args[1], scale)
+
+
+def _scale(write: Writer, constant: fx.Node, scale: Tensor) -> None:
+    """Multiply dimension 0, of which every element of `scale` may have several in turn."""
+    value = write.value(constant)
+    each = scale.repeat_interleave(len(value) // len(scale)).reshape(-1, *[1] * (value.ndim - 1))
+    write.replace(constant, (value.double() * each).to(value.dtype))
