@@ -66,7 +66,8 @@ LAW: dict[str, set[str]] = {
     "plan": {"errors", "facts", "files", "maths", "program"},
     "frontier": {"facts"},
     "runtime": set(),
-    "export": {"capture", "errors", "files", "maths", "ops", "program", "study", "vocabulary"},
+    "frozen": {"maths", "ops", "program", "vocabulary"},
+    "export": {"capture", "errors", "files", "frozen", "maths", "ops", "program", "study"},
     "parity": {"export", "ops", "program", "runtime", "study"},
     "latency": {
         "errors", "export", "facts", "files", "integers", "maths", "pipeline", "program", "runner", "runtime", "study",
