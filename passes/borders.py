@@ -8,6 +8,7 @@ all of its readers.)
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from hawqfx import integers
@@ -30,8 +31,9 @@ class Borders(Rewrite):
         for node in list(graph.nodes):
             if not is_tensor(node) or node in found.makes:
                 continue
-            reading = [user for user in node.users if found.reads(user, node)]
-            if not reading or len(reading) == len(node.users):
+            values = [user for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]  # not a size
+            reading = [user for user in values if found.reads(user, node)]
+            if not reading or len(reading) == len(values):
                 continue
             after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
             with graph.inserting_after(after):

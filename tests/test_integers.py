@@ -125,6 +125,23 @@ def test_the_layers_of_a_stream_read_a_copy() -> None:
     assert {user.target for user in copies[0].users} == {torch.ops.aten.reshape.default}
 
 
+class Sized(nn.Module):
+    """Asks for the size of a tensor that a layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(72, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(x)).view(x.shape[0], 72))
+
+
+def test_who_asks_for_a_size_reads_no_values() -> None:
+    graph = sites(Sized).graph.graph
+    assert graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default)
+
+
 def test_readers_in_float_see_the_exact_values() -> None:
     compiled = quick(Stream, "weight_bits=8")
     batch = compiled.session.study.batches[0]
