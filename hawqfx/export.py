@@ -40,6 +40,7 @@ from hawqfx.ops import (
     DYNAMIC_LINEAR,
     FAKE_QUANTIZE,
     GLOBAL_AVERAGE,
+    PHASES,
 )
 from hawqfx.program import SCALE, Program
 from hawqfx.study import Batch
@@ -76,7 +77,7 @@ def export(
     _write(model, Path(path))
 
 
-def _constant(value: int, dtype: type[np.generic]) -> Any:
+def _constant(value: object, dtype: type[np.generic]) -> Any:
     return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype)))
 
 
@@ -99,6 +100,15 @@ def _rows(codes: Any, scale: Any, rows: Any) -> Any:
 
 def _average(x: Any) -> Any:
     return op.GlobalAveragePool(x)
+
+
+def _phases(x: Any, scale: Any, zero_point: int, pads: Sequence[int], block: int) -> Any:
+    zero = _constant(zero_point, np.uint8)
+    codes = op.QuantizeLinear(x, scale, zero)  # of what has just been dequantized: onnxruntime drops both
+    if any(pads):
+        left, right, top, bottom = pads
+        codes = op.Pad(codes, _constant([0, 0, top, left, 0, 0, bottom, right], np.int64), zero)
+    return op.DequantizeLinear(op.SpaceToDepth(codes, blocksize=block), scale, zero)
 
 
 def _matmul_nbits() -> Op:
@@ -144,6 +154,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     DEQUANTIZE: _constant_codes,
     DEQUANTIZE_ROWS: _rows,
     GLOBAL_AVERAGE: _average,
+    PHASES: _phases,
     DYNAMIC_LINEAR: _dynamic_linear,
     BLOCKWISE_LINEAR: _blockwise_linear,
 }

@@ -1,6 +1,10 @@
 """A lowered Program as the graph that export writes: weights and biases are integer constants, and operators have the
 shape that onnxruntime's kernels want."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -14,11 +18,15 @@ from hawqfx.ops import (
     FAKE_QUANTIZE_BLOCKS,
     FAKE_QUANTIZE_DYNAMIC,
     GLOBAL_AVERAGE,
+    PHASES,
 )
 from hawqfx.program import Program, copy_graph, set_tensor
-from hawqfx.vocabulary import EMBEDDING, PADS, WEIGHTED, operands, spatial_mean
+from hawqfx.vocabulary import EMBEDDING, PADS, WEIGHTED, is_carrier, operands, spatial_mean
 
 LEAST = "_least"  # the constant that no number is less than
+MOST_PHASES = 64  # channels of an image whose blocks are channels; with more, the copies are long enough
+
+_aten = torch.ops.aten
 
 
 def freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
@@ -44,6 +52,7 @@ def freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
             node.replace_all_uses_with(graph.call_function(DEQUANTIZE, (constant, scale)))
         graph.erase_node(node)
     _lay_out_linear(module, graph, widths)
+    _part_images(module, graph)
     _keep_weights_in_float(module, graph)
     _average_globally(graph)
     _gather_codes(graph)
@@ -81,6 +90,80 @@ def _store_blocks(module: fx.GraphModule, key: str, scale: str) -> int:
     set_tensor(module, key, torch.from_numpy(packing.pack_blocks(codes)), parameter=False)
     set_tensor(module, scale, module.get_buffer(scale).reshape(-1), parameter=False)
     return int(codes.shape[1])
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """An image in blocks of stride x stride pixels: the quantized input of the graph that it is; zeros around it, left,
+    right, top, bottom; how many blocks a kernel covers, by axis."""
+
+    image: fx.Node
+    stride: int
+    pads: list[int]
+    taps: list[int]
+
+
+def _part_images(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """A convolution with stride s of an image with few channels as one with stride 1 of an image that has the pixels of
+    every block of s x s as its channels, and the kernel laid out alike: the same products, but onnxruntime copies what
+    a position reads by rows of channels, and few of them make many short copies."""
+    for node in list(graph.find_nodes(op="call_function", target=_aten.conv2d.default)):
+        weight, *bias = operands(node)[1:3]
+        if weight.target is not DEQUANTIZE:
+            continue
+        codes, scale = operands(weight)
+        shape = module.get_buffer(str(codes.target)).shape
+        blocks = _blocks(node, shape[2:])
+        if blocks is None:
+            continue
+        _, image_scale, zero_point, *_ = operands(blocks.image)
+        again = f"{image_scale.target}_again"
+        set_tensor(module, again, module.get_buffer(str(image_scale.target)).clone(), parameter=False)
+        with graph.inserting_before(node):
+            arguments = blocks.image, graph.get_attr(again), zero_point, blocks.pads, blocks.stride
+            parted = graph.call_function(PHASES, arguments)
+            kernel = graph.call_function(DEQUANTIZE, (_kernel_of_blocks(graph, codes, shape, blocks), scale))
+        node.args = (parted, kernel, *bias)
+
+
+def _blocks(node: fx.Node, kernel: Sequence[int]) -> _Blocks | None:
+    """How a convolution's image is parted, if that is an input of the graph, quantized to 8 bits, and it gains."""
+    arguments: tuple[Any, ...] = (*operands(node), *(None, 1, 0, 1, 1)[len(node.args) - 2 :])
+    image, _, _, strides, padding, dilation, groups = arguments
+    around = [0, 0, 0, 0]
+    if image.target in PADS and is_carrier(image):
+        around = [*image.args[1], 0, 0][:4] if len(image.args[1]) <= 4 else []
+        image = image.args[0]
+    if image.target is not FAKE_QUANTIZE or image.args[0].op != "placeholder" or image.args[3:] != (0, 255):
+        return None
+    stride, other = _pair(strides)
+    channels, *sizes = image.meta["val"].shape[1:]
+    if stride != other or {*_pair(dilation)} != {1} or groups != 1 or not around:
+        return None
+    if stride == 1 or stride**2 * channels > MOST_PHASES or not all(isinstance(size, int) for size in sizes):
+        return None
+    taps = [-(-size // stride) for size in kernel]
+    pads: list[int] = []
+    for axis in (1, 0):
+        first = around[2 * (1 - axis)] + _pair(padding)[axis]
+        positions = node.meta["val"].shape[2 + axis]
+        pads += [first, stride * (positions + taps[axis] - 1) - sizes[axis] - first]
+    return _Blocks(image, stride, pads, taps) if min(pads) >= 0 else None
+
+
+def _pair(value: Any) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * (2 // len(values))
+
+
+def _kernel_of_blocks(graph: fx.Graph, codes: fx.Node, shape: Sequence[int], blocks: _Blocks) -> fx.Node:
+    """Codes (O, C, k, k) -> (O, stride^2 C, taps, taps); onnxruntime does that once, when it loads the file."""
+    (outputs, channels, *sizes), stride, (rows, columns) = shape, blocks.stride, blocks.taps
+    more = [amount for axis in (1, 0) for amount in (0, stride * blocks.taps[axis] - sizes[axis])]
+    padded = graph.call_function(_aten.constant_pad_nd.default, (codes, more))
+    parted = graph.call_function(_aten.view.default, (padded, [outputs, channels, rows, stride, columns, stride]))
+    moved = graph.call_function(_aten.permute.default, (parted, [0, 3, 5, 1, 2, 4]))
+    return graph.call_function(_aten.reshape.default, (moved, [outputs, stride**2 * channels, rows, columns]))
 
 
 def _average_globally(graph: fx.Graph) -> None:

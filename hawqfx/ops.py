@@ -3,8 +3,8 @@
 fake_quantize stands for a QuantizeLinear and DequantizeLinear pair, which export writes.  Its gradient passes unchanged
 where the value was in range and is zero where it was clipped (Bengio, Leonard, Courville 2013), so that a lowered
 graph can be trained.  dequantize takes its place where the codes are constants, in the graph that is exported; there
-dequantize_rows gathers rows of a table of codes, and global_average is an average over all pixels, for which
-onnxruntime has an integer kernel under that name only.
+dequantize_rows gathers rows of a table of codes, global_average is an average over all pixels, for which onnxruntime
+has an integer kernel under that name only, and phases makes the pixels of every block of an image its channels.
 
 fake_quantize_dynamic and fake_quantize_blocks are what the schemes "dynamic" and "weight-only" do to what a linear
 layer reads (hawqfx.maths.schemes); dynamic_linear and blockwise_linear take the places of such layers in the graph that
@@ -74,6 +74,26 @@ def _(x: Tensor) -> Tensor:
 
 
 GLOBAL_AVERAGE = torch.ops.hawqfx.global_average.default
+
+
+@torch.library.custom_op("hawqfx::phases", mutates_args=())
+def phases(x: Tensor, scale: Tensor, zero_point: int, pads: list[int], block: int) -> Tensor:
+    """Values (N, C, H, W) of codes of 8 bits -> (N, block^2 C, H' / block, W' / block), those at one place of every
+    block being C channels side by side; H', W' are with zeros around, `pads` being left, right, top, bottom."""
+    padded = torch.nn.functional.pad(x, pads)
+    rows, columns = (size // block for size in padded.shape[2:])
+    parted = padded.reshape(*padded.shape[:2], rows, block, columns, block)
+    return parted.permute(0, 3, 5, 1, 2, 4).reshape(len(x), -1, rows, columns).clone()
+
+
+@phases.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: int, pads: list[int], block: int) -> Tensor:
+    left, right, top, bottom = pads
+    size = (x.shape[2] + top + bottom) // block, (x.shape[3] + left + right) // block
+    return x.new_empty((x.shape[0], block * block * x.shape[1], *size))
+
+
+PHASES = torch.ops.hawqfx.phases.default
 
 
 @torch.library.custom_op("hawqfx::dequantize_rows", mutates_args=())

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hawqfx import parity, runtime
 from hawqfx.errors import ExportError
@@ -206,6 +207,68 @@ def test_float_export_is_the_float_network(tmp_path: Path) -> None:
     theirs = np.asarray(runtime.run(runtime.session(tmp_path / "float.onnx"), [x.numpy()])[0])
     # float32 sums of at most 54 terms in another order, with batch-norm folded
     assert np.abs(theirs - build(Plain)(x).detach().numpy()).max() < 1e-5
+
+
+class Strided(nn.Module):
+    """A first layer with a stride, maybe behind zeros, as networks for images have it."""
+
+    def __init__(self, kernel: Any, stride: Any, padding: Any, around: tuple[int, ...] = (), **more: Any) -> None:
+        super().__init__()
+        self.around = around
+        self.first, self.second = nn.Conv2d(3, 9, kernel, stride, padding, **more), nn.Conv2d(9, 8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(F.pad(x, self.around) if self.around else x))
+        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "around", "parted"),
+    [
+        (7, 2, 3, (), True),  # ResNet
+        (3, 2, 1, (), True),  # MobileNet
+        (3, 2, 0, (0, 1, 0, 1), True),  # "same" padding as TensorFlow has it
+        (4, 4, 0, (0, 0, 0, 3), True),  # ConvNeXt
+        (7, 4, 3, (), True),  # SegFormer; a kernel that the stride does not divide
+        ((3, 5), 2, (1, 2), (1, 2, 3, 0), True),
+        (3, 2, 1, (1, 0), True),  # zeros along one axis
+        (3, 1, 1, (), False),
+        (8, 8, 0, (), False),  # its pixels lie side by side as it is
+        (3, (1, 2), 1, (), False),
+        (4, 4, 0, (), False),  # rows that nothing reads would have to be cut off
+    ],
+)
+def test_a_strided_layer_of_an_image_reads_blocks_of_pixels(
+    tmp_path: Path, kernel: Any, stride: Any, padding: Any, around: tuple[int, ...], parted: bool, packing: Any
+) -> None:
+    """The file computes the very sums of the graph, and holds the kernel as the network has it."""
+    data = [torch.randn(4, 3, 29, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    compiled = quick(lambda: Strided(kernel, stride, padding, around), "weight_bits=5", data=data)
+    path = tmp_path / "model.onnx"
+    compiled.export(path, packing)
+    kernels = parity.kernels(path)
+    assert ("SpaceToDepth" in kernels) == parted
+    assert kernels["QLinearConv"] == 2
+    assert {*kernels}.isdisjoint({"Conv", "DequantizeLinear"})
+    same = parity.compare(compiled.program, path, compiled.session.study.batches[0])
+    assert same.codes > 4 * 3 * 29 * 32
+    assert same.flips == 0
+    # float32 sums of 8 products in the head; everything before it is integers
+    assert same.worst < 1e-6
+    first = next(t for t in onnx.load(path).graph.initializer if t.name == "first.weight")
+    bits = compiled.plan.bits["first.weight"]
+    assert len(first.raw_data) <= -(-compiled.program.tensor("first.weight").numel() * bits // 8)
+
+
+@pytest.mark.parametrize("more", [{"dilation": 2}, {"groups": 3}])
+def test_other_strided_layers_stay_as_they_are(tmp_path: Path, more: Any) -> None:
+    data = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
+    compiled = quick(lambda: Strided(3, 2, 1, **more), "weight_bits=5", data=data)
+    compiled.export(tmp_path / "model.onnx")
+    assert "SpaceToDepth" not in parity.kernels(tmp_path / "model.onnx")
+    assert parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.study.batches[0]).flips == 0
 
 
 def test_every_code_of_every_width_survives_packing(tmp_path: Path) -> None:
