@@ -42,7 +42,7 @@ from hawqfx.ops import (
     GLOBAL_AVERAGE,
     PHASES,
 )
-from hawqfx.program import SCALE, Program
+from hawqfx.program import SCALE, Program, output_names
 from hawqfx.study import Batch
 
 Packing = Literal["portable", "native"]
@@ -70,7 +70,7 @@ def export(
     model = _translate(frozen, example, OPSET[packing])
     for name, bits in widths.items():
         _pack_weight(model, name, bits, packing)
-    _tidy(model)
+    _tidy(model, output_names(frozen))
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None
     model.metadata_props.update(metadata)
@@ -334,7 +334,7 @@ def _native_codes(body: _Body, parts: packing.NativeParts, inputs: Mapping[str, 
     return body("Cast", codes, to=ir.DataType.INT8)
 
 
-def _tidy(model: ir.Model) -> None:
+def _tidy(model: ir.Model, outputs: Sequence[str]) -> None:
     """Leave out of the file what no reader needs: traces of the exporter, shapes inside, copies of small constants."""
     for step in (
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -355,7 +355,7 @@ def _tidy(model: ir.Model) -> None:
         value.metadata_props.clear()
     for value in {*graph.initializers.values(), *made} - {*graph.outputs}:
         value.shape, value.type = None, None
-    _name_the_edges(graph)
+    _name_the_edges(graph, outputs)
 
 
 def _cast_constants(graph: ir.Graph) -> None:
@@ -383,10 +383,15 @@ def _share_constants(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _name_the_edges(graph: ir.Graph) -> None:
-    """The batch dimension is called that; outputs are `output`, or `output_0`, ... where there are several."""
-    for number, value in enumerate(graph.outputs):
-        value.name = "output" if len(graph.outputs) == 1 else f"output_{number}"
+def _name_the_edges(graph: ir.Graph, outputs: Sequence[str]) -> None:
+    """The batch dimension is called that; outputs have these names, `_output` behind those of inputs or constants."""
+    others = {value.name for value in graph.inputs} | graph.initializers.keys()
+    names = [f"{name}_output" if name in others else name for name in outputs]
+    for value in (value for node in graph for value in node.outputs):
+        if value.name in names:
+            value.name = f"{value.name}_inside"
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None and value.shape and not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *value.shape[1:]])
@@ -415,7 +420,7 @@ class Pieces:
                 custom_translation_table=_TRANSLATIONS,
             )  # fmt: skip
         assert translated is not None
-        _tidy(translated.model)
+        _tidy(translated.model, [f"output_{number}" for number in range(len(translated.model.graph.outputs))])
         translated.model.ir_version = IR_VERSION["portable"]
         self.model = ir.to_proto(translated.model)
         graph = self.model.graph

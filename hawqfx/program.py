@@ -1,8 +1,8 @@
 """The value that flows through the passes: a graph, the places where bits are chosen, and what is known of them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -182,6 +182,30 @@ class Program:
         if len(spec.children()) == 2 and spec.children()[1].context:
             ordered = {name: kwargs[name] for name in spec.children()[1].context}
         return pytree.tree_leaves((args, ordered))
+
+
+def output_names(graph: fx.GraphModule) -> list[str]:
+    """Names of the tensors that a graph returns, in order: the keys or fields that lead to them, as in `logits` or
+    `past_0`, else `output`, or `output_0`, ... where there are several."""
+    (returned,) = next(iter(graph.graph.find_nodes(op="output"))).args
+    leaves = pytree.tree_leaves(returned)
+    spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    paths = sorted(_paths(pytree.tree_unflatten(range(len(leaves)), spec), ()))
+    return ["_".join(path) or "output" for number, path in paths if isinstance(leaves[number], fx.Node)]
+
+
+def _paths(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Each leaf and what leads to it."""
+    if isinstance(tree, int):
+        yield tree, path
+        return
+    if hasattr(tree, "_asdict"):  # a named tuple
+        tree = tree._asdict()
+    elif is_dataclass(tree) and not isinstance(tree, Mapping):
+        tree = {each.name: getattr(tree, each.name) for each in fields(tree)}
+    named = isinstance(tree, Mapping)
+    for key, value in tree.items() if named else enumerate(tree):
+        yield from _paths(value, (*(path or () if named else path or ("output",)), str(key)))
 
 
 def tensor_of(graph: fx.GraphModule, key: str) -> Tensor:

@@ -1,8 +1,9 @@
 """export: packed weights bit for bit, integer kernels, size, whole files, and parity with the lowered graph."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
+import hawqfx
 from hawqfx import parity, runtime
 from hawqfx.errors import ExportError
 from hawqfx.facts import Bits, Rounding
@@ -269,6 +272,54 @@ def test_other_strided_layers_stay_as_they_are(tmp_path: Path, more: Any) -> Non
     compiled.export(tmp_path / "model.onnx")
     assert "SpaceToDepth" not in parity.kernels(tmp_path / "model.onnx")
     assert parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.study.batches[0]).flips == 0
+
+
+class Answer(NamedTuple):
+    logits: Tensor
+    hidden: tuple[Tensor, Tensor]
+
+
+ANSWERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], list[str]]] = {
+    "a tensor": (lambda x, y: y, ["output"]),
+    "a tuple": (lambda x, y: (x, y), ["output_0", "output_1"]),
+    "a list in a tuple": (lambda x, y: (y, [x, x + 1]), ["output_0", "output_1_0", "output_1_1"]),
+    "a dict": (lambda x, y: {"logits": y, "features": x}, ["logits", "features"]),
+    "a named tuple": (lambda x, y: Answer(y, (x, x + 1)), ["logits", "hidden_0", "hidden_1"]),
+    "nothing beside": (lambda x, y: {"loss": None, "logits": y}, ["logits"]),
+    "the name of an input": (lambda x, y: {"x": y}, ["x_output"]),
+    "the name of a value inside": (lambda x, y: {"relu": y, "conv2d": x}, ["relu", "conv2d"]),
+}
+
+
+class Answering(nn.Module):
+    """Returns its tensors in some structure."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.conv(x))
+        return self.answer(x, self.head(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_outputs_are_named_as_in_the_model(tmp_path: Path, name: str) -> None:
+    answer, names = ANSWERS[name]
+    data = [x for x, _ in images()]
+
+    def loss(output: Any, target: Any) -> Tensor:
+        return sum(leaf.square().mean() for leaf in pytree.tree_leaves(output) if leaf is not None)
+
+    compiled = hawqfx.compile(build(lambda: Answering(answer)), "weight_bits=8", data, sensitivity="mse", loss=loss)
+    compiled.export(tmp_path / "model.onnx")
+    session = runtime.session(tmp_path / "model.onnx")
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert [value.name for value in session.get_outputs()] == names
+    wanted = [leaf for leaf in pytree.tree_leaves(compiled.model(data[0])) if leaf is not None]
+    for ours, theirs in zip(wanted, runtime.run(session, [data[0].numpy()]), strict=True):
+        assert np.abs(ours.detach().numpy() - theirs).max() < 0.05  # a step of the largest is 0.02
 
 
 def test_every_code_of_every_width_survives_packing(tmp_path: Path) -> None:
