@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hawqfx import cli
+from hawqfx.budget import Budget
 from hawqfx.errors import HawqfxError
+from hawqfx.pipeline import recipe
 from hawqfx.plan import Plan
 from tests.nets import Plain, build, images
 
@@ -49,7 +51,8 @@ def test_compile_writes_the_file_the_plan_and_the_dump(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "model.onnx").stat().st_size > 1000
     assert set(Plan.read(plan).bits) == {"conv1.weight", "conv2.weight", "head.weight", "x", "relu", "relu_1", "mean"}
-    assert len(list(dump.iterdir())) == 12
+    steps = (f"{number:02}_{step.name}.txt" for number, step in enumerate(recipe(Budget()), 1))
+    assert sorted(path.name for path in dump.iterdir()) == list(steps)
     assert "conv1.weight" in result.output
     assert "time per pass" in result.output
 
