@@ -4,9 +4,9 @@
 
 Makes an environment for each version in the user's cache folder (`pip install onnxruntime==...`, from the package
 index), runs files there in a process of its own, and compares their outputs with those of the onnxruntime installed
-here.  Files: ResNet-20 (hawqfx.zoo) with 2 to 8 bits, a U-Net and a BERT (architectures.py), the BERT also with linear
-layers dynamic and weight-only, each in the portable packing, for 1.20 and later, and in the native one, for 1.24 and
-later.  --quick: ResNet-20 alone.
+here.  Files: ResNet-20 (hawqfx.zoo) with 2 to 8 bits, a MobileNetV2, a U-Net and a BERT (architectures.py), the BERT
+also with linear layers dynamic and weight-only, each in the portable packing, for 1.20 and later, and in the native
+one, for 1.24 and later.  --quick: ResNet-20 alone.
 """
 
 import json
@@ -68,7 +68,7 @@ def networks(quick: bool) -> dict[str, Compiled]:
     keys = [site.key for site in session.measured.weights]
     every = session.at("weight_bits=8", fix={key: widths[at % len(widths)] for at, key in enumerate(keys)})
     found = {"ResNet-20": every}
-    for name in () if quick else ("U-Net", "BERT"):
+    for name in () if quick else ("MobileNetV2", "U-Net", "BERT"):
         model, batches = build(name)
         found[name] = hawqfx.compile(model, "weight_bits=5", batches, sensitivity="mse", rounding="nearest")
     if not quick:

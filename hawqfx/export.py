@@ -102,13 +102,11 @@ def _average(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
 
-def _phases(x: Any, scale: Any, zero_point: int, pads: Sequence[int], block: int) -> Any:
-    zero = _constant(zero_point, np.uint8)
-    codes = op.QuantizeLinear(x, scale, zero)  # of what has just been dequantized: onnxruntime drops both
+def _phases(x: Any, pads: Sequence[int], block: int) -> Any:
     if any(pads):
         left, right, top, bottom = pads
-        codes = op.Pad(codes, _constant([0, 0, top, left, 0, 0, bottom, right], np.int64), zero)
-    return op.DequantizeLinear(op.SpaceToDepth(codes, blocksize=block), scale, zero)
+        x = op.Pad(x, _constant([0, 0, top, left, 0, 0, bottom, right], np.int64))
+    return op.SpaceToDepth(x, blocksize=block)
 
 
 def _matmul_nbits() -> Op:

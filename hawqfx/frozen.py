@@ -23,6 +23,7 @@ from hawqfx.ops import (
 from hawqfx.program import Program, copy_graph, set_tensor
 from hawqfx.vocabulary import EMBEDDING, PADS, WEIGHTED, is_carrier, operands, spatial_mean
 
+OF_BLOCKS = "_of_blocks"  # behind the name of a scale: of an image whose blocks are channels
 LEAST = "_least"  # the constant that no number is less than
 MOST_PHASES = 64  # channels of an image whose blocks are channels; with more, the copies are long enough
 
@@ -106,7 +107,8 @@ class _Blocks:
 def _part_images(module: fx.GraphModule, graph: fx.Graph) -> None:
     """A convolution with stride s of an image with few channels as one with stride 1 of an image that has the pixels of
     every block of s x s as its channels, and the kernel laid out alike: the same products, but onnxruntime copies what
-    a position reads by rows of channels, and few of them make many short copies."""
+    a position reads by rows of channels, and few of them make many short copies.  The image is parted before it is
+    quantized, since onnxruntime 1.24 parts only floats."""
     for node in list(graph.find_nodes(op="call_function", target=_aten.conv2d.default)):
         weight, *bias = operands(node)[1:3]
         if weight.target is not DEQUANTIZE:
@@ -116,25 +118,25 @@ def _part_images(module: fx.GraphModule, graph: fx.Graph) -> None:
         blocks = _blocks(node, shape[2:])
         if blocks is None:
             continue
-        _, image_scale, zero_point, *_ = operands(blocks.image)
-        again = f"{image_scale.target}_again"
-        set_tensor(module, again, module.get_buffer(str(image_scale.target)).clone(), parameter=False)
+        image, image_scale, *rest = operands(blocks.image)
+        name = f"{image_scale.target}{OF_BLOCKS}"
+        set_tensor(module, name, module.get_buffer(str(image_scale.target)).clone(), parameter=False)
         with graph.inserting_before(node):
-            arguments = blocks.image, graph.get_attr(again), zero_point, blocks.pads, blocks.stride
-            parted = graph.call_function(PHASES, arguments)
+            parted = graph.call_function(PHASES, (image, blocks.pads, blocks.stride))
+            parted = graph.call_function(FAKE_QUANTIZE, (parted, graph.get_attr(name), *rest))
             kernel = graph.call_function(DEQUANTIZE, (_kernel_of_blocks(graph, codes, shape, blocks), scale))
         node.args = (parted, kernel, *bias)
 
 
 def _blocks(node: fx.Node, kernel: Sequence[int]) -> _Blocks | None:
-    """How a convolution's image is parted, if that is an input of the graph, quantized to 8 bits, and it gains."""
+    """How a convolution's image is parted, if that is an input of the graph, and it gains."""
     arguments: tuple[Any, ...] = (*operands(node), *(None, 1, 0, 1, 1)[len(node.args) - 2 :])
     image, _, _, strides, padding, dilation, groups = arguments
     around = [0, 0, 0, 0]
     if image.target in PADS and is_carrier(image):
         around = [*image.args[1], 0, 0][:4] if len(image.args[1]) <= 4 else []
         image = image.args[0]
-    if image.target is not FAKE_QUANTIZE or image.args[0].op != "placeholder" or image.args[3:] != (0, 255):
+    if image.target is not FAKE_QUANTIZE or image.args[0].op != "placeholder":
         return None
     stride, other = _pair(strides)
     channels, *sizes = image.meta["val"].shape[1:]

@@ -77,9 +77,9 @@ GLOBAL_AVERAGE = torch.ops.hawqfx.global_average.default
 
 
 @torch.library.custom_op("hawqfx::phases", mutates_args=())
-def phases(x: Tensor, scale: Tensor, zero_point: int, pads: list[int], block: int) -> Tensor:
-    """Values (N, C, H, W) of codes of 8 bits -> (N, block^2 C, H' / block, W' / block), those at one place of every
-    block being C channels side by side; H', W' are with zeros around, `pads` being left, right, top, bottom."""
+def phases(x: Tensor, pads: list[int], block: int) -> Tensor:
+    """(N, C, H, W) -> (N, block^2 C, H' / block, W' / block), what is at one place of every block being C channels side
+    by side; H', W' are with zeros around, `pads` being left, right, top, bottom."""
     padded = torch.nn.functional.pad(x, pads)
     rows, columns = (size // block for size in padded.shape[2:])
     parted = padded.reshape(*padded.shape[:2], rows, block, columns, block)
@@ -87,7 +87,7 @@ def phases(x: Tensor, scale: Tensor, zero_point: int, pads: list[int], block: in
 
 
 @phases.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: int, pads: list[int], block: int) -> Tensor:
+def _(x: Tensor, pads: list[int], block: int) -> Tensor:
     left, right, top, bottom = pads
     size = (x.shape[2] + top + bottom) // block, (x.shape[3] + left + right) // block
     return x.new_empty((x.shape[0], block * block * x.shape[1], *size))

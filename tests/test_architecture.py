@@ -68,7 +68,7 @@ LAW: dict[str, set[str]] = {
     "runtime": set(),
     "frozen": {"maths", "ops", "program", "vocabulary"},
     "export": {"capture", "errors", "files", "frozen", "maths", "ops", "program", "study"},
-    "parity": {"export", "ops", "program", "runtime", "study"},
+    "parity": {"export", "ops", "program", "runtime", "study", "vocabulary"},
     "latency": {
         "errors", "export", "facts", "files", "integers", "maths", "pipeline", "program", "runner", "runtime", "study",
         "timetable", "vocabulary",
