@@ -7,6 +7,7 @@ weights signed with an explicit zero-point of zeros (QGemm is not fused without 
 zero-point, biases int32, and 4- or 6-bit activations as uint8 with a Clip on the integers (uint4 stays in float).
 """
 
+import itertools
 import logging
 import tempfile
 import warnings
@@ -383,8 +384,13 @@ def _share_constants(graph: ir.Graph) -> None:
 
 def _name_the_edges(graph: ir.Graph, outputs: Sequence[str]) -> None:
     """The batch dimension is called that; outputs have these names, `_output` behind those of inputs or constants."""
-    others = {value.name for value in graph.inputs} | graph.initializers.keys()
-    names = [f"{name}_output" if name in others else name for name in outputs]
+    _part_outputs(graph)
+    taken = {str(value.name) for value in graph.inputs} | graph.initializers.keys()
+    names: list[str] = []
+    for name in outputs:
+        candidates = itertools.chain((name, f"{name}_output"), (f"{name}_{number}" for number in itertools.count(2)))
+        names.append(next(each for each in candidates if each not in taken))
+        taken.add(names[-1])
     for value in (value for node in graph for value in node.outputs):
         if value.name in names:
             value.name = f"{value.name}_inside"
@@ -393,6 +399,16 @@ def _name_the_edges(graph: ir.Graph, outputs: Sequence[str]) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None and value.shape and not isinstance(value.shape[0], int):
             value.shape = ir.Shape(["batch", *value.shape[1:]])
+
+
+def _part_outputs(graph: ir.Graph) -> None:
+    """What is an input too, or returned twice, is copied, so that each output has a name of its own."""
+    for number, value in enumerate(graph.outputs):
+        if value.producer() is None or value in graph.outputs[:number]:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            graph.append(copy)
+            graph.outputs[number] = copy.outputs[0]
 
 
 @dataclass(frozen=True)
@@ -410,7 +426,7 @@ class Pieces:
     """
 
     def __init__(self, program: Program, inputs: Sequence[torch.Tensor]) -> None:
-        frozen, _ = freeze(program)
+        frozen, _ = freeze(program, part_images=False)  # inputs here are tensors anywhere inside
         exported = torch.export.export(frozen, tuple(inputs), strict=False)
         with _quiet():
             translated = torch.onnx.export(

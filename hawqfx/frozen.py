@@ -30,8 +30,10 @@ MOST_PHASES = 64  # channels of an image whose blocks are channels; with more, t
 _aten = torch.ops.aten
 
 
-def freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
-    """A graph whose weights and biases are integer buffers, and the width of each weight by name."""
+def freeze(program: Program, *, part_images: bool = True) -> tuple[fx.GraphModule, dict[str, int]]:
+    """A graph whose weights and biases are integer buffers, and the width of each weight by name.
+
+    part_images: whether the inputs are images that layers may read in blocks (see `_part_images`)."""
     module = copy_graph(program.graph)
     graph = module.graph
     widths = {}
@@ -53,7 +55,8 @@ def freeze(program: Program) -> tuple[fx.GraphModule, dict[str, int]]:
             node.replace_all_uses_with(graph.call_function(DEQUANTIZE, (constant, scale)))
         graph.erase_node(node)
     _lay_out_linear(module, graph, widths)
-    _part_images(module, graph)
+    if part_images:
+        _part_images(module, graph)
     _keep_weights_in_float(module, graph)
     _average_globally(graph)
     _gather_codes(graph)
@@ -140,7 +143,7 @@ def _blocks(node: fx.Node, kernel: Sequence[int]) -> _Blocks | None:
         return None
     stride, other = _pair(strides)
     channels, *sizes = image.meta["val"].shape[1:]
-    if stride != other or {*_pair(dilation)} != {1} or groups != 1 or not around:
+    if stride != other or {*_pair(dilation)} != {1} or groups != 1 or min(around, default=-1) < 0:
         return None
     if stride == 1 or stride**2 * channels > MOST_PHASES or not all(isinstance(size, int) for size in sizes):
         return None

@@ -21,6 +21,7 @@ from hawqfx.vocabulary import (
     is_product,
     is_tensor,
     operands,
+    value_readers,
 )
 
 INTEGER, FLOAT = "integer", "float"  # the two ends of the cut
@@ -68,8 +69,9 @@ def find(graph: fx.Graph, keeps_float: Callable[[fx.Node], bool] = lambda layer:
 def end(kernel: fx.Node) -> fx.Node:
     """The tensor that a kernel ends in: its rectifier's, if nothing else reads the value before and if the quantizer
     after the rectifier can start at zero, so that onnxruntime may drop the rectifier."""
-    if len(kernel.users) == 1:
-        (user,) = kernel.users
+    readers = value_readers(kernel)
+    if len(readers) == 1:
+        (user,) = readers
         if ceiling(user) is not None and cut_alike(_carried_with(user)):
             return user
     return kernel
@@ -133,7 +135,7 @@ class _Cut:
                 self.edges.add_edge(INTEGER, node, capacity=1)
         else:
             self._join(node, FLOAT)
-        readers = [self._reader(user) for user in node.users]
+        readers = [self._reader(user) for user in value_readers(node)]
         for reader in dict.fromkeys(readers):
             self._join(("dequantize", node), reader)
             self._join(reader, ("quantize", node))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.maths import curvature
-from hawqfx.vocabulary import is_pointwise
+from hawqfx.vocabulary import is_smooth, value_readers
 
 Function = Callable[[Tensor], Tensor]
 
@@ -18,10 +18,10 @@ def nonlinearity(source: fx.Node) -> list[fx.Node]:
     body: list[fx.Node] = []
     inside, node = {source}, source.next
     while node.op != "root":
-        if is_pointwise(node) and node.all_input_nodes and set(node.all_input_nodes) <= inside:
+        if is_smooth(node) and node.all_input_nodes and set(node.all_input_nodes) <= inside:
             body.append(node)
             inside.add(node)
-            if all(user in inside for member in inside - {node} for user in member.users):
+            if all(user in inside for member in inside - {node} for user in value_readers(member)):
                 return body
         node = node.next
     return []
@@ -40,7 +40,7 @@ def evaluate(body: Sequence[fx.Node], source: fx.Node, values: Tensor) -> Tensor
 def function_of(graph: fx.Graph, tied: Collection[str]) -> Function | None:
     """The function that is all that is read of tensors, by the names of their nodes, which are those of one tensor
     moved about; None if other things are read of them."""
-    sources = [n for n in graph.nodes if n.name in tied and not {user.name for user in n.users} <= set(tied)]
+    sources = [n for n in graph.nodes if n.name in tied and not {user.name for user in value_readers(n)} <= set(tied)]
     body = nonlinearity(sources[0]) if len(sources) == 1 else []
     return partial(evaluate, body, sources[0]) if body else None
 

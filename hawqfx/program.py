@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -188,24 +188,21 @@ def output_names(graph: fx.GraphModule) -> list[str]:
     """Names of the tensors that a graph returns, in order: the keys or fields that lead to them, as in `logits` or
     `past_0`, else `output`, or `output_0`, ... where there are several."""
     (returned,) = next(iter(graph.graph.find_nodes(op="output"))).args
-    leaves = pytree.tree_leaves(returned)
     spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    paths = sorted(_paths(pytree.tree_unflatten(range(len(leaves)), spec), ()))
-    return ["_".join(path) or "output" for number, path in paths if isinstance(leaves[number], fx.Node)]
+    paths = zip(pytree.tree_leaves(returned), _paths(spec, ()), strict=True)
+    return ["_".join(path) or "output" for leaf, path in paths if isinstance(leaf, fx.Node)]
 
 
-def _paths(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Each leaf and what leads to it."""
-    if isinstance(tree, int):
-        yield tree, path
+def _paths(spec: pytree.TreeSpec, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """What leads to each leaf."""
+    children = spec.children()
+    if spec.is_leaf():
+        yield path
         return
-    if hasattr(tree, "_asdict"):  # a named tuple
-        tree = tree._asdict()
-    elif is_dataclass(tree) and not isinstance(tree, Mapping):
-        tree = {each.name: getattr(tree, each.name) for each in fields(tree)}
-    named = isinstance(tree, Mapping)
-    for key, value in tree.items() if named else enumerate(tree):
-        yield from _paths(value, (*(path or () if named else path or ("output",)), str(key)))
+    known: Any = getattr(spec.context, "_fields", spec.context)  # a named tuple's, or the keys of a dict and its like
+    named = isinstance(known, (list, tuple)) and len(known) == len(children) and all(isinstance(k, str) for k in known)
+    for key, child in zip(known if named else map(str, range(len(children))), children, strict=True):
+        yield from _paths(child, (*(path or () if named else path or ("output",)), key))
 
 
 def tensor_of(graph: fx.GraphModule, key: str) -> Tensor:

@@ -91,7 +91,7 @@ def _in_turns(runs: Sequence[Callable[[], object]], more: Callable[[Sequence[flo
     `more`.  Turns are bursts, of which the first runs only bring the caches into the state that they have where one
     model runs again and again, as it does where it is deployed."""
     seconds: list[list[float]] = [[] for _ in runs]
-    while more(seconds[0]):
+    while seconds and more(seconds[0]):
         for each, times in zip(runs, seconds, strict=True):
             for turn in range(BURST):
                 start = time.perf_counter()

@@ -108,8 +108,14 @@ _CARRIERS: set[Target] = {
 # Carriers that add nothing but zeros, which every quantizer represents; onnxruntime takes them into the layer after.
 PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
 
-# Functions of each value that torch does not tag as such.
-_UNTAGGED: set[Target] = {_aten.hardswish.default, _aten.log_sigmoid.default}
+# Functions of each value that are finite, and so steep, wherever their values are.
+_SMOOTH: set[Target] = {
+    _aten.relu.default, _aten.relu6.default, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default,
+    _aten.leaky_relu.default, _aten.elu.default, _aten.selu.default, _aten.celu.default, _aten.sigmoid.default,
+    _aten.tanh.default, _aten.silu.default, _aten.gelu.default, _aten.mish.default, _aten.softplus.default,
+    _aten.log_sigmoid.default, _aten.hardsigmoid.default, _aten.hardswish.default, _aten.erf.default,
+    _aten.neg.default, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor,
+}  # fmt: skip
 
 # What constants go into without being multiplied by.
 NO_PRODUCTS: set[Target] = _CARRIERS | {_aten.add.Tensor, _aten.sub.Tensor, _aten.repeat.default, _aten.index.Tensor}
@@ -189,9 +195,21 @@ def is_carrier(node: fx.Node) -> bool:
     return node.target in _CARRIERS and is_tensor(node)
 
 
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether a node computes each of its values from the values at the same place."""
-    return is_tensor(node) and (node.target in _UNTAGGED or torch.Tag.pointwise in getattr(node.target, "tags", ()))
+def is_smooth(node: fx.Node) -> bool:
+    """Whether a node computes each of its values from those at the same place, by a function that is finite, and so
+    steep, wherever they are."""
+    if not is_tensor(node):
+        return False
+    if node.target is _aten.div.Tensor:  # by a number
+        return not isinstance(node.args[1], fx.Node)
+    if node.target is _aten.pow.Tensor_Scalar:
+        return isinstance(node.args[1], int) and node.args[1] > 0
+    return node.target in _SMOOTH
+
+
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node but for those that only ask for a size."""
+    return [user for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]
 
 
 def training_argument(node: fx.Node) -> bool:

@@ -8,13 +8,12 @@ all of its readers.)
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from hawqfx import integers
 from hawqfx.contract import Rewrite
 from hawqfx.program import Program, copy_graph
-from hawqfx.vocabulary import COPY, is_tensor, kept_in_float
+from hawqfx.vocabulary import COPY, is_tensor, kept_in_float, value_readers
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ class Borders(Rewrite):
         for node in list(graph.nodes):
             if not is_tensor(node) or node in found.makes:
                 continue
-            values = [user for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]  # not a size
-            reading = [user for user in values if found.reads(user, node)]
-            if not reading or len(reading) == len(values):
+            readers = value_readers(node)
+            reading = [user for user in readers if found.reads(user, node)]
+            if not reading or len(reading) == len(readers):
                 continue
             after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
             with graph.inserting_after(after):

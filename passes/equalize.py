@@ -7,7 +7,7 @@ be ReLU, which commutes with s, or a gated function x g(x), such as SiLU: that b
 convolution of each channel with one weight, on integer kernels too.  Nothing changes in float.
 
 Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.1, for ReLU, and
-for the norm of the weights as the measure of a channel's range.
+for the norm of a channel's weights, here with its bias, as the measure of its range.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class Equalize(Rewrite):
             body = nonlinearity(maker)
             gate = _gate(maker, body)
             readers = list((body[-1] if body else maker).users)
-            if gate is None or not all(map(_depthwise, readers)):
+            if gate is None or not readers or not all(map(_depthwise, readers)):
                 continue
             if any(kept_in_float(layer, self.keep_float) for layer in (maker, *readers)):
                 continue
@@ -80,6 +80,8 @@ class Equalize(Rewrite):
 def _ranges(write: Writer, maker: fx.Node, readers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
     """(C,) how large each channel is, and (C,) how much its squared errors count."""
     made = _rows(write, maker).square().sum(1)
+    if len(maker.args) > 2 and isinstance(maker.args[2], fx.Node):
+        made = made + write.value(maker.args[2]).double().square()
     counts = [_rows(write, reader).reshape(len(made), -1).square().sum(1) for reader in readers]
     return made.sqrt(), torch.stack(counts).sum(0)
 

@@ -269,7 +269,7 @@ def test_a_strided_layer_of_an_image_reads_blocks_of_pixels(
     assert len(first.raw_data) <= -(-compiled.program.tensor("first.weight").numel() * bits // 8)
 
 
-@pytest.mark.parametrize("more", [{"dilation": 2}, {"groups": 3}])
+@pytest.mark.parametrize("more", [{"dilation": 2}, {"groups": 3}, {"around": (-1, -1, -1, -1)}])  # cut off, then zeros
 def test_other_strided_layers_stay_as_they_are(tmp_path: Path, more: Any) -> None:
     data = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
     compiled = quick(lambda: Strided(3, 2, 1, **more), "weight_bits=5", data=data)
@@ -283,6 +283,18 @@ class Answer(NamedTuple):
     hidden: tuple[Tensor, Tensor]
 
 
+class Own:
+    """A structure that torch has been told of, and that no numbers make."""
+
+    def __init__(self, one: Tensor, other: Tensor) -> None:
+        assert not isinstance(one, int)
+        self.parts = one, other
+
+
+pytree.register_pytree_node(
+    Own, lambda own: (list(own.parts), None), lambda parts, _: Own(*parts), serialized_type_name="tests.Own"
+)
+
 ANSWERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], list[str]]] = {
     "a tensor": (lambda x, y: y, ["output"]),
     "a tuple": (lambda x, y: (x, y), ["output_0", "output_1"]),
@@ -290,6 +302,9 @@ ANSWERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], list[str]]] = {
     "a dict": (lambda x, y: {"logits": y, "features": x}, ["logits", "features"]),
     "a named tuple": (lambda x, y: Answer(y, (x, x + 1)), ["logits", "hidden_0", "hidden_1"]),
     "nothing beside": (lambda x, y: {"loss": None, "logits": y}, ["logits"]),
+    "of its own type": (lambda x, y: Own(x, y), ["output_0", "output_1"]),
+    "a tensor twice": (lambda x, y: {"first": y, "again": y}, ["first", "again"]),
+    "paths that read alike": (lambda x, y: {"a": {"b": x}, "a_b": y}, ["a_b", "a_b_output"]),
     "the name of an input": (lambda x, y: {"x": y}, ["x_output"]),
     "the name of a value inside": (lambda x, y: {"relu": y, "conv2d": x}, ["relu", "conv2d"]),
 }
@@ -324,6 +339,21 @@ def test_outputs_are_named_as_in_the_model(tmp_path: Path, name: str) -> None:
     wanted = [leaf for leaf in pytree.tree_leaves(compiled.model(data[0])) if leaf is not None]
     for ours, theirs in zip(wanted, runtime.run(session, [data[0].numpy()]), strict=True):
         assert np.abs(ours.detach().numpy() - theirs).max() < 0.05  # a step of the largest is 0.02
+
+
+def test_an_input_that_is_returned_keeps_its_name(tmp_path: Path) -> None:
+    class Echo(Answering):
+        def forward(self, x: Tensor) -> Any:
+            return {"given": x, "logits": super().forward(x)}
+
+    data = [x for x, _ in images()]
+    loss = lambda output, target: output["logits"].square().mean()  # noqa: E731
+    model = build(lambda: Echo(lambda x, y: y))
+    hawqfx.compile(model, "weight_bits=8", data, sensitivity="mse", loss=loss).export(tmp_path / "model.onnx")
+    session = runtime.session(tmp_path / "model.onnx")
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert [value.name for value in session.get_outputs()] == ["given", "logits"]
+    assert np.array_equal(runtime.run(session, [data[0].numpy()])[0], data[0].numpy())
 
 
 def test_every_code_of_every_width_survives_packing(tmp_path: Path) -> None:

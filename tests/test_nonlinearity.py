@@ -61,6 +61,19 @@ def test_a_function_is_found_whole(name: str) -> None:
     assert square_slope(function, values) == pytest.approx(float(slopes.square().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("function", [lambda x: x.abs().sqrt(), torch.reciprocal, lambda x: x / (x * x + 1)])
+def test_a_function_that_is_not_finite_or_infinitely_steep_somewhere_is_none(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    program = found(lambda: Between(function))
+    assert function_of(program.graph.graph, [source(program).name]) is None
+
+
+def test_who_asks_for_a_size_reads_no_values() -> None:
+    program = found(lambda: Between(lambda x: F.silu(x) * x.shape[0]))
+    assert function_of(program.graph.graph, [source(program).name]) is not None
+
+
 @pytest.mark.parametrize("also", [torch.tanh, lambda x: x.transpose(2, 3)])
 def test_what_else_is_read_of_a_tensor_leaves_no_function(also: Callable[[Tensor], Tensor]) -> None:
     program = found(lambda: Between(F.silu, also))
