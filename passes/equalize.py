@@ -7,7 +7,7 @@ be ReLU, which commutes with s, or a gated function x g(x), such as SiLU: that b
 convolution of each channel with one weight, on integer kernels too.  Nothing changes in float.
 
 Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.1, for ReLU, and
-for the norm of a channel's weights, here with its bias, as the measure of its range.
+for the norm of the weights as the measure of a channel's range.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from hawqfx.program import Program
 from hawqfx.vocabulary import CONVOLUTIONS, WEIGHTED, ceiling, is_constant, is_tensor, kept_in_float
 from hawqfx.writer import Writer
 
-LEAST = 2.0**-10  # of the largest channel's range
+LEAST = 2.0**-12  # of the largest channel's weights: with less, a channel counts as pruned
 
 
 def _convolves(node: fx.Node) -> bool:
@@ -72,7 +72,7 @@ class Equalize(Rewrite):
                 continue
             sizes, counts = _ranges(write, maker, readers)
             if float((counts * sizes.square()).sum() * self.gain) < float(counts.sum() * sizes.max() ** 2):
-                _equalize(write, maker, gate, readers, (sizes / sizes.max()).clamp_min(LEAST))
+                _equalize(write, maker, gate, readers, sizes / sizes.max())
                 found = True
         return write.done() if found else program
 
@@ -80,8 +80,7 @@ class Equalize(Rewrite):
 def _ranges(write: Writer, maker: fx.Node, readers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
     """(C,) how large each channel is, and (C,) how much its squared errors count."""
     made = _rows(write, maker).square().sum(1)
-    if len(maker.args) > 2 and isinstance(maker.args[2], fx.Node):
-        made = made + write.value(maker.args[2]).double().square()
+    made = torch.where(made < LEAST**2 * made.max(), made.max(), made)  # its bias alone: no range to bring anywhere
     counts = [_rows(write, reader).reshape(len(made), -1).square().sum(1) for reader in readers]
     return made.sqrt(), torch.stack(counts).sum(0)
 

@@ -16,7 +16,7 @@ from hawqfx.runner import run
 from tests.nets import build, images
 from tests.tools import captured, quick, study, tensor_at
 
-CHANNELS = torch.tensor([1.0, 1e-3, 0.1, 2e-3, 5e-4, 1e-2])
+CHANNELS = torch.tensor([1.0, 1e-3, 0.1, 2e-3, 7e-4, 1e-2])
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu, "silu": F.silu, "gate": lambda x: torch.tanh(x) * x, "nothing": lambda x: x,
 }  # fmt: skip
