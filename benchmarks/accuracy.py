@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 import hawqfx
-from hawqfx import Compiled, parity, runtime, zoo
-from hawqfx.facts import Quantizers
-from hawqfx.study import Batch
+from hawqfx import Compiled, zoo
+from hawqfx.frontend.context import Batch
+from hawqfx.ir.facts import Quantizers
+from hawqfx.runtime import ort, parity
 
 BUDGETS = (7, 7.5, 8, 8.5, 9, 9.4, 10, 11, 12, 12.5, 13.1, 14, 15, 16, 17, 18, 20, 22, 25)
 QUICK_BUDGETS = (7, 8, 9.4, 11, 12.5, 15, 18)
@@ -60,8 +61,8 @@ class Judge:
         self.float_bytes = 0
 
     def logits(self, path: Path) -> NDArray[np.float32]:
-        model = runtime.session(path)
-        return np.concatenate([runtime.run(model, [batch])[0] for batch in np.array_split(self.images, 40)])
+        model = ort.session(path)
+        return np.concatenate([ort.run(model, [batch])[0] for batch in np.array_split(self.images, 40)])
 
     def floating(self, compiled: Compiled) -> Row:
         path = self.folder / "float.onnx"
@@ -198,7 +199,7 @@ def measure_latency(
         compiled.export(paths[name])
     found = {}
     for size in (1, 64):
-        times = runtime.latency(paths, [images[:size].numpy()], threads=1, rounds=rounds)
+        times = ort.latency(paths, [images[:size].numpy()], threads=1, rounds=rounds)
         found[f"batch {size}"] = {name: asdict(value) for name, value in times.items()}
         for name in models:
             ratio = times[name].median / times["uniform W8A8"].median

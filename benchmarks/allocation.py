@@ -22,8 +22,8 @@ import numpy as np
 from common import Claims, arguments, console
 from rich.table import Table
 
-from hawqfx.maths import knapsack
-from hawqfx.maths.knapsack import Choice, Limit, Nogood, Problem, Terms, choose
+from hawqfx.allocation.solver import search
+from hawqfx.allocation.solver.search import Choice, Limit, Nogood, Problem, Terms, choose
 
 BITS, INPUT_BITS = np.arange(2, 9), np.array([4, 6, 8])
 PATIENCE = 20.0  # seconds for the other solvers
@@ -76,18 +76,18 @@ CASES: dict[str, tuple[Callable[[int], Problem], float, float | None]] = {
 
 
 def whole(problem: Problem) -> Any:
-    return knapsack._Program(problem, [range(len(options)) for options in problem.losses])
+    return search._Program(problem, [range(len(options)) for options in problem.losses])
 
 
 def by_cp_sat(problem: Problem, gap: float) -> float:
     """The gap that CP-SAT alone proves in its time; infinity where it finds no plan."""
     program = whole(problem)
-    effort, knapsack.EFFORT = knapsack.EFFORT, 1e9
+    effort, search.EFFORT = search.EFFORT, 1e9
     try:
         hint = [len(options) - 1 for options in problem.losses]
-        found = knapsack._by_cp_sat(program, hint, gap, time.monotonic() + PATIENCE)
+        found = search._by_cp_sat(program, hint, gap, time.monotonic() + PATIENCE)
     finally:
-        knapsack.EFFORT = effort
+        search.EFFORT = effort
     return (found.loss - found.bound) / found.loss if found.picks is not None else math.inf
 
 
@@ -96,7 +96,7 @@ def by_highs(problem: Problem, gap: float) -> float:
     start = choose(problem, gap=1.0)
     allowed = gap * start.loss if isinstance(start, Choice) else 0.0
     hint = [len(options) - 1 for options in problem.losses]
-    found = knapsack._by_highs(whole(problem), hint, allowed, time.monotonic() + PATIENCE)
+    found = search._by_highs(whole(problem), hint, allowed, time.monotonic() + PATIENCE)
     return (found.loss - found.bound) / found.loss if found.picks is not None else math.inf
 
 

@@ -27,18 +27,18 @@ from subjects import SUBJECTS, Subject
 
 import hawqfx
 from hawqfx import Compiled, pipeline, zoo
-from hawqfx.contract import Analysis
 from hawqfx.errors import HawqfxError
-from hawqfx.facts import LossIncrease
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import LossIncrease
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.base import Analysis
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
-from hawqfx.program import Program
-from hawqfx.runner import run
-from hawqfx.study import Study
 
 BUDGETS = (5, 4, 3, 2.5)  # bits per weight on average
 # hawq-v1 takes a product per site and step, so: five steps, and a quarter of the samples; taylor a probe per width

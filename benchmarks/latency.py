@@ -27,7 +27,7 @@ from theirs import their_files
 from torch import nn
 
 import hawqfx
-from hawqfx import runtime
+from hawqfx.runtime import ort
 
 THREADS = (1, 0)  # 0: as many as onnxruntime chooses
 ROUNDS = 60
@@ -85,7 +85,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         "milliseconds": {},
     }
     for threads in THREADS:
-        times = runtime.latency(files, sample, threads=threads, rounds=ROUNDS)
+        times = ort.latency(files, sample, threads=threads, rounds=ROUNDS)
         word = f"{threads} thread" if threads else "all threads"
         found["milliseconds"][word] = {key: 1e3 * latency.median for key, latency in times.items()}
     return found

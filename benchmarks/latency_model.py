@@ -4,7 +4,7 @@
 
 ResNet-20, EfficientNet-Lite0 and MiniLM (subjects.py; the extra `bench`), one sample, one thread.  Nine plans each,
 from all float to all 8 bits, with weights, activations or whole stretches of the network at other widths or in float:
-the latency that the parts predict (hawqfx/latency.py) beside that of the exported file, medians of runs in bursts, in
+the latency that the parts predict (hawqfx/latency) beside that of the exported file, medians of runs in bursts, in
 turns.  Then six budgets between the two ends for each network: does the exported plan keep them, when it is timed once
 more?  A machine that is shared runs faster in one minute than in another: the two ends are timed again beside the other
 plans, and for the claim predictions are scaled by as much as both moved since the parts were timed (`drift`).  Parts
@@ -23,12 +23,12 @@ from rich.table import Table
 from subjects import SUBJECTS
 
 import hawqfx
-from hawqfx import runtime
 from hawqfx.errors import InfeasibleBudget
-from hawqfx.facts import Bits, Fact
-from hawqfx.latency import measure
-from hawqfx.program import WeightSite
-from hawqfx.session import Session
+from hawqfx.ir.facts import Bits, Fact
+from hawqfx.ir.program import WeightSite
+from hawqfx.latency.profiler import measure
+from hawqfx.runtime import ort
+from hawqfx.session.session import Session
 
 NETWORKS = ("resnet20", "efficientnet-lite0", "minilm")
 SECONDS = 12.0  # for the runs of all files of a network
@@ -69,9 +69,9 @@ def times(session: Session, bits: dict[str, dict[str, int]]) -> dict[str, float]
             session.lowered(session.measured.learn(facts), "").export(paths[-1])
         feeds = []
         for path in paths:
-            names = [value.name for value in runtime.session(path).get_inputs()]
+            names = [value.name for value in ort.session(path).get_inputs()]
             feeds.append(dict(zip(names, (tensor.numpy() for tensor in sample.tensors), strict=True)))
-        return dict(zip(bits, runtime.steady(paths, feeds, threads=1, budget=SECONDS), strict=True))
+        return dict(zip(bits, ort.steady(paths, feeds, threads=1, budget=SECONDS), strict=True))
 
 
 def kept_bits(session: Session, budget: str) -> dict[str, int] | None:

@@ -12,7 +12,7 @@
   memory for activations (the peak over the schedule).
 * Coverage (architectures.py): random weights, 6 bits per weight on average, chosen by squared error.  Flips are codes
   that differ between the fx graph and onnxruntime without optimizations, of all codes that were compared
-  (hawqfx/parity.py); kernels are those of onnxruntime with optimizations.
+  (hawqfx/runtime/parity.py); kernels are those of onnxruntime with optimizations.
 
 The share of MACs counts what torch counts as products of matrices and convolutions; products of kernels that only
 onnxruntime fuses are in both.  --quick: three networks of the coverage.  Results are written after each network.
@@ -35,8 +35,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hawqfx
-from hawqfx import Compiled, parity, runtime
+from hawqfx import Compiled
 from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.runtime import ort, parity
 
 TRAINED = ("efficientnet-lite0", "yolox-nano", "minilm")
 BUDGETS = ("weight_bits=8", "weight_bits=4")
@@ -53,12 +54,12 @@ class Deployed:
     """A file in onnxruntime, called as the network that it was made of."""
 
     def __init__(self, path: Path) -> None:
-        self.session = runtime.session(path)
+        self.session = ort.session(path)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         names = [value.name for value in self.session.get_inputs()]
         values = [kwargs[name] for name in names] if kwargs else args
-        return torch.from_numpy(runtime.run(self.session, [value.numpy() for value in values])[0])
+        return torch.from_numpy(ort.run(self.session, [value.numpy() for value in values])[0])
 
 
 def share_of_macs(compiled: Compiled) -> float:
@@ -111,7 +112,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         }  # fmt: skip
     found["float bytes"] = original.stat().st_size
     sample = [tensor.numpy() for tensor in compiled.session.study.batches[0].first(1).tensors]
-    times = runtime.latency(paths, sample, rounds=100)
+    times = ort.latency(paths, sample, rounds=100)
     for kind in paths.keys() - {"float"}:
         found[kind]["faster"] = times["float"].median / times[kind].median
         found[kind]["milliseconds"] = 1e3 * times[kind].median

@@ -23,9 +23,10 @@ from common import Claims, arguments, console
 from rich.table import Table
 
 import hawqfx
-from hawqfx import Compiled, runtime, zoo
-from hawqfx.export import Packing
-from hawqfx.maths.schemes import Scheme
+from hawqfx import Compiled, zoo
+from hawqfx.export.exporter import Packing
+from hawqfx.maths.formats import Scheme
+from hawqfx.runtime import ort
 
 VERSIONS = {"1.20.1": ("portable",), "1.24.1": ("portable", "native"), "newest": ("portable", "native")}
 SCHEMES: tuple[Scheme, ...] = ("dynamic", "weight-only")
@@ -88,7 +89,7 @@ def written(quick: bool, folder: Path) -> dict[str, Path]:
         for packing in packings:
             path = folder / f"{name}-{packing}.onnx"
             compiled.export(path, packing)
-            names = [value.name for value in runtime.session(path).get_inputs()]
+            names = [value.name for value in ort.session(path).get_inputs()]
             tensors = compiled.session.study.batches[0].first(2).tensors
             values: dict[str, Any] = {key: tensor.numpy() for key, tensor in zip(names, tensors, strict=True)}
             np.savez(f"{path}.npz", **values)
@@ -110,8 +111,8 @@ def main() -> None:
                 row = {"asked": version, "version": found["version"], "file": key, "result": found[key]}
                 if found[key] == "ran":
                     inputs = np.load(f"{path}.npz")
-                    session = runtime.session(path)
-                    ours = runtime.run(session, [inputs[value.name] for value in session.get_inputs()])[0]
+                    session = ort.session(path)
+                    ours = ort.run(session, [inputs[value.name] for value in session.get_inputs()])[0]
                     theirs = np.load(f"{path}.{version}.npy")
                     row |= {"equal": bool(np.array_equal(ours, theirs)), "largest": float(np.abs(ours - theirs).max())}
                 results.append(row)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hawqfx
-from hawqfx import Compiled, runtime
-from hawqfx.budget import Budget
+from hawqfx import Compiled
+from hawqfx.allocation.budget import Budget
 from hawqfx.errors import InfeasibleBudget
-from hawqfx.maths.schemes import Scheme
+from hawqfx.maths.formats import Scheme
 from hawqfx.passes.allocation import Allocation
+from hawqfx.runtime import ort
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WORDS, LENGTHS = 2000, (1, 128)
@@ -50,8 +51,8 @@ class NextWord(nn.Module):
 
 
 def divergence(float_logits: Tensor, path: Path, words: Tensor) -> float:
-    session = runtime.session(path)
-    logits = torch.from_numpy(runtime.run(session, [words.numpy()])[0])
+    session = ort.session(path)
+    logits = torch.from_numpy(ort.run(session, [words.numpy()])[0])
     return float(F.kl_div(logits.log_softmax(1), float_logits.log_softmax(1), log_target=True, reduction="batchmean"))
 
 
@@ -80,7 +81,7 @@ def examined(length: int, quick: bool, folder: Path) -> dict[str, Any]:
     paths["float"] = folder / "float.onnx"
     measured.export_float(paths["float"])
     sample = [data[0][:1].numpy()]
-    first = runtime.latency(paths, sample, rounds=30 if quick else 200)
+    first = ort.latency(paths, sample, rounds=30 if quick else 200)
     fastest = min(first[name].median for name in SCHEMES)
     refused = {}
     for budget in (f"latency={1e3 * CLOSE * fastest:.4g}ms", "latency=90%", "weight_memory=18%", "weight_memory=25%"):
@@ -91,7 +92,7 @@ def examined(length: int, quick: bool, folder: Path) -> dict[str, Any]:
             continue
         paths[budget] = folder / f"{len(made)}.onnx"
         made[budget].export(paths[budget])
-    times = runtime.latency(paths, sample, rounds=30 if quick else 200)
+    times = ort.latency(paths, sample, rounds=30 if quick else 200)
     rows = {}
     for name, path in paths.items():
         row: dict[str, Any] = {

@@ -5,7 +5,7 @@
 ResNet-50 at 224 pixels (own definition, random weights: time does not depend on them) and ResNet-20 on Fashion-MNIST,
 both with batch-norm folded, as they are measured; the gradient that is the unit is taken of the network as it was
 trained, and of the folded one.  Each figure is the median of interleaved rounds, all of them with freed memory kept in
-the process (hawqfx/heap.py).  Peak memory is measured in a process of its own.  Against: one Hessian-vector product per
+the process (sensitivity/malloc.py).  Peak memory is measured in a process of its own.  Against: one product per
 layer (the graph of the gradient kept, the kindest way to do it), and PyHessian 0.1's trace of the whole model (extra
 `bench`; its values are compared, too).  --quick: ResNet-20 alone.
 """
@@ -26,16 +26,17 @@ from common import Claims, arguments, console
 from rich.table import Table
 from torch import fx, nn
 
-from hawqfx import heap, pipeline, zoo
-from hawqfx.capture import capture
-from hawqfx.derivatives import stand_ins
+from hawqfx import pipeline, zoo
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Study, cross_entropy, gather, generator
+from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
-from hawqfx.measure import Measurement, Quantity, forward
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v2 import HawqV2
-from hawqfx.program import Program
-from hawqfx.runner import run
-from hawqfx.study import Study, cross_entropy, gather, generator
+from hawqfx.sensitivity import malloc
+from hawqfx.sensitivity.double_backward import stand_ins
+from hawqfx.sensitivity.estimation import Measurement, Quantity, forward
 
 FURTHER = 3  # further probes in a round
 NETWORKS = {"ResNet-50": 8, "ResNet-20": 128}  # batch
@@ -157,7 +158,7 @@ def against_pyhessian(work: Work, probes: int) -> dict[str, float]:
         measurement = work.opened()
         return [sum(measurement.sample(probe, work.weights).values()) for probe in range(probes)]
 
-    with heap.kept():
+    with malloc.kept():
         seconds, own = timed(ours)
     (mine, error), (other, noise) = (curvature.pooled([curvature.Moments.of(x)], [1.0]) for x in (own, samples))
     return {
@@ -194,7 +195,7 @@ def _memory(field: str) -> int:
 
 def examine(name: str, claims: Claims, table: Table) -> dict[str, Any]:
     work = Work(name)
-    with heap.kept():
+    with malloc.kept():
         work.gradient()
         seconds = times(work, 3 if name == "ResNet-50" else 7)
         alone = timed(partial(work.layers_with_graphs_of_their_own, 0))[0]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hawqfx import runtime
-from hawqfx.study import Batch
+from hawqfx.frontend.context import Batch
+from hawqfx.runtime import ort
 
 THEIRS = ("static int8", "static INT4")
 
@@ -16,7 +16,7 @@ class Reader:
     """Calibration data as onnxruntime's tool takes it, one sample at a time."""
 
     def __init__(self, path: Path, batches: tuple[Batch, ...]) -> None:
-        names = [value.name for value in runtime.session(path).get_inputs()]
+        names = [value.name for value in ort.session(path).get_inputs()]
         self.rows = self._rows(names, batches)
 
     def _rows(self, names: list[str], batches: tuple[Batch, ...]) -> Iterator[dict[str, Any]]:
@@ -52,7 +52,7 @@ def _made(original: Path, batches: tuple[Batch, ...], folder: Path) -> dict[str,
                 str(prepared), str(path), Reader(prepared, batches), per_channel=True, weight_type=weights,
                 activation_type=quantization.QuantType.QUInt8,
             )  # fmt: skip
-            runtime.session(path)
+            ort.session(path)
             found[name] = path
         except Exception as error:  # whatever that tool and its file raise
             found[name] = f"{type(error).__name__}: {error}"[:200]

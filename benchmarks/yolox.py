@@ -133,7 +133,7 @@ def _twice(x: Tensor) -> Tensor:
 
 def load(path: Path) -> YoloxNano:
     """The network with the weights of the ONNX file, in eval mode.  Their names there are numbers; the order tells."""
-    import onnx  # noqa: TID251  (reads weights; what hawqfx writes is the business of hawqfx/export.py)
+    import onnx  # noqa: TID251  (reads weights; what hawqfx writes is the business of hawqfx/export/exporter.py)
 
     graph = onnx.load(str(path)).graph
     tensors = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}

@@ -6,11 +6,11 @@ compiled.export("model.onnx")
 
 from importlib.metadata import version
 
-from hawqfx.budget import Budget, Limit
+from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.compiler import compile, measure_latency, pareto
-from hawqfx.frontier import Frontier
-from hawqfx.plan import Plan
-from hawqfx.session import Compiled, Session
+from hawqfx.session.frontier import Frontier
+from hawqfx.session.plan import Plan
+from hawqfx.session.session import Compiled, Session
 
 __version__ = version("hawqfx")
 __all__ = ["Budget", "Compiled", "Frontier", "Limit", "Plan", "Session", "compile", "measure_latency", "pareto"]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from hawqfx.backends import DEVICES, Result, every, file_inputs, run_graph
-from hawqfx.capture import Model, capture
 from hawqfx.compiler import compile
-from hawqfx.plan import Plan
-from hawqfx.study import Batch, gather
+from hawqfx.frontend.capture import Model, capture
+from hawqfx.frontend.context import Batch, gather
+from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
+from hawqfx.session.plan import Plan
 
 
 def benchmark(

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqfx import pipeline
-from hawqfx.budget import Budget
+from hawqfx.allocation.budget import Budget
+from hawqfx.atomic_write import whole_file
 from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
-from hawqfx.contract import Analysis, Observer, Pass
 from hawqfx.errors import HawqfxError
-from hawqfx.files import whole_file
-from hawqfx.observe import Dump, PrintAfter, TimePasses
+from hawqfx.pass_manager.base import Analysis, Observer, Pass
+from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
-from hawqfx.plan import Plan
-from hawqfx.workers import launched
+from hawqfx.sensitivity.distributed import launched
+from hawqfx.session.plan import Plan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mixed-precision integer compiler for PyTorch models."
@@ -154,8 +154,8 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="write the figures here, as JSON")] = None,
 ) -> None:
     """Time a file on backends that are installed here, and compare its answers with the float model's."""
-    from hawqfx.backends import table
     from hawqfx.benchmark import benchmark
+    from hawqfx.runtime.backends import table
 
     results = benchmark(
         file,

@@ -9,23 +9,23 @@ import torch
 from rich.console import Console
 
 from hawqfx import pipeline
-from hawqfx.budget import Budget, Limit
-from hawqfx.capture import Model, capture
-from hawqfx.contract import Analysis, Observer
+from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.errors import DataError, HawqfxError
-from hawqfx.frontier import Frontier
+from hawqfx.frontend.capture import Model, capture
+from hawqfx.frontend.context import Batch, Draw, Loss, Study, cross_entropy, gather, silent
+from hawqfx.maths.formats import Scheme
+from hawqfx.maths.latency_model import Timetable
 from hawqfx.maths.pricing import FLOAT_BITS
-from hawqfx.maths.schemes import Scheme
-from hawqfx.observe import progress_bars
+from hawqfx.pass_manager.base import Analysis, Observer
+from hawqfx.pass_manager.manager import run
+from hawqfx.pass_manager.observers import progress_bars
 from hawqfx.passes.allocation import Allocation, Rule
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.rounding import Rounding
-from hawqfx.plan import Plan
-from hawqfx.runner import run
-from hawqfx.session import Compiled, Metric, Scoring, Session
-from hawqfx.study import Batch, Draw, Loss, Study, cross_entropy, gather, silent
-from hawqfx.target import exact_widths
-from hawqfx.timetable import Timetable
+from hawqfx.runtime.target import exact_widths
+from hawqfx.session.frontier import Frontier
+from hawqfx.session.plan import Plan
+from hawqfx.session.session import Compiled, Metric, Scoring, Session
 
 STRONGEST = 64  # pairs of weights whose interaction enters the integer program
 
@@ -76,7 +76,7 @@ def compile(
     weight_bits, activation_bits: widths to choose from, within 2 to 8, and 32 for float, which budgets on latency and
         drop may choose in any case.  Fewer bits of activation than 8 are chosen only where a limit asks for it.
     schemes: how layers may compute: "static" in integers, and linear layers "dynamic", with the range of what they
-        read taken in each run, or "weight-only", with 4 bits in blocks; see hawqfx.maths.schemes.  By default all three
+        read taken in each run, or "weight-only", with 4 bits in blocks; see hawqfx.maths.formats.  By default all three
         under a budget on latency or weight_memory, else the static one.
     rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper.
     keep_float: patterns of names of weights whose layers stay in float.
@@ -186,7 +186,7 @@ def measure_latency(
     data: as for compile(); one batch is enough.  threads: of onnxruntime.  batch: samples in a run, by default one.
     cache: the folder where timings are kept, by default the user's.  A budget on latency does all that by itself.
     """
-    from hawqfx.latency import measure
+    from hawqfx.latency.profiler import measure
 
     batches = gather(data)
     with progress_bars(console or Console(stderr=True)) as progress:

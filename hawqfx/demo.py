@@ -8,10 +8,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hawqfx import runtime, zoo
+from hawqfx import zoo
 from hawqfx.compiler import compile
-from hawqfx.observe import TimePasses
-from hawqfx.session import Compiled
+from hawqfx.pass_manager.observers import TimePasses
+from hawqfx.runtime import ort
+from hawqfx.session.session import Compiled
 
 ROUNDS = 100
 
@@ -54,9 +55,9 @@ def _export_float(compiled: Compiled, folder: Path) -> Entry:
 
 
 def _accuracy(path: Path) -> float:
-    model = runtime.session(path)
+    model = ort.session(path)
     scores = [
-        float((np.asarray(runtime.run(model, [images.numpy()])[0]).argmax(1) == labels.numpy()).sum())
+        float((np.asarray(ort.run(model, [images.numpy()])[0]).argmax(1) == labels.numpy()).sum())
         for images, labels in zoo.evaluation()
     ]
     return sum(scores) / sum(len(labels) for _, labels in zoo.evaluation())
@@ -65,7 +66,7 @@ def _accuracy(path: Path) -> float:
 def _comparison(entries: list[Entry]) -> Table:
     images = zoo.evaluation(64)[0][0]
     single, batch = (
-        runtime.latency({entry.name: entry.path for entry in entries}, [images[:size].numpy()], rounds=ROUNDS)
+        ort.latency({entry.name: entry.path for entry in entries}, [images[:size].numpy()], rounds=ROUNDS)
         for size in (1, len(images))
     )
     table = Table(

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hawqfx.budget import Budget
-from hawqfx.contract import Analysis, Pass
+from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
+from hawqfx.pass_manager.base import Analysis, Pass
 from hawqfx.passes.allocation import Allocation
-from hawqfx.passes.borders import Borders
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.cost import Cost
 from hawqfx.passes.decompose import Decompose
@@ -17,6 +16,7 @@ from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.fold_constants import FoldConstants
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.passes.insert_copies import InsertCopies
 from hawqfx.passes.interactions import Interactions
 from hawqfx.passes.lowering import Lowering
 from hawqfx.passes.measured import Measured
@@ -33,7 +33,7 @@ def folding() -> Sequence[Pass]:
 
 def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
     """Operators that have integer kernels, and where bits are chosen."""
-    return [Decompose(), Equalize(keep_float=keep_float), Borders(keep_float), FindSites(keep_float)]
+    return [Decompose(), Equalize(keep_float=keep_float), InsertCopies(keep_float), FindSites(keep_float)]
 
 
 def quantizing(calibration: Calibration) -> Sequence[Pass]:

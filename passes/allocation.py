@@ -14,17 +14,17 @@ from functools import cached_property
 from itertools import combinations, pairwise
 from typing import ClassVar, Literal
 
-from hawqfx.budget import Budget
-from hawqfx.contract import Analysis, Kind
+from hawqfx.allocation.budget import Budget
+from hawqfx.allocation.constraints import Measure, Space, measures
+from hawqfx.allocation.solver.search import Choice, Infeasible, Nogood, Problem, Terms, choose
+from hawqfx.allocation.solver.search import Limit as Row
 from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
-from hawqfx.facts import Account, Bits, Cost, LossIncrease, Move, Sensitivity, Use, Why
-from hawqfx.limits import Measure, Space, measures
-from hawqfx.maths.knapsack import Choice, Infeasible, Nogood, Problem, Terms, choose
-from hawqfx.maths.knapsack import Limit as Row
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Account, Bits, Cost, LossIncrease, Move, Sensitivity, Use, Why
+from hawqfx.ir.program import ActivationSite, Program, Site, WeightSite
+from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Scheme, described, is_static
 from hawqfx.maths.pricing import FLOAT_BITS
-from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, Scheme, described, is_static
-from hawqfx.program import ActivationSite, Program, Site, WeightSite
-from hawqfx.study import Study
+from hawqfx.pass_manager.base import Analysis, Kind
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Weights: signed, symmetric, one scale per output channel.  Activations: unsigned, one scale and zero-point per tensor,
 from a histogram of the float network's values over the calibration data.  Linear layers have other schemes beside the
-static one (hawqfx.maths.schemes): their weights may have a scale per block, and what they read a range that is taken in
+static one (hawqfx.maths.formats): their weights may have a scale per block, and what they read a range that is taken in
 each run.
 """
 
@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.contract import Analysis, Kind
+from hawqfx.analysis.pointwise import Function, function_of
 from hawqfx.errors import DataError
-from hawqfx.facts import Quantizers, QuantParams
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Quantizers, QuantParams
+from hawqfx.ir.program import ActivationSite, Program, WeightSite
 from hawqfx.maths import affine
-from hawqfx.maths.schemes import BLOCKWISE, DYNAMIC, Scheme, bits_of
-from hawqfx.nonlinearity import Function, function_of
-from hawqfx.program import ActivationSite, Program, WeightSite
-from hawqfx.study import Study
+from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Scheme, bits_of
+from hawqfx.pass_manager.base import Analysis, Kind
 
 BINS = 2048  # eight to a step of an 8-bit quantizer
 

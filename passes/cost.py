@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hawqfx.contract import Analysis, Kind
-from hawqfx.facts import Cost as CostFact
-from hawqfx.facts import Quantizers
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Cost as CostFact
+from hawqfx.ir.facts import Quantizers
+from hawqfx.ir.program import Program, WeightSite
+from hawqfx.maths.formats import BLOCK, BLOCKWISE, bits_of, blocks, is_static
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.maths.pricing import FLOAT_BITS
-from hawqfx.maths.schemes import BLOCK, BLOCKWISE, bits_of, blocks, is_static
-from hawqfx.program import Program, WeightSite
-from hawqfx.study import Study
+from hawqfx.pass_manager.base import Analysis, Kind
 
 FLOAT_BYTES = SCALE_BYTES = 4  # float32
 BIAS_BYTES = 4  # int32

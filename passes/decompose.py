@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Target
 
-from hawqfx.contract import Rewrite
-from hawqfx.program import Program, set_tensor
-from hawqfx.vocabulary import BATCH_NORM, CONVOLUTIONS, ceiling, is_constant, is_tensor, operands
-from hawqfx.writer import Writer
+from hawqfx.ir.operators import BATCH_NORM, CONVOLUTIONS, ceiling, is_constant, is_tensor, operands
+from hawqfx.ir.program import Program, set_tensor
+from hawqfx.ir.rewriter import Writer
+from hawqfx.pass_manager.base import Rewrite
 
 _aten = torch.ops.aten
 HIDDEN = torch.finfo(torch.float32).min / 2  # added to the scores of what a mask hides

@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from hawqfx.contract import Rewrite
-from hawqfx.nonlinearity import nonlinearity
-from hawqfx.program import Program
-from hawqfx.vocabulary import CONVOLUTIONS, WEIGHTED, ceiling, is_constant, is_tensor, kept_in_float
-from hawqfx.writer import Writer
+from hawqfx.analysis.pointwise import nonlinearity
+from hawqfx.ir.operators import CONVOLUTIONS, WEIGHTED, ceiling, is_constant, is_tensor, kept_in_float
+from hawqfx.ir.program import Program
+from hawqfx.ir.rewriter import Writer
+from hawqfx.pass_manager.base import Rewrite
 
 LEAST = 2.0**-12  # of the largest channel's weights: with less, a channel counts as pruned
 

@@ -1,8 +1,8 @@
 """Find every place where bits are chosen, and tie the tensors that must share a quantizer.
 
 A weight is a site if a layer multiplies by it, or if rows of it are gathered.  A tensor is a site if an integer kernel
-reads it, or makes it (hawqfx.integers): onnxruntime fuses a convolution or an addition into an integer kernel only when
-its output is quantized too.  A rectifier after a layer belongs to the layer's quantizer, whose range starts at zero.
+reads it, or makes it (analysis.partition): onnxruntime fuses a convolution or an addition into an integer kernel only
+when its output is quantized too.  A rectifier after a layer belongs to the layer's quantizer, whose range starts at 0.
 Carriers (reshape, max-pool, concat) only move values, so what goes in and what comes out share a quantizer; the groups
 are the connected components of the graph of carriers.
 """
@@ -16,13 +16,11 @@ import networkx
 import torch
 from torch import fx
 
-from hawqfx import integers
-from hawqfx.contract import Analysis, Kind
+from hawqfx.analysis import partition
+from hawqfx.analysis.partition import Integers
 from hawqfx.errors import CaptureError, NothingToQuantize
-from hawqfx.integers import Integers
-from hawqfx.program import ActivationSite, Layer, Product, Program, WeightSite
-from hawqfx.study import Study
-from hawqfx.vocabulary import (
+from hawqfx.frontend.context import Study
+from hawqfx.ir.operators import (
     BATCH_NORM,
     EMBEDDING,
     FLOAT_ONLY,
@@ -37,6 +35,8 @@ from hawqfx.vocabulary import (
     kept_in_float,
     operands,
 )
+from hawqfx.ir.program import ActivationSite, Layer, Product, Program, WeightSite
+from hawqfx.pass_manager.base import Analysis, Kind
 
 
 def _sizes(node: fx.Node) -> list[int]:
@@ -78,7 +78,7 @@ def _activation_sites(graph: fx.Graph, found: Integers) -> list[ActivationSite]:
         if node is not origins[0]:
             continue
         shapes = [_sample_shape(origin) for origin in origins]
-        rectified = integers.cut_alike(origins)
+        rectified = partition.cut_alike(origins)
         sites.append(
             ActivationSite(
                 key=node.name,
@@ -121,7 +121,7 @@ def _products(kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Pr
     found = []
     for node in kernels:
         if is_product(node):
-            one, other = integers.taken(node)
+            one, other = partition.taken(node)
             macs = torch.Size(_sample_shape(node)).numel() * _sizes(one)[-1]
             found.append(Product(node.name, PRODUCTS[node.target], (site_of[one.name], site_of[other.name]), macs))
     return found
@@ -163,7 +163,7 @@ class FindSites(Analysis):
 
     def learn(self, program: Program, study: Study) -> Program:
         graph = program.graph.graph
-        found = integers.find(graph, lambda layer: kept_in_float(layer, self.keep_float))
+        found = partition.find(graph, lambda layer: kept_in_float(layer, self.keep_float))
         reasons = {node.name: _why_float(program, node, found, self.keep_float) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}
         activations = _activation_sites(graph, found)

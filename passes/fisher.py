@@ -13,12 +13,12 @@ second derivatives.  Where the loss is -log p and the labels are the model's own
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hawqfx.derivatives import Operators
 from hawqfx.errors import LossError
+from hawqfx.frontend.context import Study, cross_entropy, generator
+from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
-from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
-from hawqfx.program import Program
-from hawqfx.study import Study, cross_entropy, generator
+from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.estimation import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
 
 
 class _Backward(Measurement):

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from hawqfx.contract import Rewrite
-from hawqfx.program import Program, copy_graph, set_tensor
-from hawqfx.vocabulary import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED, is_constant, operands
+from hawqfx.ir.operators import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED, is_constant, operands
+from hawqfx.ir.program import Program, copy_graph, set_tensor
+from hawqfx.pass_manager.base import Rewrite
 
 
 def _drop_identities(graph: fx.Graph) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from hawqfx.contract import Rewrite
-from hawqfx.program import Program, copy_graph, set_tensor
-from hawqfx.vocabulary import BATCH_NORM, is_constant, is_tensor, operands
+from hawqfx.ir.operators import BATCH_NORM, is_constant, is_tensor, operands
+from hawqfx.ir.program import Program, copy_graph, set_tensor
+from hawqfx.pass_manager.base import Rewrite
 
 _aten = torch.ops.aten
 LARGEST = 1 << 20  # elements of a constant that is computed: what is larger may well be an expanded small one

@@ -11,11 +11,19 @@ from typing import ClassVar
 
 import torch
 
-from hawqfx.derivatives import Operators
+from hawqfx.frontend.context import Study, generator
+from hawqfx.ir.program import ActivationSite, Program
 from hawqfx.maths import curvature
-from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward, sample_axis
-from hawqfx.program import ActivationSite, Program
-from hawqfx.study import Study, generator
+from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.estimation import (
+    CurvatureMetric,
+    Forward,
+    Measurement,
+    Quantity,
+    check_gradient,
+    forward,
+    sample_axis,
+)
 
 
 class _Power(Measurement):

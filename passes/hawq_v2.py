@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hawqfx.derivatives import Operators
+from hawqfx.frontend.context import Study, generator
+from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
-from hawqfx.measure import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
-from hawqfx.program import Program
-from hawqfx.study import Study, generator
+from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.estimation import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
 
 
 class _Hutchinson(Measurement):

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hawqfx.contract import Analysis, Kind
 from hawqfx.errors import HawqfxError
-from hawqfx.facts import Interactions as Pairs
-from hawqfx.facts import Quantizers, Rounding
+from hawqfx.frontend.context import Study, generator
+from hawqfx.ir.facts import Interactions as Pairs
+from hawqfx.ir.facts import Quantizers, Rounding
+from hawqfx.ir.program import Program, WeightSite
+from hawqfx.ir.quantizers import weight_at
 from hawqfx.maths import curvature
-from hawqfx.measure import forward
-from hawqfx.program import Program, WeightSite
-from hawqfx.quantized import weight_at
-from hawqfx.study import Study, generator
+from hawqfx.pass_manager.base import Analysis, Kind
+from hawqfx.sensitivity.estimation import forward
 
 
 @dataclass(frozen=True)

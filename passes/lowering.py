@@ -16,13 +16,13 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from hawqfx.contract import Kind, Rewrite
-from hawqfx.facts import Bits, Quantizers, QuantParams, Rounding
+from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_BLOCKS, FAKE_QUANTIZE_DYNAMIC
+from hawqfx.ir.facts import Bits, Quantizers, QuantParams, Rounding
+from hawqfx.ir.operators import PADS, ceiling
+from hawqfx.ir.program import SCALE, Program, copy_graph, set_tensor
+from hawqfx.ir.quantizers import scale_of, weight_at
 from hawqfx.maths.pricing import FLOAT_BITS
-from hawqfx.ops import FAKE_QUANTIZE, FAKE_QUANTIZE_BLOCKS, FAKE_QUANTIZE_DYNAMIC
-from hawqfx.program import SCALE, Program, copy_graph, set_tensor
-from hawqfx.quantized import scale_of, weight_at
-from hawqfx.vocabulary import PADS, ceiling
+from hawqfx.pass_manager.base import Kind, Rewrite
 
 INT32 = torch.iinfo(torch.int32)
 # what a kernel does to its input by itself

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.derivatives import Operators
-from hawqfx.measure import Measurement, Quantity, WidthMetric
-from hawqfx.program import Program, Tap
-from hawqfx.quantized import activation_at, weight_at
-from hawqfx.study import Study
+from hawqfx.frontend.context import Study
+from hawqfx.ir.program import Program, Tap
+from hawqfx.ir.quantizers import activation_at, weight_at
+from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.estimation import Measurement, Quantity, WidthMetric
 
 
 class _OneAtATime(Measurement):

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hawqfx.contract import Analysis, Kind
-from hawqfx.facts import LossIncrease, Perturbation
-from hawqfx.program import Program
-from hawqfx.study import Study
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import LossIncrease, Perturbation
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.base import Analysis, Kind
 
 
 @dataclass(frozen=True)

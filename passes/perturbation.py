@@ -14,14 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.contract import Analysis, Kind
-from hawqfx.facts import Perturbation as PerturbationFact
-from hawqfx.facts import Quantizers, Rounding
+from hawqfx.analysis.pointwise import Function, function_of, square_slope
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Perturbation as PerturbationFact
+from hawqfx.ir.facts import Quantizers, Rounding
+from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import activation_at
 from hawqfx.maths import curvature
-from hawqfx.nonlinearity import Function, function_of, square_slope
-from hawqfx.program import Program
-from hawqfx.quantized import activation_at
-from hawqfx.study import Study
+from hawqfx.pass_manager.base import Analysis, Kind
 
 
 def _squared_error(program: Program, key: str, bits: int, x: Tensor, function: Function | None) -> float:

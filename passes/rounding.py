@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from hawqfx.contract import Analysis, Kind
-from hawqfx.facts import Quantizers, QuantParams
-from hawqfx.facts import Rounding as RoundingFact
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Quantizers, QuantParams
+from hawqfx.ir.facts import Rounding as RoundingFact
+from hawqfx.ir.operators import operands
+from hawqfx.ir.program import Layer, Program, WeightSite
+from hawqfx.ir.quantizers import scale_of
 from hawqfx.maths import affine, rounding
-from hawqfx.program import Layer, Program, WeightSite
-from hawqfx.quantized import scale_of
-from hawqfx.study import Study
-from hawqfx.vocabulary import operands
+from hawqfx.pass_manager.base import Analysis, Kind
 
 
 def _rows(x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> Tensor:

@@ -13,13 +13,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.derivatives import Operators
-from hawqfx.facts import Quantizers
+from hawqfx.frontend.context import Study, generator
+from hawqfx.ir.facts import Quantizers
+from hawqfx.ir.program import Program, WeightSite
+from hawqfx.ir.quantizers import activation_at, weight_at
 from hawqfx.maths import curvature
-from hawqfx.measure import Forward, Measurement, Quantity, WidthMetric, check_gradient, forward, sample_axis
-from hawqfx.program import Program, WeightSite
-from hawqfx.quantized import activation_at, weight_at
-from hawqfx.study import Study, generator
+from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.estimation import (
+    Forward,
+    Measurement,
+    Quantity,
+    WidthMetric,
+    check_gradient,
+    forward,
+    sample_axis,
+)
 
 
 class _Directions(Measurement):

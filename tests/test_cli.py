@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hawqfx import cli
-from hawqfx.budget import Budget
+from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
 from hawqfx.pipeline import recipe
-from hawqfx.plan import Plan
+from hawqfx.session.plan import Plan
 from tests.nets import Plain, build, images
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "fold_batchnorm",
         "decompose",
         "equalize",
-        "borders",
+        "insert_copies",
         "find_sites",
         "calibration",
         "rounding",

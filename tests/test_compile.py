@@ -9,10 +9,10 @@ from rich.console import Console
 import hawqfx
 from hawqfx import zoo
 from hawqfx.errors import PlanError
-from hawqfx.facts import Bits
-from hawqfx.observe import Dump, PrintAfter, TimePasses
+from hawqfx.ir.facts import Bits
+from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.passes.hawq_v2 import HawqV2
-from hawqfx.plan import Plan
+from hawqfx.session.plan import Plan
 from tests.nets import Plain, Residual, build, images
 from tests.tools import quick
 
@@ -148,7 +148,8 @@ def test_observers(tmp_path: Path) -> None:
     with (tmp_path / "printed.txt").open("w") as stream:
         quick(Plain, "size=60%", observers=[timing, Dump(tmp_path / "dump"), PrintAfter("lowering", stream)])
     names = [
-        "fold_constants", "fold_batchnorm", "decompose", "equalize", "borders", "find_sites", "calibration", "rounding",
+        "fold_constants", "fold_batchnorm", "decompose", "equalize", "insert_copies", "find_sites",
+        "calibration", "rounding",
         "perturbation", "cost", "hawq_v2", "allocation",
         "lowering",
     ]  # fmt: skip

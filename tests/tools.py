@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 import hawqfx
 from hawqfx import pipeline
-from hawqfx.capture import capture
-from hawqfx.contract import Pass
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Batch, Loss, Study, cross_entropy, gather
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.base import Pass
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.rounding import Rounding
-from hawqfx.program import Program
-from hawqfx.runner import run
-from hawqfx.study import Batch, Loss, Study, cross_entropy, gather
 from tests.nets import build, images
 
 

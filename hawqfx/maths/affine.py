@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hawqfx.maths.schemes import BLOCK
+from hawqfx.maths.formats import BLOCK
 
 _COARSE, _REFINE = 80, 6
 CACHED = 1 << 15  # elements of a weight that are looked at together, so that they stay in the processor's cache

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hawqfx.maths.schemes import BLOCK, blocks
+from hawqfx.maths.formats import BLOCK, blocks
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[np.int8]

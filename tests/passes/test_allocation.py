@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from hawqfx.budget import Budget
+from hawqfx.allocation.budget import Budget
+from hawqfx.analysis.liveness import live
 from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
-from hawqfx.facts import Bits, Cost, Fact, LossIncrease, Perturbation, Sensitivity
-from hawqfx.liveness import live
+from hawqfx.ir.facts import Bits, Cost, Fact, LossIncrease, Perturbation, Sensitivity
+from hawqfx.ir.program import Program, Site, WeightSite
+from hawqfx.maths.latency_model import Converted, Timed, Timetable
 from hawqfx.maths.packing import packed_bytes
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation, increases
-from hawqfx.program import Program, Site, WeightSite
-from hawqfx.runner import run
-from hawqfx.timetable import Converted, Timed, Timetable
 from tests.nets import Plain, Residual, SharedLayer
 from tests.tools import after, study
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hawqfx.capture import capture
-from hawqfx.contract import Pass
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Batch
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.decompose import Decompose
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.fold_constants import FoldConstants
-from hawqfx.program import Program
-from hawqfx.study import Batch
 
 # float32 sums of at most a few hundred products of size one, in another order
 ROUNDING = 1e-5

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hawqfx.capture import capture
+from hawqfx.frontend.capture import capture
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.decompose import Decompose
 from hawqfx.passes.equalize import Equalize
-from hawqfx.program import Program
-from hawqfx.runner import run
 from tests.nets import build, images
 from tests.tools import captured, quick, study, tensor_at
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from hawqfx.errors import NothingToQuantize
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.find_sites import FindSites
-from hawqfx.program import Program
-from hawqfx.runner import run
 from tests.nets import Concat, Depthwise, Flattened, Plain, Recurrent, Residual, SharedLayer, TiedWeights
 from tests.tools import after, captured, study
 

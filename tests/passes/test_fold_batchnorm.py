@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from hawqfx.capture import capture
+from hawqfx.frontend.capture import capture
+from hawqfx.ir.operators import BATCH_NORM
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
-from hawqfx.program import Program
-from hawqfx.runner import run
-from hawqfx.vocabulary import BATCH_NORM
 from tests.nets import IMAGES, Plain, SharedLayer, SharedWeightTwoNorms, build, images
 from tests.tools import after, captured, study
 

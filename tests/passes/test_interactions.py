@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawqfx.budget import Budget
+from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
-from hawqfx.facts import Interactions as Pairs
-from hawqfx.facts import LossIncrease
+from hawqfx.ir.facts import Interactions as Pairs
+from hawqfx.ir.facts import LossIncrease
+from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import weight_at
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation, increases
 from hawqfx.passes.interactions import Interactions
-from hawqfx.program import Program
-from hawqfx.quantized import weight_at
-from hawqfx.runner import run
 from tests.nets import Mlp
 from tests.passes.test_metrics import counted_gradients, double_program, double_study
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hawqfx.facts import Bits, Quantizers, Rounding
-from hawqfx.observe import graph_text
-from hawqfx.ops import FAKE_QUANTIZE
+from hawqfx.ir.custom_ops import FAKE_QUANTIZE
+from hawqfx.ir.facts import Bits, Quantizers, Rounding
+from hawqfx.pass_manager.observers import graph_text
 from tests.nets import IMAGES, Concat, Plain, Residual, SharedLayer, images
 from tests.tools import quick
 

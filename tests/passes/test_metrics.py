@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hawqfx.capture import capture
 from hawqfx.errors import LossError
-from hawqfx.facts import LossIncrease, Perturbation, Sensitivity
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Batch, Study, cross_entropy
+from hawqfx.ir.facts import LossIncrease, Perturbation, Sensitivity
+from hawqfx.ir.program import ActivationSite, Program
+from hawqfx.ir.quantizers import activation_at, weight_at
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
-from hawqfx.program import ActivationSite, Program
-from hawqfx.quantized import activation_at, weight_at
-from hawqfx.runner import run
-from hawqfx.study import Batch, Study, cross_entropy
 from tests.nets import Attention, Mlp, Plain, SharedLayer, TiedWeights, build, images
 from tests.tools import after, measuring, study, tensor_at
 

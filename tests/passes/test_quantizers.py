@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from hawqfx.facts import Cost, Perturbation, Quantizers, QuantParams, Rounding
+from hawqfx.ir.facts import Cost, Perturbation, Quantizers, QuantParams, Rounding
+from hawqfx.ir.program import Program
 from hawqfx.maths import affine
+from hawqfx.pass_manager.manager import run
 from hawqfx.passes.perturbation import Perturbation as PerturbationPass
 from hawqfx.passes.rounding import Rounding as RoundingPass
-from hawqfx.program import Program
-from hawqfx.runner import run
 from tests.nets import IMAGES, Concat, Depthwise, Flattened, Plain, Residual, SharedLayer
 from tests.tools import after, study, tensor_at
 

@@ -1,0 +1,1 @@
+"""The integer program: relaxation, cores that grow, HiGHS and CP-SAT."""

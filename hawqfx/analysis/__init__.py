@@ -1,0 +1,1 @@
+"""What can be said about a graph: integer or float, pointwise functions, tensors in memory."""

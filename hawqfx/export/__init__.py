@@ -1,0 +1,1 @@
+"""A lowered program as an ONNX file."""

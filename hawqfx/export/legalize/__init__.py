@@ -1,0 +1,1 @@
+"""Rewrites that give a lowered graph the form that onnxruntime's kernels take."""

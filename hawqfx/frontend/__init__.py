@@ -1,0 +1,1 @@
+"""A model and data as hawqfx takes them in."""

@@ -1,0 +1,1 @@
+"""The program that flows through the passes: graph, sites, facts, operators."""

@@ -1,0 +1,244 @@
+"""The operators that hawqfx knows, each in the one role that decides how its tensors are quantized."""
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.node import Target
+
+_aten = torch.ops.aten
+
+# Layers called as (input, weight, bias, ...), dimension 0 of the weight being the output channel.
+WEIGHTED: dict[Target, str] = {
+    _aten.conv1d.default: "conv1d",
+    _aten.conv2d.default: "conv2d",
+    _aten.conv3d.default: "conv3d",
+    _aten.conv1d.padding: "conv1d",
+    _aten.conv2d.padding: "conv2d",
+    _aten.conv3d.padding: "conv3d",
+    _aten.linear.default: "linear",
+}
+
+# The convolution of so many axes.
+CONVOLUTIONS: dict[int, OpOverload[..., Any]] = {
+    1: _aten.conv1d.default,
+    2: _aten.conv2d.default,
+    3: _aten.conv3d.default,
+}
+
+# Products of two activations, as in attention; onnxruntime has integer kernels for them.
+PRODUCTS: dict[Target, str] = {_aten.matmul.default: "matmul", _aten.bmm.default: "bmm"}
+
+# Rows of a table of weights, gathered by integer inputs.
+EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
+
+# Multiply by weights, and onnxruntime has no integer kernel for them.
+FLOAT_ONLY: dict[Target, str] = {
+    _aten.conv_transpose1d.default: "conv_transpose1d",
+    _aten.conv_transpose2d.input: "conv_transpose2d",
+    _aten.conv_transpose3d.input: "conv_transpose3d",
+    _aten.scaled_dot_product_attention.default: "scaled_dot_product_attention",
+    _aten.lstm.input: "lstm",
+    _aten.gru.input: "gru",
+    _aten.rnn_tanh.input: "rnn",
+    _aten.rnn_relu.input: "rnn",
+}
+
+# Have an integer kernel in onnxruntime, but run in float beside float: the number of activations that they take.
+_ELEMENTWISE: dict[Target, int] = {
+    _aten.add.Tensor: 2,
+    _aten.mul.Tensor: 2,
+    _aten.sigmoid.default: 1,
+    _aten.leaky_relu.default: 1,
+    _aten.avg_pool1d.default: 1,
+    _aten.avg_pool2d.default: 1,
+    _aten.avg_pool3d.default: 1,
+}
+_MEANS: set[Target] = {
+    _aten.mean.dim,
+    _aten.adaptive_avg_pool1d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.adaptive_avg_pool3d.default,
+}
+
+# Cut off what is below zero, and what is above a ceiling: see `ceiling`.
+_RECTIFIERS: set[Target] = {
+    _aten.relu.default,
+    _aten.relu6.default,
+    _aten.hardtanh.default,
+    _aten.clamp.default,
+    _aten.clamp_min.default,
+}
+
+# Move values about and change none: input and output share a quantizer.
+_CARRIERS: set[Target] = {
+    _aten.view.default,
+    _aten.reshape.default,
+    _aten.flatten.using_ints,
+    _aten.unflatten.int,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.mT.default,
+    _aten.t.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.unsqueeze.default,
+    _aten.expand.default,
+    _aten.slice.Tensor,
+    _aten.select.int,
+    _aten.index_select.default,
+    _aten.max_pool1d.default,
+    _aten.max_pool2d.default,
+    _aten.max_pool3d.default,
+    _aten.cat.default,
+    _aten.pixel_shuffle.default,
+    _aten.pixel_unshuffle.default,
+    _aten.channel_shuffle.default,
+    _aten.roll.default,
+    _aten.upsample_nearest1d.vec,
+    _aten.upsample_nearest2d.vec,
+    _aten.upsample_nearest3d.vec,
+    _aten.pad.default,
+    _aten.constant_pad_nd.default,
+}
+# Carriers that add nothing but zeros, which every quantizer represents; onnxruntime takes them into the layer after.
+PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
+
+# Functions of each value that are finite, and so steep, wherever their values are.
+_SMOOTH: set[Target] = {
+    _aten.relu.default, _aten.relu6.default, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default,
+    _aten.leaky_relu.default, _aten.elu.default, _aten.selu.default, _aten.celu.default, _aten.sigmoid.default,
+    _aten.tanh.default, _aten.silu.default, _aten.gelu.default, _aten.mish.default, _aten.softplus.default,
+    _aten.log_sigmoid.default, _aten.hardsigmoid.default, _aten.hardswish.default, _aten.erf.default,
+    _aten.neg.default, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor,
+}  # fmt: skip
+
+# What constants go into without being multiplied by.
+NO_PRODUCTS: set[Target] = _CARRIERS | {_aten.add.Tensor, _aten.sub.Tensor, _aten.repeat.default, _aten.index.Tensor}
+
+BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
+DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
+# What integer kernels read of a tensor that is read in float too (passes/insert_copies.py).
+COPY: OpOverload[..., Any] = _aten.alias.default
+DROPOUT: set[Target] = {_aten.dropout.default, _aten.feature_dropout.default}
+IDENTITIES: set[Target] = {
+    _aten.alias.default,
+    _aten.detach.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.lift_fresh_copy.default,
+}
+
+
+def operands(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a node, each of whatever type the operator's schema says."""
+    return node.args
+
+
+def ceiling(node: fx.Node) -> float | None:
+    """The largest value that a rectifier lets pass, infinity for ReLU; None if the node is no rectifier.
+
+    The quantizer of the tensor that a rectifier ends in absorbs it: it cannot represent what is cut off."""
+    if node.target not in _RECTIFIERS:
+        return None
+    if node.target is _aten.relu.default:
+        return math.inf
+    if node.target is _aten.relu6.default:
+        return 6.0
+    default = (-1.0, 1.0) if node.target is _aten.hardtanh.default else (None, None)
+    low, high = (node.args[at] if len(node.args) > at else default[at - 1] for at in (1, 2))
+    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+    low, high = node.kwargs.get("min_val", low), node.kwargs.get("max_val", high)
+    if low != 0 or not (high is None or (isinstance(high, (int, float)) and high > 0)):
+        return None
+    return math.inf if high is None else float(high)
+
+
+def spatial_mean(node: fx.Node) -> bool:
+    """Whether a node averages images (N, C, ...) over all that is not batch or channel."""
+    value = node.args[0].meta.get("val") if node.target in _MEANS and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.ndim < 3 or node.kwargs:
+        return False
+    if node.target is not _aten.mean.dim:
+        return all(size == 1 for size in node.args[1])  # type: ignore[union-attr]
+    axes = node.args[1] if isinstance(node.args[1], (list, tuple)) else ()
+    return {axis % value.ndim for axis in axes} == set(range(2, value.ndim))  # type: ignore[operator]
+
+
+def elementwise(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The activations that a node takes, if onnxruntime has an integer kernel for what it does with them and no weight
+    is in it; else none."""
+    count = 1 if spatial_mean(node) else _ELEMENTWISE.get(node.target, 0)
+    taken = node.args[:count]
+    if not count or not is_tensor(node) or not all(map(is_tensor, taken)) or (count == 2 and node.kwargs):
+        return ()
+    return taken  # type: ignore[return-value]
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies two matrices of activations."""
+    return node.target in PRODUCTS and all(map(is_tensor, node.args[:2]))
+
+
+def is_carrier(node: fx.Node) -> bool:
+    """Whether a node only moves activations about, or adds zeros: input and output share a quantizer."""
+    if any(_is_float_constant(source) for source in node.all_input_nodes):
+        return False
+    if node.target in PADS:
+        constant = node.target is _aten.constant_pad_nd.default or len(node.args) < 3 or node.args[2] == "constant"
+        value = node.args[-1] if len(node.args) == (4 if node.target is _aten.pad.default else 3) else 0
+        return constant and value in (0, None) and not node.kwargs
+    return node.target in _CARRIERS and is_tensor(node)
+
+
+def is_smooth(node: fx.Node) -> bool:
+    """Whether a node computes each of its values from those at the same place, by a function that is finite, and so
+    steep, wherever they are."""
+    if not is_tensor(node):
+        return False
+    if node.target is _aten.div.Tensor:  # by a number
+        return not isinstance(node.args[1], fx.Node)
+    if node.target is _aten.pow.Tensor_Scalar:
+        return isinstance(node.args[1], int) and node.args[1] > 0
+    return node.target in _SMOOTH
+
+
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node but for those that only ask for a size."""
+    return [user for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]
+
+
+def training_argument(node: fx.Node) -> bool:
+    """Whether a batch-norm or dropout node was captured in train mode."""
+    position = {BATCH_NORM: 5} | dict.fromkeys(DROPOUT, 2)
+    at = position.get(node.target)
+    return at is not None and bool(node.args[at])
+
+
+def _is_float_constant(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "get_attr" and not (isinstance(value, torch.Tensor) and not value.is_floating_point())
+
+
+def kept_in_float(node: fx.Node, patterns: Iterable[str]) -> bool:
+    """Whether the name of a layer's or an embedding's weight has one of these patterns, as in a shell."""
+    weight = node.args[0 if node.target is EMBEDDING else 1]
+    name = str(weight.target) if isinstance(weight, fx.Node) else ""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def is_constant(value: object) -> bool:
+    """Whether an argument is a parameter or buffer of the graph."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def is_tensor(value: object) -> bool:
+    """Whether an argument is a floating-point tensor computed from the inputs, as far as the capture recorded."""
+    if not isinstance(value, fx.Node) or value.op == "get_attr":
+        return False
+    recorded = value.meta.get("val")
+    return isinstance(recorded, torch.Tensor) and recorded.is_floating_point()

@@ -1,0 +1,1 @@
+"""The time that the parts of a network take on this machine."""

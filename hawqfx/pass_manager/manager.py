@@ -1,0 +1,94 @@
+"""Runs passes in order and holds each to its promise."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hawqfx.errors import HawqfxError, PassError
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Rounding
+from hawqfx.ir.program import ActivationSite, Program, Step, WeightSite
+from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
+from hawqfx.pass_manager.verify import verify
+
+
+def run(passes: Sequence[Pass], program: Program, study: Study, observers: Sequence[Observer] = ()) -> Program:
+    """The program after all `passes`.
+
+    Raises PassError before anything runs if a pass needs what none before it gives, and after a pass that broke its
+    promise; other errors keep their type and gain a note that names the pass.
+    """
+    _check_order(passes, program)
+    for number, step in enumerate(passes, len(program.history) + 1):
+        for observer in observers:
+            observer.before(number, step, program)
+        start = time.perf_counter()
+        try:
+            done = _apply(step, program, study)
+            seconds = time.perf_counter() - start
+            _check_promise(step, program, done, study)
+        except HawqfxError as error:
+            error.add_note(f"in pass {step.name}, after {[past.name for past in program.history] or 'capture'}")
+            raise
+        program = replace(done, history=(*program.history, Step(step.name, seconds)))
+        for observer in observers:
+            observer.after(number, step, program, seconds)
+    return program
+
+
+def _apply(step: Pass, program: Program, study: Study) -> Program:
+    if isinstance(step, Analysis):
+        learned = step.learn(program, study)
+        return learned if isinstance(learned, Program) else program.learn(learned)
+    assert isinstance(step, Rewrite), f"{step.name} is neither an Analysis nor a Rewrite"
+    return step.rewrite(program)
+
+
+def _check_order(passes: Sequence[Pass], program: Program) -> None:
+    known: set[Kind] = {type(site) for site in program.sites} | {kind for _, kind in program.facts}
+    before = "the program given"
+    for step in passes:
+        missing = [kind.__name__ for kind in step.needs if kind not in known]
+        if missing:
+            raise PassError(f"{step.name} needs {', '.join(missing)}, which no pass up to {before} gives")
+        known |= set(step.gives)
+        before = step.name
+
+
+def _check_promise(step: Pass, before: Program, after: Program, study: Study) -> None:
+    if isinstance(step, Analysis) and (
+        after.graph is not before.graph or str(after.graph.graph) != str(before.graph.graph)
+    ):
+        raise PassError(f"{step.name} is an analysis and changed the graph")
+    verify(after)
+    for kind in step.gives:
+        if kind in (WeightSite, ActivationSite):
+            continue
+        sites = after.weights if kind is Rounding else after.sites
+        silent = [site.key for site in sites if not after.facts.has(site.key, kind)]  # type: ignore[arg-type]
+        if silent:
+            raise PassError(f"{step.name} promised {kind.__name__} and gave none for {', '.join(silent[:3])}")
+    if isinstance(step, Rewrite) and step.tolerance < float("inf"):
+        _check_function(step, before, after, study)
+
+
+@torch.no_grad()
+def _check_function(step: Rewrite, before: Program, after: Program, study: Study) -> None:
+    batch = study.batches[0]
+    old, new = (_tensors(program.run(batch.args, batch.kwargs)) for program in (before, after))
+    for number, (one, other) in enumerate(zip(old, new, strict=True)):
+        change = float((one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        if not change <= step.tolerance:
+            raise PassError(
+                f"{step.name} changed output {number} by {change:.1e}, over its tolerance {step.tolerance:.0e}"
+            )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor)]

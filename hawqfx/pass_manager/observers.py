@@ -1,0 +1,92 @@
+"""Observers: write the graph after each pass, print it, time the passes, show progress."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import fx
+
+from hawqfx.frontend.context import Progress as Report
+from hawqfx.ir.program import Program
+from hawqfx.pass_manager.base import Observer, Pass
+
+
+def graph_text(program: Program) -> str:
+    """The graph, a node a line, with the shape where it is known; N is the batch."""
+    return "".join(f"{_node_text(node)}\n" for node in program.graph.graph.nodes)
+
+
+def _node_text(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    what = str(node.target).removesuffix(".default")
+    if node.op == "call_function":
+        arguments = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
+        what = f"{what}({', '.join(arguments)})"
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return f"{node.name} = {what}"
+    shape = ", ".join(str(size) if isinstance(size, int) else "N" for size in value.shape)
+    return f"{node.name} = {what}  # [{shape}]"
+
+
+@dataclass(frozen=True)
+class Dump(Observer):
+    """Writes NN_pass.txt into a folder after each pass."""
+
+    folder: Path
+
+    def after(self, number: int, step: Pass, program: Program, seconds: float) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{number:02d}_{step.name}.txt").write_text(graph_text(program))
+
+
+@dataclass(frozen=True)
+class PrintAfter(Observer):
+    """Prints the graph after the pass of this name."""
+
+    name: str
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+
+    def after(self, number: int, step: Pass, program: Program, seconds: float) -> None:
+        if step.name == self.name:
+            self.stream.write(f"# after {step.name}\n{graph_text(program)}")
+
+
+@dataclass(frozen=True)
+class TimePasses(Observer):
+    """Collects seconds per pass; `table()` shows them."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def after(self, number: int, step: Pass, program: Program, seconds: float) -> None:
+        self.seconds[step.name] = self.seconds.get(step.name, 0.0) + seconds
+
+    def table(self) -> Table:
+        table = Table("pass", "seconds", title="time per pass")
+        for name, seconds in self.seconds.items():
+            table.add_row(name, f"{seconds:.2f}")
+        return table
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Report]:
+    """Rich progress bars, one per label, for Study.progress; silent when `console` is not a terminal."""
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(label: str, done: int, total: int, note: str = "") -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total, note="")
+            bars.update(tasks[label], completed=done, total=total, note=note)  # type: ignore[arg-type]
+
+        yield report

@@ -1,0 +1,1 @@
+"""onnxruntime and other backends: run, time, compare."""

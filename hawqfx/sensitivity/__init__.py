@@ -1,0 +1,1 @@
+"""Measuring sensitivities: probes, stopping, memory, the cache, processes."""

@@ -1,0 +1,315 @@
+"""Schemes of linear layers: what each computes, in exact integers and in onnxruntime; how they are chosen."""
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hawqfx
+from hawqfx import Compiled
+from hawqfx.allocation.budget import Budget
+from hawqfx.errors import HawqfxError, InfeasibleBudget
+from hawqfx.ir.facts import Bits, Cost, Fact, LossIncrease, Quantizers, Rounding
+from hawqfx.ir.program import Program
+from hawqfx.maths import affine, packing
+from hawqfx.maths.formats import BLOCK, BLOCKWISE, DYNAMIC, Scheme, bits_of, described, layer_scheme, scheme, width_of
+from hawqfx.maths.latency_model import Converted, Timed, Timetable
+from hawqfx.pass_manager.manager import run
+from hawqfx.passes.allocation import Allocation, increases
+from hawqfx.runtime import ort, parity
+from hawqfx.session.plan import Plan
+from tests.tools import study
+
+EVERY: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
+WIDTHS = (*range(2, 9), BLOCKWISE, DYNAMIC, 32)
+
+
+class Words(nn.Module):
+    """A table that is read and multiplied by, a layer-norm, linear layers of rows that fill no whole block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 150)
+        self.norm, self.wide, self.narrow = nn.LayerNorm(150), nn.Linear(150, 260), nn.Linear(260, 150, bias=False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.table(words)
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(x))))
+        return nn.functional.linear(x.mean(1), self.table.weight)
+
+
+class Mixed(nn.Module):
+    """A convolution before the linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.hidden, self.head = nn.Conv2d(1, 6, 3), nn.Linear(6, 130), nn.Linear(130, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(torch.relu(self.stem(x)).mean((2, 3)))))
+
+
+def words() -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 40, (3, 5), generator=random) for _ in range(2)]
+
+
+def pictures() -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 1, 8, 8, generator=random) for _ in range(2)]
+
+
+def compiled_by(schemes: tuple[Scheme, ...], budget: str = "weight_bits=8", net: type[nn.Module] = Words) -> Compiled:
+    torch.manual_seed(0)
+    data = words() if net is Words else pictures()
+    return hawqfx.compile(net().eval(), budget, data, schemes=schemes, sensitivity="mse")
+
+
+def test_every_width_is_told_from_the_others() -> None:
+    assert len({(bits_of(width), scheme(width)) for width in WIDTHS}) == len(WIDTHS)
+    assert [width_of(bits_of(width), scheme(width)) for width in WIDTHS] == list(WIDTHS)
+    assert len({described(width) for width in WIDTHS}) == len(WIDTHS)
+    for bits, name in ((5, "weight-only"), (4, "dynamic"), (9, "static"), (1, "static")):
+        with pytest.raises(ValueError, match="no width"):
+            width_of(bits, name)
+
+
+@pytest.mark.parametrize("columns", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 7])
+def test_blocks_are_stored_as_the_kernel_reads_them(columns: int) -> None:
+    codes = np.random.default_rng(columns).integers(-8, 8, (3, columns)).astype(np.int8)
+    packed = packing.pack_blocks(codes)
+    assert packed.shape == (3, -(-columns // BLOCK), BLOCK // 2)
+    flat = packed.reshape(3, -1)
+    for row, column in itertools.product(range(3), range(columns)):
+        byte = int(flat[row, column // 2])
+        assert (byte >> 4 if column % 2 else byte & 15) - 8 == codes[row, column]
+    with pytest.raises(ValueError, match="do not fit 4 signed bits"):
+        packing.pack_blocks(codes + 16)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dynamic_ranges_are_those_of_onnx(seed: int) -> None:
+    """Against onnxruntime's DynamicQuantizeLinear, bit for bit."""
+    graph = onnx.parser.parse_graph(
+        "g (float[N] x) => (float[N] y) { q, s, z = DynamicQuantizeLinear(x)  y = DequantizeLinear(q, s, z) }"
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    x = torch.randn(999, generator=torch.Generator().manual_seed(seed)) * 3 + seed
+    (theirs,) = ort.run(ort.session(model.SerializeToString()), [x.numpy()])
+    assert torch.equal(affine.fake_quantize_dynamic(x), torch.from_numpy(theirs))
+    assert torch.equal(affine.fake_quantize_dynamic(torch.zeros(3)), torch.zeros(3))
+
+
+def test_blocks_of_an_input_are_rounded_alone() -> None:
+    x = torch.randn(2, 3, BLOCK + 5, generator=torch.Generator().manual_seed(0))
+    x[0, 0, :BLOCK] *= 1000
+    found = affine.fake_quantize_blocks(x)
+    for part in (slice(0, BLOCK), slice(BLOCK, None)):
+        step = x[..., part].abs().amax(-1, keepdim=True) / 127
+        codes = found[..., part] / step
+        # half a step, and the last bits of a quotient of floats
+        assert (found[..., part] - x[..., part]).abs().le(0.5001 * step).all()
+        assert (codes - codes.round()).abs().max() < 1e-4
+    assert torch.equal(affine.fake_quantize_blocks(torch.zeros(2, 5)), torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("schemes", "kernel", "count"),
+    [(("static",), "Weight", 3), (("dynamic",), "MatMulInteger", 3), (("weight-only",), "MatMulNBits", 2)],
+)
+@pytest.mark.parametrize("packing", ["portable", "native"])
+def test_the_file_computes_what_the_graph_computes(
+    schemes: tuple[Scheme, ...], kernel: str, count: int, packing: str, tmp_path: Path
+) -> None:
+    compiled = compiled_by(schemes)
+    path = tmp_path / "model.onnx"
+    compiled.export(path, packing)  # type: ignore[arg-type]
+    model = onnx.load(path)
+    assert sum(node.op_type.startswith(kernel) for node in model.graph.node) == count
+    for batch in compiled.session.study.batches:
+        same = parity.compare(compiled.program, path, batch)
+        assert same.flips <= 2  # ties, where sums in another order cross them
+        # sums of floats in another order; an activation at a tie of the kernel's own rounding moves one code of 127
+        assert same.worst < 1e-4
+        assert same.agreement == 1
+    (said,) = [entry.value for entry in model.metadata_props if entry.key == "hawqfx_schemes"]
+    assert schemes[0] in said.split(", ")
+    promised, constants = compiled.weight_bytes, sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    assert constants <= promised + 400  # shapes, constants of the graph, scales of activations
+
+
+def test_a_weight_only_layer_in_exact_integers(tmp_path: Path) -> None:
+    """MatMulNBits of inputs that are on the grid of their blocks: sums of integers, times two scales."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 7, bias=False)).eval()
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randint(-127, 128, (5, 300), generator=draw).float()
+    x[:, ::BLOCK] = 127.0  # every block has a step of one
+    compiled = hawqfx.compile(model, "size=100%", [x], schemes=("weight-only",), sensitivity="mse")
+    (site,) = compiled.planned.weights
+    quantizer = compiled.planned.facts.get(site.key, Quantizers).by_bits[BLOCKWISE]
+    codes = compiled.planned.facts.get(site.key, Rounding).codes[BLOCKWISE].double()
+    scale = torch.tensor(quantizer.scale).double().reshape(7, 3)
+    parts = [(x.double()[:, at : at + BLOCK] @ codes[:, at : at + BLOCK].T) for at in range(0, 300, BLOCK)]
+    exact = sum(part * scale[:, number] for number, part in enumerate(parts))
+    assert isinstance(exact, Tensor)
+    compiled.export(tmp_path / "model.onnx")
+    (theirs,) = ort.run(ort.session(tmp_path / "model.onnx"), [x.numpy()])
+    # float32 products of exact sums: 2^-24 each, three of them
+    assert np.abs(theirs - exact.numpy()).max() <= 4 * 2**-24 * np.abs(exact.numpy()).max()
+    assert compiled.plan.schemes["0.weight"] == "weight-only"
+
+
+def test_blocks_lose_less_than_channels() -> None:
+    """Rounded to the nearest: what compensation brings depends on the inputs as well."""
+    torch.manual_seed(0)
+    options = {"schemes": EVERY, "sensitivity": "mse", "rounding": "nearest"}
+    facts = hawqfx.compile(Words().eval(), "weight_bits=8", words(), **options).planned.facts  # type: ignore[arg-type]
+    for key in ("wide.weight", "narrow.weight"):
+        increase = facts.get(key, LossIncrease).by_bits
+        assert increase[8] < increase[BLOCKWISE] < increase[4]
+        rounding = facts.get(key, Rounding)
+        assert rounding.codes[BLOCKWISE].abs().max() <= 8
+
+
+def test_a_table_that_is_read_too_has_no_blocks() -> None:
+    compiled = compiled_by(("weight-only",))
+    assert BLOCKWISE not in compiled.planned.facts.get("table.weight", Quantizers).by_bits
+    assert compiled.plan.schemes["table.weight"] == "static"
+
+
+def test_convolutions_have_only_static_integers() -> None:
+    compiled = compiled_by(EVERY, net=Mixed)
+    facts = compiled.planned.facts
+    assert BLOCKWISE not in facts.get("stem.weight", Quantizers).by_bits
+    reads = {layer.weight: layer.input for layer in compiled.planned.layers}
+    assert DYNAMIC not in facts.get(reads["stem.weight"], Quantizers).by_bits
+    assert DYNAMIC in facts.get(reads["head.weight"], Quantizers).by_bits
+
+
+@pytest.mark.parametrize("schemes", [("static",), ("dynamic",), ("weight-only",), ("dynamic", "weight-only")])
+def test_only_the_schemes_that_are_allowed_are_chosen(schemes: tuple[Scheme, ...]) -> None:
+    """The table counts as a layer too; weight-only has no kernel for it, since its rows are looked up."""
+    compiled = compiled_by(schemes)
+    found = {name for node, name in compiled.planned.schemes().items() if "linear_2" not in node}
+    assert found <= set(schemes)
+    again = compiled_by(EVERY).at("weight_bits=8", schemes=schemes, against_uniform=False)
+    assert {name for node, name in again.planned.schemes().items() if "linear_2" not in node} <= set(schemes)
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    compiled = compiled_by(("dynamic", "weight-only"), "size=25%")
+    compiled.plan.write(tmp_path / "plan.json")
+    plan = Plan.read(tmp_path / "plan.json")
+    assert plan.to_json() == compiled.plan.to_json()
+    torch.manual_seed(0)
+    again = hawqfx.compile(Words().eval(), None, words(), plan=plan)
+    for name, made in (("one", compiled), ("other", again)):
+        made.export(tmp_path / f"{name}.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
+    assert set(plan.bits.values()) <= {*range(2, 9), 32}
+
+
+def test_memory_of_weights_is_traded_for_loss() -> None:
+    """A byte a weight on integer kernels: below that, weight-only layers, whose bits stay as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 250), nn.ReLU(), nn.Linear(250, 128), nn.ReLU(), nn.Linear(128, 4)).eval()
+    data = [torch.randn(8, 256, generator=torch.Generator().manual_seed(1))]
+    compiled = hawqfx.compile(model, "weight_bits=8", data, schemes=EVERY, sensitivity="mse")
+    session = compiled.session
+    sizes = {site.key: site.numel for site in compiled.planned.weights}
+    whole = sum(sizes.values())
+    losses = []
+    for most in (4 * whole, whole, int(0.7 * whole)):
+        found = session.at(f"weight_memory={most}B", against_uniform=False)
+        costs = {s.key: found.planned.facts.get(s.key, Cost).bytes for s in found.planned.weights}
+        schemes, bits = found.plan.schemes, found.planned.bits()
+        taken = sum(
+            costs[key][BLOCKWISE] if schemes[key] == "weight-only" else sizes[key] * (4 if bits[key] == 32 else 1)
+            for key in sizes
+        )
+        assert taken <= most
+        assert found.planned.account is not None
+        assert found.planned.account.limits["weight_memory"].amount == taken
+        losses.append(found.planned.account.loss)
+    assert losses == sorted(losses)
+    assert "weight-only" in found.planned.schemes().values()
+    with pytest.raises(InfeasibleBudget, match=r"weight_memory=.* cannot be met: the least is"):
+        session.at(f"weight_memory={int(0.7 * whole)}B", schemes=("static",))
+    with pytest.raises(InfeasibleBudget, match=r"weight_memory=10 cannot be met: the least is"):
+        session.at("weight_memory=10B")
+
+
+def _invented(program: Program, seed: int) -> Program:
+    """Random losses at a few widths, and random latencies of every way to run a kernel, in whole nanoseconds."""
+    draw = random.Random(seed)
+
+    def seconds(most: float) -> float:
+        return round(draw.uniform(0, most) * 1e9) * 1e-9
+
+    facts: dict[str, Fact] = {}
+    for site in program.sites:
+        kept = [b for b in program.facts.get(site.key, LossIncrease).by_bits if b in (4, 8, BLOCKWISE, DYNAMIC)]
+        losses = {bits: draw.random() / bits_of(bits) for bits in kept}
+        facts[site.key] = LossIncrease(losses, dict.fromkeys(losses, 0.0))
+    makers = {site.nodes[0]: site.key for site in program.activations}
+    timed = []
+    for layer in program.layers:
+        made = [makers[layer.node]] if layer.node in makers else []
+        linear = layer.operator == "linear"
+        ways = [seconds(1e-3) if linear else float("inf") for _ in range(2)]
+        sites = tuple(dict.fromkeys((layer.input, layer.weight, *made)))
+        timed.append(Timed(layer.node, sites, layer.weight, seconds(1e-3), seconds(3e-3), seconds(3e-3), *ways))
+    converted = []
+    for site in program.activations:
+        maker = next((t.node for t in timed if t.node in site.nodes), None)
+        readers = tuple(layer.node for layer in program.layers if layer.input == site.key)
+        converted.append(Converted(site.key, maker, readers, *(seconds(1e-3) for _ in range(3))))
+    table = Timetable(seconds(1e-3), tuple(timed), tuple(converted), "invented")
+    return replace(program.learn(facts), timetable=table)
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_of_schemes_equals_brute_force(seed: int, floats: bool) -> None:
+    """Mixed has three weights and three activations: every plan that the schemes allow, under a latency."""
+    program = _invented(compiled_by(EVERY, net=Mixed).session.measured, seed)
+    assert program.timetable is not None
+    options = [[*program.facts.get(site.key, LossIncrease).by_bits, 32] for site in program.sites]
+    losses = {site.key: increases(program, site) for site in program.sites}
+    plans = []
+    for widths in itertools.product(*options):
+        bits = {site.key: width for site, width in zip(program.sites, widths, strict=True)}
+        pairs = [(bits[layer.weight], bits[layer.input]) for layer in program.layers]
+        if any(weight == BLOCKWISE and read != 32 for weight, read in pairs):
+            continue
+        if not floats:
+            if any(bits[layer.weight] == 32 for layer in program.layers):
+                continue
+            linear = {layer.input for layer in program.layers if layer.operator == "linear"}
+            if any(bits[site.key] == 32 and site.key not in linear for site in program.activations):
+                continue
+            if any(layer_scheme(*pair) == "float" for pair in pairs):
+                continue
+        plans.append((sum(losses[key][width] for key, width in bits.items()), program.timetable.seconds(bits)))
+    latencies = sorted(seconds for _, seconds in plans)
+    most = round(latencies[len(latencies) // 20], 9)
+    every = (4, 8, 32) if floats else None
+    allocation = Allocation(Budget.parse(f"latency={most:.9f}s"), every, every)
+    planned = run([allocation], program, study())
+    best = min(loss for loss, seconds in plans if seconds <= most * (1 + 1e-12))
+    assert program.timetable.seconds(planned.bits()) <= most * (1 + 1e-12)
+    # sums of 7 floats in another order
+    assert sum(planned.facts.get(s.key, Bits).increase for s in planned.sites) == pytest.approx(best, rel=1e-12)
+
+
+def test_schemes_that_there_are_not_are_refused() -> None:
+    for schemes in (("quick",), ()):
+        with pytest.raises(HawqfxError, match="must be some of static, dynamic, weight-only"):
+            compiled_by(schemes)  # type: ignore[arg-type]

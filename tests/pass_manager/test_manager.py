@@ -1,0 +1,148 @@
+"""What passes promise, and what the law of the graph forbids."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from hawqfx.allocation.budget import Budget
+from hawqfx.errors import PassError
+from hawqfx.frontend.context import Study
+from hawqfx.ir.facts import Bits, Cost, Fact, FactTable, Sensitivity
+from hawqfx.ir.program import Program, copy_graph
+from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
+from hawqfx.pass_manager.manager import run
+from hawqfx.pass_manager.verify import verify
+from hawqfx.passes.lowering import Lowering
+from hawqfx.pipeline import METRICS, OPTIONAL, recipe
+from tests.nets import Plain
+from tests.tools import after, captured, study
+
+ROOT = Path(__file__).parents[2]
+
+EVERY_PASS = {step.name: step for step in (*recipe(Budget()), *(make() for make in (*METRICS.values(), *OPTIONAL)))}
+
+
+@pytest.mark.parametrize("step", EVERY_PASS.values(), ids=EVERY_PASS)
+def test_every_pass_is_a_frozen_dataclass_named_as_its_file(step: Pass) -> None:
+    assert is_dataclass(step)
+    assert type(step).__dataclass_params__.frozen
+    assert type(step).__module__ == f"hawqfx.passes.{step.name}"
+    assert (ROOT / "passes" / f"{step.name}.py").exists()
+    assert isinstance(step, Analysis) != isinstance(step, Rewrite)
+    assert hash(step) == hash(replace(step))  # its fields are its options, and immutable
+    assert all(field.init for field in fields(step))
+
+
+def test_the_recipe_gives_what_it_needs_and_uses_every_pass_file() -> None:
+    files = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__"}
+    assert EVERY_PASS.keys() == files
+
+
+class Liar(Analysis):
+    """Promises what it does not give."""
+
+    gives: ClassVar[tuple[Kind, ...]] = (Sensitivity,)
+
+    def learn(self, program: Program, study: Study) -> Mapping[str, Fact]:
+        return {}
+
+
+class Meddler(Analysis):
+    """An analysis that changes the graph."""
+
+    def learn(self, program: Program, study: Study) -> Program:
+        return replace(program, graph=copy_graph(program.graph))
+
+
+@dataclass(frozen=True)
+class Spoiler(Rewrite):
+    """A rewrite that changes the function by a tenth of a percent."""
+
+    tolerance: ClassVar[float] = 1e-4
+
+    def rewrite(self, program: Program) -> Program:
+        graph = copy_graph(program.graph)
+        (output,) = graph.graph.find_nodes(op="output")
+        result = output.args[0][0]
+        with graph.graph.inserting_before(output):
+            output.args = ((graph.graph.call_function(torch.ops.aten.mul.Scalar, (result, 1.001)),),)
+        graph.recompile()
+        return replace(program, graph=graph)
+
+
+def test_the_runner_holds_passes_to_their_promises() -> None:
+    program = after("find_sites", Plain)
+    with pytest.raises(PassError, match=r"liar promised Sensitivity and gave none for conv1\.weight"):
+        run([Liar()], program, study())
+    with pytest.raises(PassError, match="meddler is an analysis and changed the graph"):
+        run([Meddler()], program, study())
+    with pytest.raises(PassError, match=r"spoiler changed output 0 by 1.0e-03, over its tolerance 1e-04") as caught:
+        run([Spoiler()], program, study())
+    assert (
+        "in pass spoiler, after ['fold_constants', 'fold_batchnorm', 'decompose', 'equalize', 'insert_copies', "
+        "'find_sites']" in caught.value.__notes__[0]
+    )
+
+
+def test_the_order_is_checked_before_anything_runs() -> None:
+    seen: list[str] = []
+
+    class Watch(Observer):
+        def before(self, number: int, step: Pass, program: Program) -> None:
+            seen.append(step.name)
+
+    with pytest.raises(
+        PassError, match="lowering needs Bits, Quantizers, Rounding, which no pass up to the program given"
+    ):
+        run([Lowering()], captured(Plain), study(), [Watch()])
+    assert seen == []
+
+
+def test_history_tells_what_ran() -> None:
+    assert [step.name for step in after("calibration", Plain).history] == [
+        "fold_constants",
+        "fold_batchnorm",
+        "decompose",
+        "equalize",
+        "insert_copies",
+        "find_sites",
+        "calibration",
+    ]
+
+
+def test_the_law_of_the_graph() -> None:
+    program = after("find_sites", Plain)
+
+    def broken(change: Any) -> Program:
+        graph = copy_graph(program.graph)
+        change(graph.graph)
+        return replace(program, graph=graph)
+
+    def call_a_module(graph: torch.fx.Graph) -> None:
+        with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+            graph.call_method("relu", (graph.find_nodes(op="placeholder")[0],))
+
+    def call_a_lambda(graph: torch.fx.Graph) -> None:
+        with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+            graph.call_function(print, ())
+
+    with pytest.raises(PassError, match="only functions may be called"):
+        verify(broken(call_a_module))
+    with pytest.raises(PassError, match="which is no operator"):
+        verify(broken(call_a_lambda))
+    with pytest.raises(PassError, match="two sites have the same key"):
+        verify(replace(program, sites=(*program.sites, program.sites[0])))
+    with pytest.raises(PassError, match="not in the graph"):
+        verify(replace(program, sites=(replace(program.activations[0], nodes=("missing",)),)))
+
+
+def test_facts_are_typed_and_immutable() -> None:
+    table = FactTable().with_facts({"a": Bits(4, 0.0)})
+    more = table.with_facts({"a": Cost({4: 2})})
+    assert (table.has("a", Cost), more.has("a", Cost), more.get("a", Bits).bits) == (False, True, 4)
+    with pytest.raises(PassError, match="nothing is known about the Cost of 'b'"):
+        more.get("b", Cost)

@@ -1,0 +1,113 @@
+"""Backends: what is installed runs and is compared with the float network; what is not is said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from hawqfx import cli
+from hawqfx.benchmark import benchmark
+from hawqfx.errors import BackendError
+from hawqfx.runtime import ort
+from hawqfx.runtime.backends import BACKENDS, PROVIDERS, available, compare, file_inputs, run_file, run_graph
+from tests.nets import Plain, build, images
+from tests.tools import quick
+
+
+def model() -> nn.Module:
+    return build(Plain)
+
+
+def loader() -> Any:
+    return images()
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    """A file and its plan."""
+    compiled = quick(Plain, "weight_bits=8")
+    compiled.export(tmp_path / "m.onnx")
+    compiled.plan.write(tmp_path / "plan.json")
+    return tmp_path / "m.onnx", tmp_path / "plan.json"
+
+
+def test_a_file_is_timed_and_compared_in_one_run(made: tuple[Path, Path]) -> None:
+    found = benchmark(made[0], ["ort-cpu", "torch-cpu"], model(), images(), made[1], batch=4, rounds=5)
+    assert list(found) == ["ort-cpu", "torch-cpu", "torch-cpu, float"]
+    for result in found.values():
+        assert not isinstance(result, str)
+        assert 0 < result.median <= result.p90
+        assert result.runs == 5
+        assert result.throughput == pytest.approx(4 / result.median)
+        assert result.parity is not None
+    exact, file, graph = (found[name].parity for name in ("torch-cpu, float", "ort-cpu", "torch-cpu"))  # type: ignore[union-attr]
+    assert exact is not None
+    assert exact.largest <= 1e-6  # the same operators
+    assert file is not None
+    assert graph is not None
+    assert 0 < file.mean < 0.1 * build(Plain)(images()[0][0][:4]).abs().max()
+    assert file.relative == pytest.approx(graph.relative, abs=0.02)  # a step of the last quantizer
+
+
+def test_what_is_not_installed_is_said(made: tuple[Path, Path]) -> None:
+    missing = [name for name in BACKENDS if available(name) is not None]
+    if not torch.cuda.is_available():
+        assert missing == ["ort-cuda", "ort-tensorrt", "torch-cuda"]
+    found = benchmark(made[0], missing)
+    assert all(isinstance(result, str) and result.startswith("not here: ") for result in found.values())
+    for name in missing:
+        inputs, batch = file_inputs(made[0]), quick(Plain).session.study.batches[0]
+        with pytest.raises(BackendError, match=f"{name} is not here: "):
+            _ = run_file(made[0], name, inputs) if name in PROVIDERS else run_graph(model(), name, batch)
+
+
+def test_another_provider_is_asked_for(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def session(path: Any, **options: Any) -> Any:
+        asked.append(options.get("provider", ort.CPU))
+        return kept(path)
+
+    kept = ort.session
+    monkeypatch.setattr(ort, "providers", lambda: ["CUDAExecutionProvider", ort.CPU])
+    monkeypatch.setattr(ort, "session", session)
+    inputs = [images()[0][0].numpy()]
+    assert run_file(made[0], "ort-cuda", inputs, rounds=2).provider == "CUDAExecutionProvider"
+    assert asked == ["CUDAExecutionProvider"]
+
+
+def test_bad_input_is_refused(made: tuple[Path, Path]) -> None:
+    with pytest.raises(BackendError, match="backend 'gpu': must be one of ort-cpu, ort-cuda"):
+        benchmark(made[0], ["gpu"])
+    with pytest.raises(BackendError, match="torch-cpu runs the graph: give the model and the plan"):
+        benchmark(made[0], ["torch-cpu"])
+    with pytest.raises(BackendError, match="rounds=1: a median takes at least two runs"):
+        benchmark(made[0], rounds=1)
+    with pytest.raises(BackendError, match="they are not alike"):
+        compare(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def test_the_command_prints_a_line_each_and_writes_json(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    here = "tests.test_backends"
+    command = ["bench", str(made[0]), "--backend", "ort-cpu", "--backend", "ort-tensorrt", "--rounds", "3"]
+    command += ["--model", f"{here}:model", "--data", f"{here}:loader", "--out", str(out)]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    kept = json.loads(out.read_text())
+    assert kept["ort-cpu"]["provider"] == ort.CPU
+    assert kept["ort-cpu"]["parity"]["agreement"] <= 1
+    assert kept["ort-cpu"]["versions"]["onnxruntime"] == ort.version()
+    if available("ort-tensorrt") is not None:
+        assert kept["ort-tensorrt"].startswith("not here: this onnxruntime has")
+    assert "ort-tensorrt" in result.output
+
+
+def test_a_compiled_network_benchmarks_itself() -> None:
+    table = quick(Plain).benchmark(["ort-cpu", "torch-cpu"], rounds=2)
+    assert list(table.columns[0].cells) == ["ort-cpu", "torch-cpu"]

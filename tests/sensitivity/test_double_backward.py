@@ -1,0 +1,197 @@
+"""Networks with operators that torch cannot differentiate twice, and transformers from their configurations."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hawqfx
+from hawqfx.errors import DerivativeError
+from hawqfx.ir.facts import Sensitivity
+from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.sensitivity.double_backward import stand_ins
+from tests.nets import Recurrent, build, images
+from tests.tools import captured, quick, study
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class InvertedResidual(nn.Module):
+    """A block of MobileNet-V3: depthwise, squeeze and excitation, hard sigmoid and hard swish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.depthwise = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.project, self.head = nn.Conv2d(8, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.depthwise(F.hardswish(self.expand(x))))
+        x = x * F.hardsigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return self.head(self.project(x).mean((2, 3)))
+
+
+class Resampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        grid = torch.tanh(x[:, :2].permute(0, 2, 3, 1))
+        return self.head(F.grid_sample(x, grid, align_corners=False).mean((2, 3)))
+
+
+@torch.library.custom_op("hawqfx_tests::square", mutates_args=())
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+@torch.library.custom_op("hawqfx_tests::square_backward", mutates_args=())
+def square_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    return 2 * x * gradient
+
+
+@square.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@square_backward.register_fake
+def _(x: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+square.register_autograd(
+    lambda ctx, gradient: square_backward(ctx.saved_tensors[0], gradient),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+class Opaque(nn.Module):
+    """An operator of the user's own whose backward pass has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.ops.hawqfx_tests.square(self.conv(x)).mean((2, 3)))
+
+
+class Logits(nn.Module):
+    """A transformers classifier on 8x8 images, taken as 8 tokens or as pixels."""
+
+    def __init__(self, model: nn.Module, tokens: bool) -> None:
+        super().__init__()
+        self.model, self.tokens = model, tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tokens:
+            return self.model(input_ids=(x.mean((1, 3)).abs() * 15).long().clamp(0, 15)).logits
+        return self.model(pixel_values=x).logits
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=16, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=8, num_labels=3,  # type: ignore[call-arg]
+    )  # fmt: skip
+    return Logits(BertForSequenceClassification(config), tokens=True)
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3,  # type: ignore[call-arg]
+    )  # fmt: skip
+    return Logits(ViTForImageClassification(config), tokens=False)
+
+
+@pytest.mark.parametrize("make", [InvertedResidual, Recurrent, Resampled, bert, vit])
+def test_hessians_of_every_network(make: Callable[[], nn.Module]) -> None:
+    compiled = quick(make, "weight_bits=6")
+    facts = [compiled.planned.facts.get(site.key, Sensitivity) for site in compiled.planned.weights]
+    assert all(fact.curvature != 0 for fact in facts)  # few probes: any sign
+
+
+@pytest.mark.parametrize(
+    ("make", "operators"),
+    [
+        (InvertedResidual, {"aten.hardsigmoid.default"}),
+        (Recurrent, set()),  # torch's kernels for a CPU have second derivatives
+        (Resampled, set()),
+    ],
+)
+def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operators: set[str]) -> None:
+    program, batch = captured(make), study().batches[0]
+    found = stand_ins(program, batch)
+    convolutions = {f"aten.conv{dimensions}d.default" for dimensions in (1, 2, 3)}
+    assert {str(operator) for operator in found} == operators | convolutions
+    plain, replaced = (program.run(batch.args, {}, operators=table) for table in ({}, found))
+    # the same sums in another order
+    assert torch.allclose(plain, replaced, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_stands_in_where_nothing_need() -> None:
+    for make in (bert, vit):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            assert all("conv" in str(operator) for operator in stand_ins(captured(make), study().batches[0]))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "options"),
+    [
+        (1, {"stride": [2], "padding": [1], "dilation": [2]}),
+        (2, {}),
+        (2, {"stride": [2, 1], "padding": [1, 0], "groups": 2}),
+        (2, {"padding": [1, 1], "groups": 4}),
+        (3, {"dilation": [1, 2, 1], "padding": [1, 1, 0]}),
+    ],
+)
+def test_the_second_derivatives_of_convolutions_are_torchs_own(dimensions: int, options: dict[str, Any]) -> None:
+    random = torch.Generator().manual_seed(dimensions)
+    groups = options.get("groups", 1)
+    shapes = [(2, 4, *[7] * dimensions), (8, 4 // groups, *[3] * dimensions), (8,)]
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for shape in shapes]
+    operator = getattr(torch.ops.aten, f"conv{dimensions}d").default
+    stand_in = stand_ins(captured(InvertedResidual), study().batches[0])[operator]
+    found = []
+    for function in (operator, stand_in):
+        y = function(*inputs, **options) if function is stand_in else function(
+            *inputs, options.get("stride", [1] * dimensions), options.get("padding", [0] * dimensions),
+            options.get("dilation", [1] * dimensions), groups,
+        )  # fmt: skip
+        first = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
+        draws = torch.Generator().manual_seed(7)
+        vectors = [torch.randn(g.shape, generator=draws, dtype=g.dtype) for g in first]
+        found.append([y, *first, *torch.autograd.grad(first, inputs, vectors)])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)  # float64, summed in another order
+
+
+def test_an_operator_that_nothing_helps_is_named_and_fisher_works() -> None:
+    with pytest.raises(DerivativeError, match=r"hawqfx_tests\.square.*node square.*sensitivity=\"fisher\""):
+        hawqfx.compile(build(Opaque), "weight_bits=6", images(), sensitivity=HawqV2(4))
+    compiled = hawqfx.compile(build(Opaque), "weight_bits=6", images(), sensitivity="fisher")
+    assert all(compiled.planned.facts.get(site.key, Sensitivity).curvature > 0 for site in compiled.planned.weights)
+
+
+def test_the_fisher_trace_is_the_hessian_trace_where_labels_are_the_networks_own() -> None:
+    """Drawn labels make the expected Hessian the Fisher matrix: both agree within 6 standard errors of each other, of
+    which the one counts labels and the other probes."""
+    data: list[Any] = [x.repeat(40, 1, 1, 1) for x, _ in images(count=1, batch=4)]  # 40 labels drawn for each image
+    found = {}
+    for name in ("hawq-v2", "fisher"):
+        compiled = hawqfx.compile(build(InvertedResidual), "weight_bits=6", data, sensitivity=name)
+        found[name] = compiled.planned.facts.get("head.weight", Sensitivity)
+    hessian, fisher = found.values()
+    assert abs(hessian.curvature - fisher.curvature) <= 6 * (hessian.stderr**2 + fisher.stderr**2) ** 0.5

@@ -1,0 +1,209 @@
+"""Budgets on a drop, the frontier, uniform bits as a rival, the reason for every bit, plans with float sites."""
+
+import logging
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hawqfx
+from hawqfx import Budget, Compiled, Plan, zoo
+from hawqfx.errors import DataError, HawqfxError, InfeasibleBudget, PlanError
+from hawqfx.ir.facts import LossIncrease
+from hawqfx.pass_manager.manager import run
+from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.session.session import Scoring
+from tests.nets import Plain, Residual, build, images
+from tests.tools import quick
+
+Batch = tuple[Tensor, Tensor]
+
+
+def accuracy(output: Tensor, target: Tensor) -> float:
+    return float((output.argmax(1) == target).double().mean())
+
+
+def digits() -> list[Batch]:
+    """Labelled images of Fashion-MNIST: 128 to calibrate on, and others to score on."""
+    return [(images[:128], labels[:128]) for images, labels in zoo.calibration()]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Compiled:
+    """A trained ResNet-20, cheaply measured, of whose metric half of the data is held out."""
+    data = digits()
+    return hawqfx.compile(
+        zoo.resnet20(), "size=100%", data[:1], metric=accuracy, holdout=data[1:2], sensitivity="mse", rounding="nearest"
+    )
+
+
+def score(compiled: Compiled | None, batch: Batch) -> float:
+    model = zoo.resnet20() if compiled is None else compiled.model
+    with torch.no_grad():
+        return accuracy(model(batch[0]), batch[1])
+
+
+def test_a_drop_gives_the_smallest_network_that_keeps_the_metric(trained: Compiled) -> None:
+    calibrating, held = digits()[:2]
+    loose, tight = trained.at("drop=50%"), trained.at("drop=2%")
+    for compiled, kept in ((loose, 0.5), (tight, 0.98)):
+        assert score(compiled, calibrating) >= kept * score(None, calibrating)
+        assert score(compiled, held) >= kept * score(None, held)
+    assert loose.weight_bytes < tight.weight_bytes < trained.planned.float_bytes()
+    # the next size down, a sixteenth of the way to float in 63 steps, would not keep it on the calibration data
+    size = int(tight.budget.rpartition("=")[2]) / 16 ** (1 / 63)
+    planned = run([Allocation(Budget.parse(f"size={size:.0f}"))], tight.session.measured, tight.session.study)
+    assert score(tight.session.lowered(planned, ""), calibrating) < 0.98 * score(None, calibrating)
+
+
+def test_each_budget_of_a_drop_is_evaluated_once(trained: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    original = hawqfx.Session.lowered
+
+    def counted(self: Any, planned: Any, budget: str) -> Compiled:
+        made.append(budget)
+        return original(self, planned, budget)
+
+    monkeypatch.setattr(hawqfx.Session, "lowered", counted)
+    trained.at("drop=5%, bops=20%")
+    # bisection of 64 steps, perhaps again of those above, and the result once more under the eyes of the observers
+    assert len(made) == len(set(made)) + 1 <= 13
+
+
+def test_a_drop_holds_out_a_quarter_of_the_data() -> None:
+    data = [(images, torch.zeros(16, dtype=torch.long)) for images, _ in images()]
+    compiled = quick(Plain, "drop=50%", data=data, metric=lambda output, target: 1.0)
+    assert compiled.session.scoring is not None
+    assert compiled.session.study.samples == 24
+    assert sum(batch.size for batch in compiled.session.scoring.holdout) == 8
+
+
+def test_a_drop_that_the_held_out_data_refuses(trained: Compiled) -> None:
+    """A metric that no quantized network keeps on the data held out."""
+    session = trained.session
+    held = session.scoring.holdout if session.scoring else ()
+    with torch.no_grad():
+        exact = [zoo.resnet20()(batch.args[0]) for batch in held]
+
+    def spiteful(output: Tensor, target: Tensor) -> float:
+        seen = any(torch.equal(target, batch.target) for batch in held)
+        return 1.0 if not seen or any(torch.allclose(output, each, atol=1e-3) for each in exact) else 0.25
+
+    refused = replace(session, scoring=Scoring(spiteful, held))
+    with pytest.raises(InfeasibleBudget, match=r"drop=1% cannot be met .* must be 0\.99, and the largest .* has 0\.25"):
+        refused.at("drop=1%", weight_bits=(2, 8), activation_bits=(8,))
+
+
+def test_a_drop_needs_a_metric_and_data() -> None:
+    with pytest.raises(HawqfxError, match="a budget on drop needs metric="):
+        quick(Plain, "drop=1%")
+    with pytest.raises(HawqfxError, match="a budget on drop needs metric="):
+        quick(Plain).at("drop=1%")
+    with pytest.raises(DataError, match="too little to hold some out"):
+        quick(Plain, "drop=1%", metric=accuracy, data=[(torch.randn(1, 1, 8, 8), torch.tensor([0]))])
+    with pytest.raises(HawqfxError, match="the metric is nan"):
+        quick(Plain, "drop=1%", metric=lambda output, target: float("nan"))
+
+
+def test_the_frontier_is_a_curve_of_plans() -> None:
+    compiled = quick(Residual)
+    frontier = compiled.session.frontier(12, evaluate=3)
+    losses = [point.account.loss for point in frontier.points]
+    assert losses == sorted(losses, reverse=True)
+    assert len(frontier.points) == 12
+    assert [point.measured for point in frontier.points].count(True) == 3
+    assert frontier.points[0].measured
+    assert frontier.points[-1].measured
+    for point in frontier.points:
+        alone = run([Allocation(Budget.parse(point.budget))], compiled.session.measured, compiled.session.study)
+        assert alone.account is not None
+        assert alone.account.loss == pytest.approx(point.account.loss, rel=1e-12)
+    assert "predicted only" in str([column._cells for column in frontier.table().columns])
+
+
+def test_pareto_measures_once() -> None:
+    frontier = hawqfx.pareto(
+        build(Plain), images(), points=5, limit="bops", evaluate=1, sensitivity=HawqV2(4, tolerance=0)
+    )
+    amounts = [point.account.limits["bops"].amount for point in frontier.points]
+    assert amounts == sorted(amounts)
+    assert amounts[0] < amounts[-1]
+    with pytest.raises(HawqfxError, match="a frontier goes along size, weight_bits, bops or activation_memory"):
+        quick(Plain).session.frontier(limit="speed")
+
+
+def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
+    trained: Compiled, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sensitivities turned upside down make the plan bad: uniform bits within the same size are better."""
+    session = trained.session
+    upside_down = {
+        site.key: LossIncrease({bits: bits * 1e-9 for bits in known}, dict.fromkeys(known, 0.0))
+        for site in session.measured.weights
+        for known in [session.measured.facts.get(site.key, LossIncrease).by_bits]
+    }
+    session = replace(session, measured=session.measured.learn(upside_down))
+    with caplog.at_level(logging.WARNING):
+        found = session.at("weight_bits=4")
+    assert {found.plan.bits[site.key] for site in found.planned.weights} == {4}
+    assert "uniform bits (weights 4, activations 8) keep the budget weight_bits=4 too and lose less" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        fixed = session.at("weight_bits=4", fix={"classifier.weight": 8})
+    assert fixed.plan.bits["classifier.weight"] == 8
+
+
+def test_a_plan_explains_itself_also_from_json() -> None:
+    budget = "size=30%, bops=3%"
+    compiled = quick(Residual, budget)
+    session = compiled.session
+    found = Plan.of(run([Allocation(Budget.parse(budget))], session.measured, session.study), budget)
+    plan = Plan.from_json(found.to_json())
+    assert plan == found
+    text = plan.explain("stem.weight")
+    assert re.search(r"stem\.weight: \d bits, predicted loss increase", text)
+    assert re.search(r"takes [\d.]+% of the predicted loss, [\d.]+% of size, [\d.]+% of bops", text)
+    assert re.search(r"\d bits instead: [+-][\d.e-]+ loss, [+-][\d,]+ bytes size, [+-][\d,]+ bit operations bops", text)
+    assert re.search(
+        r"size: [\d,]+ bytes of [\d,]+ bytes; (binds: one kB more would save|does not bind)", plan.explain()
+    )
+    assert "proven to be the least" in plan.explain()
+    assert plan.explain("*.weight").count("predicted loss increase") == 3
+    with pytest.raises(PlanError, match="the plan has no site 'nothing'"):
+        plan.explain("nothing")
+    assert compiled.plan.explain().splitlines()[0] in compiled.summary()
+
+
+def test_sites_in_float_are_lowered_saved_and_exported(tmp_path: Any) -> None:
+    from hawqfx.runtime import ort, parity
+
+    compiled = quick(Residual, "size=90%", fix={"inner.weight": 32, "relu": 32})
+    assert {key for key, bits in compiled.plan.bits.items() if bits == 32} == {"inner.weight", "relu"}
+    compiled.plan.write(tmp_path / "plan.json")
+    again = hawqfx.compile(build(Residual), None, images(), plan=tmp_path / "plan.json")
+    batch = images()[0][0]
+    assert torch.equal(compiled.model(batch), again.model(batch))
+    compiled.export(tmp_path / "model.onnx")
+    found = parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.study.batches[0])
+    assert found.flips <= found.codes // 1000  # only ties flip
+    assert found.worst < 1e-5  # float32 sums in another order
+    output = ort.run(ort.session(tmp_path / "model.onnx"), [batch.numpy()])[0]
+    assert output.shape == (len(batch), 3)
+
+
+@pytest.mark.parametrize("bits", [(32,), (9,), (1, 4), ()])
+def test_widths_are_2_to_8_or_float_beside_them(bits: tuple[int, ...]) -> None:
+    with pytest.raises(HawqfxError, match="bit widths must be from 2 to 8, with 32 for float beside them"):
+        quick(Plain, weight_bits=bits)
+
+
+def test_float_is_chosen_where_it_may_be_and_the_budget_has_room() -> None:
+    compiled = quick(Plain, "size=100%", weight_bits=(2, 4, 8, 32))
+    assert all(compiled.plan.bits[site.key] == 32 for site in compiled.planned.weights)
+    assert compiled.weight_bytes == compiled.planned.float_bytes()
+    tight = quick(Plain, "size=45%", weight_bits=(2, 4, 8, 32))
+    assert tight.weight_bytes <= 0.45 * tight.planned.float_bytes()
