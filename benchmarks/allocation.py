@@ -23,7 +23,7 @@ from common import Claims, arguments, console
 from rich.table import Table
 
 from hawqfx.allocation.solver import search
-from hawqfx.allocation.solver.search import Choice, Limit, Nogood, Problem, Terms, choose
+from hawqfx.allocation.solver.search import Choice, LinearConstraint, Nogood, Problem, Terms, choose
 
 BITS, INPUT_BITS = np.arange(2, 9), np.array([4, 6, 8])
 PATIENCE = 20.0  # seconds for the other solvers
@@ -41,7 +41,7 @@ def sites(count: int, limits: int, seed: int, tight: float = 0.3) -> Problem:
         cost = np.rint(numel * BITS * own).astype(np.int64)
         low, high = cost.min(1).sum(), cost.max(1).sum()
         terms = Terms(dict(enumerate(cost.tolist())), {})
-        rows.append(Limit(f"limit {number}", int(low + tight * (high - low)), terms))
+        rows.append(LinearConstraint(f"limit {number}", int(low + tight * (high - low)), terms))
     return Problem(losses.tolist(), rows)
 
 
@@ -57,8 +57,8 @@ def network(layers: int, seed: int) -> Problem:
     return Problem(
         [*weights.tolist(), *inputs.tolist()],
         [
-            Limit("size", sum(row[0] for row in size.values()) * 2, Terms(size, {})),
-            Limit("bops", sum(table[0][0] for table in bops.values()) * 3, Terms({}, bops)),
+            LinearConstraint("size", sum(row[0] for row in size.values()) * 2, Terms(size, {})),
+            LinearConstraint("bops", sum(table[0][0] for table in bops.values()) * 3, Terms({}, bops)),
         ],
     )
 
@@ -171,7 +171,7 @@ def published(claims: Claims) -> list[dict[str, Any]]:
             single = {
                 g: [round(sum(cost[i][k] for i in group) * UNIT) for k in range(2)] for g, group in enumerate(groups)
             }
-            limit = Limit(kind, round((low + float(ratio) * (high - low)) * UNIT), Terms(single, {}))
+            limit = LinearConstraint(kind, round((low + float(ratio) * (high - low)) * UNIT), Terms(single, {}))
             best, ruled = (choose(Problem(losses, [limit], nogoods)) for nogoods in ((), falling))
             assert isinstance(best, Choice)
             assert isinstance(ruled, Choice)

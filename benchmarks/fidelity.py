@@ -28,7 +28,7 @@ from subjects import SUBJECTS, Subject
 import hawqfx
 from hawqfx import Compiled, pipeline, zoo
 from hawqfx.errors import HawqfxError
-from hawqfx.frontend.context import Study
+from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Analysis
@@ -99,14 +99,14 @@ def examine(subject: Subject) -> dict[str, Any]:
     return {
         "metric": subject.metric, "samples": subject.samples, "float": subject.score(subject.model),
         "uniform": {f"{bits} bits": subject.score(base.uniform(bits).model) for bits in (8, 5, 4, 3)},
-        "calibration": base.session.study.samples, "metrics": found,
+        "calibration": base.session.context.samples, "metrics": found,
     }  # fmt: skip
 
 
-def fewer(base: Compiled, part: int) -> Study:
+def fewer(base: Compiled, part: int) -> Context:
     """The study with the first of so many parts of each of its batches."""
-    study = base.session.study
-    return replace(study, batches=tuple(batch.first(max(1, batch.size // part)) for batch in study.batches))
+    context = base.session.context
+    return replace(context, batches=tuple(batch.first(max(1, batch.size // part)) for batch in context.batches))
 
 
 def at(base: Compiled, program: Program, bits: float) -> Compiled:

@@ -76,9 +76,9 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     files: dict[str, str | Path] = {"float": folder / "float.onnx", "mixed": folder / "mixed.onnx"}
     compiled.export_float(files["float"])
     compiled.export(files["mixed"])
-    theirs = their_files(Path(files["float"]), compiled.session.study.batches, folder)
+    theirs = their_files(Path(files["float"]), compiled.session.context.batches, folder)
     files |= {key: path for key, path in theirs.items() if isinstance(path, Path)}
-    sample = [tensor.numpy() for tensor in compiled.session.study.batches[0].first(1).tensors]
+    sample = [tensor.numpy() for tensor in compiled.session.context.batches[0].first(1).tensors]
     found: dict[str, Any] = {
         "bytes": {key: Path(path).stat().st_size for key, path in files.items()},
         "refused": {key: text for key, text in theirs.items() if isinstance(text, str)},

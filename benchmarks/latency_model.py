@@ -24,7 +24,7 @@ from subjects import SUBJECTS
 
 import hawqfx
 from hawqfx.errors import InfeasibleBudget
-from hawqfx.ir.facts import Bits, Fact
+from hawqfx.ir.facts import ChosenFormat, Fact
 from hawqfx.ir.program import WeightSite
 from hawqfx.latency.profiler import measure
 from hawqfx.runtime import ort
@@ -60,11 +60,11 @@ def plans(session: Session) -> dict[str, dict[str, int]]:
 
 def times(session: Session, bits: dict[str, dict[str, int]]) -> dict[str, float]:
     """Measured seconds of the exported files."""
-    sample = session.study.batches[0].first(1)
+    sample = session.context.batches[0].first(1)
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for number, widths in enumerate(bits.values()):
-            facts: dict[str, Fact] = {key: Bits(width, 0.0) for key, width in widths.items()}
+            facts: dict[str, Fact] = {key: ChosenFormat(width, 0.0) for key, width in widths.items()}
             paths.append(Path(folder) / f"{number}.onnx")
             session.lowered(session.measured.learn(facts), "").export(paths[-1])
         feeds = []
@@ -90,11 +90,11 @@ def examine(name: str, cache: Path) -> dict[str, Any]:
         sensitivity="mse", rounding="nearest", samples=4,
     )  # fmt: skip
     session = compiled.session
-    table = measure(session.measured, session.study.batches[0], cache=cache, progress=session.study.progress)
+    table = measure(session.measured, session.context.batches[0], cache=cache, progress=session.context.progress)
     bits = plans(session)
     found = {plan: {"predicted": table.seconds(bits[plan]), "measured": t} for plan, t in times(session, bits).items()}
     low, high = (table.seconds(bits[plan]) for plan in ("all 8 bits", "all float"))
-    timed = replace(session, measured=replace(session.measured, timetable=table))
+    timed = replace(session, measured=replace(session.measured, latency_model=table))
     budgets = {f"latency={1e3 * (low + step * (high - low)):.4f}ms": low + step * (high - low) for step in STEPS}
     answers = {text: kept_bits(timed, text) for text in budgets}
     chosen = {text: widths for text, widths in answers.items() if widths is not None}

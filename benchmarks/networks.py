@@ -68,7 +68,7 @@ def share_of_macs(compiled: Compiled) -> float:
     found = [((layer.weight, layer.input), layer.macs) for layer in program.layers]
     found += [(product.inputs, product.macs) for product in program.products]
     integer = sum(macs for sites, macs in found if all(bits[site] < FLOAT_BITS for site in sites))
-    batch = compiled.session.study.batches[0]
+    batch = compiled.session.context.batches[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         compiled.session.measured.run(batch.args, batch.kwargs)
     return integer / (counter.get_total_flops() / 2 / batch.size + recurrent(compiled))
@@ -92,7 +92,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     compiled = hawqfx.compile(
         subject.model, BUDGETS[0], subject.calibration, loss=subject.loss, draw=subject.draw
     )  # fmt: skip
-    found |= {"seconds": time.perf_counter() - start, "calibration": compiled.session.study.samples}
+    found |= {"seconds": time.perf_counter() - start, "calibration": compiled.session.context.samples}
     found["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     original = folder / "float.onnx"
     compiled.export_float(original)
@@ -102,7 +102,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
         path = paths[budget] = folder / f"{budget}.onnx"
         network.export(path)
         found[budget] = {"integer MACs": share_of_macs(network), "kernels": parity.kernels(path)}
-    theirs = their_files(original, compiled.session.study.batches, folder)
+    theirs = their_files(original, compiled.session.context.batches, folder)
     found["refused"] = {kind: text for kind, text in theirs.items() if isinstance(text, str)}
     paths |= {kind: path for kind, path in theirs.items() if isinstance(path, Path)}
     for kind in paths.keys() - {"float"}:
@@ -111,7 +111,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
             "score": subject.score(deployed), "more": subject.more(deployed), "bytes": Path(paths[kind]).stat().st_size,
         }  # fmt: skip
     found["float bytes"] = original.stat().st_size
-    sample = [tensor.numpy() for tensor in compiled.session.study.batches[0].first(1).tensors]
+    sample = [tensor.numpy() for tensor in compiled.session.context.batches[0].first(1).tensors]
     times = ort.latency(paths, sample, rounds=100)
     for kind in paths.keys() - {"float"}:
         found[kind]["faster"] = times["float"].median / times[kind].median
@@ -147,7 +147,7 @@ def covered(name: str, folder: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     path = folder / "model.onnx"
     compiled.export(path)
-    same = parity.compare(compiled.program, path, compiled.session.study.batches[0])
+    same = parity.compare(compiled.program, path, compiled.session.context.batches[0])
     kernels = parity.kernels(path)
     return {
         "seconds": seconds, "flips": same.flips, "codes": same.codes, "worst": same.worst,

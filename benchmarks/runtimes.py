@@ -90,7 +90,7 @@ def written(quick: bool, folder: Path) -> dict[str, Path]:
             path = folder / f"{name}-{packing}.onnx"
             compiled.export(path, packing)
             names = [value.name for value in ort.session(path).get_inputs()]
-            tensors = compiled.session.study.batches[0].first(2).tensors
+            tensors = compiled.session.context.batches[0].first(2).tensors
             values: dict[str, Any] = {key: tensor.numpy() for key, tensor in zip(names, tensors, strict=True)}
             np.savez(f"{path}.npz", **values)
             found[f"{name}, {packing}"] = path

@@ -28,14 +28,14 @@ from torch import fx, nn
 
 from hawqfx import pipeline, zoo
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.context import Study, cross_entropy, gather, generator
+from hawqfx.frontend.context import Context, cross_entropy, gather, generator
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.sensitivity import malloc
-from hawqfx.sensitivity.double_backward import stand_ins
+from hawqfx.sensitivity.double_backward import twice_differentiable
 from hawqfx.sensitivity.estimation import Measurement, Quantity, forward
 
 FURTHER = 3  # further probes in a round
@@ -43,7 +43,7 @@ NETWORKS = {"ResNet-50": 8, "ResNet-20": 128}  # batch
 PROBES = {"ResNet-50": 5, "ResNet-20": 50}  # for the comparison with PyHessian
 
 
-def subject(name: str) -> tuple[nn.Module, Program, Study]:
+def subject(name: str) -> tuple[nn.Module, Program, Context]:
     """A network, its folded program with its sites, and a study of one batch."""
     if name == "ResNet-50":
         from resnet50 import resnet50
@@ -54,31 +54,31 @@ def subject(name: str) -> tuple[nn.Module, Program, Study]:
         model: nn.Module = resnet50()
     else:
         model, data = zoo.resnet20(), zoo.calibration()[:1]
-    study = Study(gather(data), cross_entropy)
-    return model, run([*pipeline.folding(), *pipeline.finding()], capture(model, study.batches[0]), study), study
+    context = Context(gather(data), cross_entropy)
+    return model, run([*pipeline.folding(), *pipeline.finding()], capture(model, context.batches[0]), context), context
 
 
 class Work:
     """What is timed."""
 
     def __init__(self, name: str) -> None:
-        self.model, self.program, self.study = subject(name)
-        self.batch = self.study.batches[0]
-        self.operators = stand_ins(self.program, self.batch)
+        self.model, self.program, self.context = subject(name)
+        self.batch = self.context.batches[0]
+        self.operators = twice_differentiable(self.program, self.batch)
         self.everything = [Quantity(site.key) for site in self.program.sites]
         self.weights = [Quantity(site.key) for site in self.program.weights]
 
     def gradient(self) -> None:
         weights = {site.key: self.program.tensor(site.key).detach().requires_grad_() for site in self.program.weights}
         output = self.program.run(self.batch.args, {}, tensors=weights, at=())
-        torch.autograd.grad(self.study.loss_of(output, self.batch, 0), list(weights.values()))
+        torch.autograd.grad(self.context.loss_of(output, self.batch, 0), list(weights.values()))
 
     def gradient_as_trained(self) -> None:
         parameters = list(self.model.parameters())
-        torch.autograd.grad(self.study.loss_of(self.model(*self.batch.args), self.batch, 0), parameters)
+        torch.autograd.grad(self.context.loss_of(self.model(*self.batch.args), self.batch, 0), parameters)
 
     def opened(self) -> Measurement:
-        return HawqV2().open(self.program, self.study, 0, self.operators)
+        return HawqV2().open(self.program, self.context, 0, self.operators)
 
     def layers_one_by_one(self, measurement: Any, probe: int) -> float:
         """A product per layer, on the graph of the gradient that all layers share."""
@@ -93,7 +93,7 @@ class Work:
         """Forward, gradient and product for each layer anew, as scripts do that treat a layer at a time."""
         for site, _ in self.weights:
             run = forward(self.program, self.batch, self.operators)
-            loss = self.study.loss_of(run.output, self.batch, 0)
+            loss = self.context.loss_of(run.output, self.batch, 0)
             (gradient,) = torch.autograd.grad(loss, run.tensors[site], create_graph=True)
             signs = curvature.rademacher(gradient, generator(0, "own", probe, site, device=torch.device("cpu")))
             (product,) = torch.autograd.grad(gradient, run.tensors[site], signs)
@@ -143,7 +143,7 @@ def times(work: Work, rounds: int) -> dict[str, float]:
         note("further probe, weights alone", timed(partial(measurement.sample, 9, work.weights))[0])
         note("layers one by one, a probe", timed(partial(work.layers_one_by_one, measurement, 0))[0])
         del measurement
-        opening, backward = timed(lambda: Fisher().open(work.program, work.study, 0, {}))
+        opening, backward = timed(lambda: Fisher().open(work.program, work.context, 0, {}))
         drawing = [timed(partial(backward.sample, probe, work.everything))[0] for probe in range(8)]
         note("fisher, a probe of 8", (opening + sum(drawing)) / 8)
         del backward

@@ -12,9 +12,9 @@ from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontend.capture import Model, capture
-from hawqfx.frontend.context import Batch, Draw, Loss, Study, cross_entropy, gather, silent
+from hawqfx.frontend.context import Batch, Context, Draw, Loss, cross_entropy, gather, silent
 from hawqfx.maths.formats import Scheme
-from hawqfx.maths.latency_model import Timetable
+from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.maths.pricing import FLOAT_BITS
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.manager import run
@@ -25,7 +25,7 @@ from hawqfx.passes.rounding import Rounding
 from hawqfx.runtime.target import exact_widths
 from hawqfx.session.frontier import Frontier
 from hawqfx.session.plan import Plan
-from hawqfx.session.session import Compiled, Metric, Scoring, Session
+from hawqfx.session.session import Compiled, Score, Scoring, Session
 
 STRONGEST = 64  # pairs of weights whose interaction enters the integer program
 
@@ -36,7 +36,7 @@ def compile(
     data: Iterable[Any],
     *,
     loss: Loss = cross_entropy,
-    metric: Metric | None = None,
+    metric: Score | None = None,
     holdout: Iterable[Any] | None = None,
     sensitivity: str | Analysis | None = None,
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
@@ -120,20 +120,20 @@ def compile(
     _check_device(model, device)
     program = capture(model, batches[0])
     with progress_bars(console or Console(stderr=True)) as progress:
-        study = Study(batches, loss, seed, device, progress, draw, batch, None if cache is None else Path(cache))
-        folded = run(pipeline.folding(), program, study, observers)
-        found = run(pipeline.finding(tuple(keep_float)), replace(folded, original=folded.graph), study, observers)
+        context = Context(batches, loss, seed, device, progress, draw, batch, None if cache is None else Path(cache))
+        folded = run(pipeline.folding(), program, context, observers)
+        found = run(pipeline.finding(tuple(keep_float)), replace(folded, original=folded.graph), context, observers)
         if given is None:
             integer = [tuple(bits for bits in widths if bits < FLOAT_BITS) for widths in (weights, activations)]
             calibration = Calibration(integer[0], integer[1], offered)
-            quantizers = run(pipeline.quantizing(calibration), found, study, observers)
+            quantizers = run(pipeline.quantizing(calibration), found, context, observers)
         else:
             quantizers = given.facts_for(found)
             for site in found.weights:
                 exact_widths(target, [given.bits[site.key]])
-        measured = run(pipeline.pricing(Rounding(rounding)), quantizers, study, observers)
+        measured = run(pipeline.pricing(Rounding(rounding)), quantizers, context, observers)
         if given is None:
-            measured = run(pipeline.measuring(chosen, interactions), measured, study, observers)
+            measured = run(pipeline.measuring(chosen, interactions), measured, context, observers)
         rules = Allocation(
             Budget(),
             weights if FLOAT_BITS in weights else None,
@@ -143,14 +143,14 @@ def compile(
             rule,
             STRONGEST if interactions else 0,
         )
-        session = Session(measured, study, tuple(observers), rules, scoring, threads, target)
+        session = Session(measured, context, tuple(observers), rules, scoring, threads, target)
         if given is not None:
             compiled = session.lowered(measured, given.budget)
         else:
             assert limits is not None
             compiled = session.at(limits)
     # bars are over: later calls are silent
-    return replace(compiled, session=replace(compiled.session, study=replace(study, progress=silent)))
+    return replace(compiled, session=replace(compiled.session, context=replace(context, progress=silent)))
 
 
 def pareto(
@@ -180,7 +180,7 @@ def measure_latency(
     keep_float: Sequence[str] = (),
     cache: str | Path | None = None,
     console: Console | None = None,
-) -> Timetable:
+) -> LatencyModel:
     """Times the parts of a model in onnxruntime on this machine; `Timetable.seconds` adds them up for any bits.
 
     data: as for compile(); one batch is enough.  threads: of onnxruntime.  batch: samples in a run, by default one.
@@ -190,14 +190,14 @@ def measure_latency(
 
     batches = gather(data)
     with progress_bars(console or Console(stderr=True)) as progress:
-        study = Study(batches[:1], cross_entropy, progress=progress)
+        context = Context(batches[:1], cross_entropy, progress=progress)
         steps = [
             *pipeline.folding(),
             *pipeline.finding(tuple(keep_float)),
             *pipeline.quantizing(Calibration((8,), (8,))),
             *pipeline.pricing(Rounding("nearest")),
         ]
-        program = run(steps, capture(model, batches[0]), study)
+        program = run(steps, capture(model, batches[0]), context)
         folder = None if cache is None else Path(cache)
         return measure(program, batches[0], threads=threads, batch=batch, cache=folder, progress=progress)
 

@@ -15,12 +15,11 @@ from itertools import combinations, pairwise
 from typing import ClassVar, Literal
 
 from hawqfx.allocation.budget import Budget
-from hawqfx.allocation.constraints import Measure, Space, measures
-from hawqfx.allocation.solver.search import Choice, Infeasible, Nogood, Problem, Terms, choose
-from hawqfx.allocation.solver.search import Limit as Row
+from hawqfx.allocation.constraints import Resource, SearchSpace, resources
+from hawqfx.allocation.solver.search import Choice, Infeasible, LinearConstraint, Nogood, Problem, Terms, choose
 from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import Account, Bits, Cost, LossIncrease, Move, Sensitivity, Use, Why
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, LimitUse, LossIncrease, Move, Reason, Sensitivity
 from hawqfx.ir.program import ActivationSite, Program, Site, WeightSite
 from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Scheme, described, is_static
 from hawqfx.maths.pricing import FLOAT_BITS
@@ -60,15 +59,15 @@ class Allocation(Analysis):
     start: tuple[tuple[str, int], ...] = ()
     gap: float = 0.0
     seconds: float = 60.0
-    needs: ClassVar[tuple[Kind, ...]] = (LossIncrease, Cost)
-    gives: ClassVar[tuple[Kind, ...]] = (Bits,)
+    needs: ClassVar[tuple[Kind, ...]] = (LossIncrease, ByteCost)
+    gives: ClassVar[tuple[Kind, ...]] = (ChosenFormat,)
 
     def __post_init__(self) -> None:
         if self.rule not in ("exact", "hawq-v2"):
             raise HawqfxError(f"rule={self.rule!r}: must be 'exact' or 'hawq-v2'")
 
-    def learn(self, program: Program, study: Study) -> Program:
-        task = Task.of(program, self)
+    def learn(self, program: Program, context: Context) -> Program:
+        task = AllocationTask.of(program, self)
         answer = task.solve()
         if isinstance(answer, Infeasible):
             raise task.refusal(answer)
@@ -84,14 +83,14 @@ class Allocation(Analysis):
         allowed = self.widths(program)
         if any(width not in allowed[key] for key, width in bits.items()):
             return False
-        task = Task.of(program, self, bits)
+        task = AllocationTask.of(program, self, bits)
         picks = task.space.picks(bits)
         barred = any(all(picks[item] in options for item, options in nogood.items()) for nogood in task.space.nogoods)
         return not barred and all(row.terms.total(picks) <= row.bound for row in task.rows)
 
     def given(self, program: Program, bits: Mapping[str, int]) -> Program:
         """The program with a plan that was found elsewhere, explained."""
-        return Task.of(program, self, bits).explained(bits, None)
+        return AllocationTask.of(program, self, bits).explained(bits, None)
 
     def fixed(self, program: Program) -> dict[str, int]:
         """The sites whose width `fix` says, and that width."""
@@ -155,7 +154,7 @@ class Allocation(Analysis):
             found |= {site.key for site in program.activations} - dynamic
         return found
 
-    def nogoods(self, program: Program, space: Space) -> list[Nogood]:
+    def nogoods(self, program: Program, space: SearchSpace) -> list[Nogood]:
         """A weight in blocks is multiplied by floats alone, and floats that nobody asked for by no other weight."""
         found: list[Nogood] = []
         asked = FLOAT_BITS in (self.activation_bits or ())
@@ -176,40 +175,40 @@ def _is_float(width: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Task:
+class AllocationTask:
     """An allocation as an integer program."""
 
     program: Program
     allocation: Allocation
     losses: Mapping[str, Mapping[int, float]]
-    space: Space
-    measures: Mapping[str, Measure]
+    space: SearchSpace
+    resources: Mapping[str, Resource]
 
     @staticmethod
-    def of(program: Program, allocation: Allocation, bits: Mapping[str, int] = {}) -> "Task":
+    def of(program: Program, allocation: Allocation, bits: Mapping[str, int] = {}) -> "AllocationTask":
         """`bits`: widths that the program must know, be they worth choosing or not."""
         losses = {site.key: increases(program, site) for site in program.sites}
         widths = allocation.widths(program)
         # fewer bits never cost more of a limit but latency, but an error may make up for another
         if allocation.budget.latency is None and not allocation.interactions:
             widths = {key: _undominated(losses[key], kept) for key, kept in widths.items()}
-        space = Space({key: sorted({*kept, bits.get(key, kept[0])}) for key, kept in widths.items()})
+        space = SearchSpace({key: sorted({*kept, bits.get(key, kept[0])}) for key, kept in widths.items()})
         space.nogoods.extend(allocation.nogoods(program, space))
-        counted = measures(program, allocation.budget, space)
+        counted = resources(program, allocation.budget, space)
         if allocation.rule == "hawq-v2":
             space.nogoods.extend(_monotone(program, space))
-        return Task(program, allocation, losses, space, counted)
+        return AllocationTask(program, allocation, losses, space, counted)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LinearConstraint]:
         limits = self.allocation.budget.limits
-        return [row for name, measure in self.measures.items() for row in measure.rows(limits[name])]
+        return [row for name, resource in self.resources.items() for row in resource.rows(limits[name])]
 
     @cached_property
-    def loss(self) -> Measure:
+    def loss(self) -> Resource:
         """The predicted loss increase, as terms."""
         single = {self.space.item[key]: [self.losses[key][b] for b in kept] for key, kept in self.space.widths.items()}
-        return Measure("loss", "", 1, 1, [(0, Terms(single, self._interactions()))])
+        return Resource("loss", "", 1, 1, [(0, Terms(single, self._interactions()))])
 
     def solve(self) -> Choice | Infeasible:
         (_, terms), *_ = self.loss.parts
@@ -247,64 +246,64 @@ class Task:
 
     def refusal(self, found: Infeasible) -> InfeasibleBudget:
         """Which limit, the least it could be, and which rules stand in the way."""
-        name = next(name for name, measure in self.measures.items() if measure.part(found.name) is not None)
-        measure = self.measures[name]
+        name = next(name for name, resource in self.resources.items() if resource.part(found.name) is not None)
+        resource = self.resources[name]
         others = "" if found.alone else " together with the other limits"
         text = f"{name}={self.allocation.budget.limits[name]} cannot be met{others}: the least is "
-        text += self._least(measure, found)
+        text += self._least(resource, found)
         for pattern, bits in self.allocation.fix:
             rest = tuple(pair for pair in self.allocation.fix if pair != (pattern, bits))
-            freed = Task.of(self.program, replace(self.allocation, fix=rest, start=()))
+            freed = AllocationTask.of(self.program, replace(self.allocation, fix=rest, start=()))
             answer = freed.solve()
             if not isinstance(answer, Infeasible):
                 text += f"; fix {pattern!r}: {bits} stands in the way, without it the budget can be met"
             elif answer.name == found.name and answer.least < found.least:
                 text += f"; fix {pattern!r}: {bits} stands in the way, without it the least is "
-                text += freed._least(freed.measures[name], answer)
+                text += freed._least(freed.resources[name], answer)
         kept = [node for node, reason in self.program.left_float.items() if "by the user" in reason]
         if name == "size" and kept:
             text += f"; keep_float leaves {', '.join(kept[:3])} in float"
         if self.allocation.rule != "exact":
             text += f"; the rule {self.allocation.rule} allows no other"
-        return InfeasibleBudget(text, name, self._amount(measure, found))
+        return InfeasibleBudget(text, name, self._amount(resource, found))
 
-    def _amount(self, measure: Measure, found: Infeasible) -> float:
-        number = measure.part(found.name)
+    def _amount(self, resource: Resource, found: Infeasible) -> float:
+        number = resource.part(found.name)
         assert number is not None
-        return (measure.parts[number][0] + found.least) * measure.unit_size
+        return (resource.parts[number][0] + found.least) * resource.unit_size
 
-    def _least(self, measure: Measure, found: Infeasible) -> str:
-        number, least = measure.part(found.name), self._amount(measure, found)
+    def _least(self, resource: Resource, found: Infeasible) -> str:
+        number, least = resource.part(found.name), self._amount(resource, found)
         assert number is not None
-        percent = math.ceil(1e4 * least / measure.reference) / 100
-        at = f" at {measure.where[number]}" if measure.where else ""
-        return f"{measure.written(least)}{at}, {percent}% of float32"
+        percent = math.ceil(1e4 * least / resource.reference) / 100
+        at = f" at {resource.where[number]}" if resource.where else ""
+        return f"{resource.written(least)}{at}, {percent}% of float32"
 
     def explained(self, bits: Mapping[str, int], answer: Choice | None) -> Program:
         """The program with these bits, the reason for each, and the account of all."""
         picks = self.space.picks(bits)
-        totals = {name: measure.totals(picks) for name, measure in self.measures.items()}
+        totals = {name: resource.totals(picks) for name, resource in self.resources.items()}
         totals["loss"] = self.loss.totals(picks)
         facts = {
-            key: Bits(width, self.losses[key][width], self._why(key, bits, picks, totals))
+            key: ChosenFormat(width, self.losses[key][width], self._why(key, bits, picks, totals))
             for key, width in bits.items()
         }
         limits = {}
-        for name, measure in self.measures.items():
+        for name, resource in self.resources.items():
             limit = self.allocation.budget.limits[name]
             prices = {} if answer is None else answer.prices
-            price = sum(value for row, value in prices.items() if measure.part(row) is not None) / measure.unit_size
-            bound = limit.of(measure.reference)
-            limits[name] = Use(measure.unit, measure.amount(picks), bound, measure.reference, price)
+            price = sum(value for row, value in prices.items() if resource.part(row) is not None) / resource.unit_size
+            bound = limit.of(resource.reference)
+            limits[name] = LimitUse(resource.unit, resource.amount(picks), bound, resource.reference, price)
         proven = (-math.inf, False) if answer is None else (answer.bound, answer.optimal)
         return replace(self.program.learn(facts), account=Account(limits, totals["loss"][0], *proven))
 
-    def _why(self, key: str, bits: Mapping[str, int], picks: Sequence[int], totals: _Totals) -> Why:
+    def _why(self, key: str, bits: Mapping[str, int], picks: Sequence[int], totals: _Totals) -> Reason:
         widths = self.space.widths[key]
         at = list(widths).index(bits[key])
         item = self.space.item[key]
-        shares = {name: measure.share(item, picks, totals[name]) for name, measure in self.measures.items()}
-        return Why(
+        shares = {name: resource.share(item, picks, totals[name]) for name, resource in self.resources.items()}
+        return Reason(
             self.losses[key][bits[key]] / totals["loss"][0] if totals["loss"][0] else math.nan,
             shares,
             self._move(key, widths[at + 1], bits, picks, totals) if at + 1 < len(widths) else None,
@@ -313,7 +312,7 @@ class Task:
 
     def _move(self, key: str, width: int, bits: Mapping[str, int], picks: Sequence[int], totals: _Totals) -> Move:
         moved, items = self.space.moved(key, width, bits, picks)
-        amounts = {n: measure.change(items, picks, moved, totals[n]) for n, measure in self.measures.items()}
+        amounts = {n: resource.change(items, picks, moved, totals[n]) for n, resource in self.resources.items()}
         return Move(width, self.loss.change(items, picks, moved, totals["loss"]), amounts)
 
 
@@ -335,7 +334,7 @@ def _nearest(widths: Sequence[int], wanted: int) -> int:
     return min(widths, key=lambda bits: abs(bits - wanted))
 
 
-def _monotone(program: Program, space: Space) -> list[Nogood]:
+def _monotone(program: Program, space: SearchSpace) -> list[Nogood]:
     """A site never has fewer bits than one of its kind with a smaller trace, as far as their widths allow."""
     nogoods: list[Nogood] = []
     for kind in (WeightSite, ActivationSite):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hawqfx.analysis.pointwise import Function, function_of
 from hawqfx.errors import DataError
-from hawqfx.frontend.context import Study
+from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, QuantParams
 from hawqfx.ir.program import ActivationSite, Program, WeightSite
 from hawqfx.maths import affine
@@ -46,7 +46,7 @@ class _Histogram:
         return self.sums[seen] / self.counts[seen], self.counts[seen].double()
 
 
-def _ranges(program: Program, study: Study) -> dict[str, tuple[float, float]]:
+def _ranges(program: Program, context: Context) -> dict[str, tuple[float, float]]:
     ranges: dict[str, tuple[float, float]] = {}
 
     def look(node: str, value: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ def _ranges(program: Program, study: Study) -> dict[str, tuple[float, float]]:
         ranges[node] = min(low, float(value.min())), max(high, float(value.max()))
         return value
 
-    for batch in study.track(study.batches, "calibration", 2 * len(study.batches)):
+    for batch in context.track(context.batches, "calibration", 2 * len(context.batches)):
         program.run(batch.args, batch.kwargs, look)
     return ranges
 
 
-def _histograms(program: Program, study: Study) -> dict[str, _Histogram]:
-    ranges = _ranges(program, study)
+def _histograms(program: Program, context: Context) -> dict[str, _Histogram]:
+    ranges = _ranges(program, context)
     histograms: dict[str, _Histogram] = {}
     owner: dict[str, _Histogram] = {}
     for site in program.activations:
@@ -74,9 +74,9 @@ def _histograms(program: Program, study: Study) -> dict[str, _Histogram]:
         owner[node].add(value)
         return value
 
-    for index, batch in enumerate(study.batches, 1):
+    for index, batch in enumerate(context.batches, 1):
         program.run(batch.args, batch.kwargs, look)
-        study.progress("calibration", len(study.batches) + index, 2 * len(study.batches))
+        context.progress("calibration", len(context.batches) + index, 2 * len(context.batches))
     return histograms
 
 
@@ -126,7 +126,7 @@ class Calibration(Analysis):
     gives: ClassVar[tuple[Kind, ...]] = (Quantizers,)
 
     @torch.no_grad()
-    def learn(self, program: Program, study: Study) -> Mapping[str, Quantizers]:
+    def learn(self, program: Program, context: Context) -> Mapping[str, Quantizers]:
         facts = {
             site.key: Quantizers({bits: _weight_quantizer(program.tensor(site.key), bits) for bits in self.weight_bits})
             for site in program.weights
@@ -137,10 +137,10 @@ class Calibration(Analysis):
                 found = facts[key].by_bits
                 facts[key] = Quantizers({**found, BLOCKWISE: _blockwise_quantizer(program.tensor(key))})
         dynamic = {layer.input for layer in linear} if "dynamic" in self.schemes else set()
-        histograms = _histograms(program, study)
+        histograms = _histograms(program, context)
         for site in program.activations:
             histogram = histograms[site.key]
-            after = function_of(program.graph.graph, (*site.nodes, *site.carriers))
+            after = function_of(program.graph.graph, (*site.nodes, *site.data_movement))
             by_bits = {bits: _activation_quantizer(histogram, site, bits, after) for bits in self.activation_bits}
             if site.key in dynamic:
                 by_bits[DYNAMIC] = _dynamic_quantizer()

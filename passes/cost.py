@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import Cost as CostFact
-from hawqfx.ir.facts import Quantizers
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import ByteCost, Quantizers
 from hawqfx.ir.program import Program, WeightSite
 from hawqfx.maths.formats import BLOCK, BLOCKWISE, bits_of, blocks, is_static
 from hawqfx.maths.packing import packed_bytes
@@ -38,16 +37,16 @@ def _weight_bytes(program: Program, site: WeightSite, bits: int) -> int:
 @dataclass(frozen=True)
 class Cost(Analysis):
     needs: ClassVar[tuple[Kind, ...]] = (Quantizers,)
-    gives: ClassVar[tuple[Kind, ...]] = (CostFact,)
+    gives: ClassVar[tuple[Kind, ...]] = (ByteCost,)
 
-    def learn(self, program: Program, study: Study) -> Mapping[str, CostFact]:
+    def learn(self, program: Program, context: Context) -> Mapping[str, ByteCost]:
         facts = {}
         for site in program.sites:
             widths = (*program.facts.get(site.key, Quantizers).by_bits, FLOAT_BITS)
             if isinstance(site, WeightSite):
-                facts[site.key] = CostFact({bits: _weight_bytes(program, site, bits) for bits in widths})
+                facts[site.key] = ByteCost({bits: _weight_bytes(program, site, bits) for bits in widths})
             else:
                 # what is quantized in each run lives as floats
                 taken = {bits: bits if is_static(bits) else FLOAT_BITS for bits in widths}
-                facts[site.key] = CostFact({bits: packed_bytes(site.numel, taken[bits]) for bits in widths})
+                facts[site.key] = ByteCost({bits: packed_bytes(site.numel, taken[bits]) for bits in widths})
         return facts

@@ -25,7 +25,7 @@ from torch.fx.node import Target
 
 from hawqfx.ir.operators import BATCH_NORM, CONVOLUTIONS, ceiling, is_constant, is_tensor, operands
 from hawqfx.ir.program import Program, set_tensor
-from hawqfx.ir.rewriter import Writer
+from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
 
 _aten = torch.ops.aten
@@ -38,7 +38,7 @@ _TRANSPOSED: set[Target] = {
 }
 
 
-def _pieces(write: Writer, node: fx.Node) -> fx.Node | None:
+def _pieces(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """An item of chunk, split or unbind."""
     whole, number = operands(node)
     if not isinstance(whole, fx.Node) or whole.target not in _PARTED or not is_tensor(whole.args[0]):
@@ -49,13 +49,13 @@ def _pieces(write: Writer, node: fx.Node) -> fx.Node | None:
         return None
     if whole.target is _aten.unbind.int:
         axis = whole.args[1] if len(whole.args) > 1 else 0
-        return write.call(_aten.select.int, tensor, axis, number)
+        return rewriter.call(_aten.select.int, tensor, axis, number)
     axis = operands(whole)[2] if len(whole.args) > 2 else 0
     sizes = [value.shape[axis] for value in whole.meta["val"]]
     if not all(isinstance(size, int) for size in sizes):
         return None
     start = sum(sizes[:number])
-    return write.call(_aten.slice.Tensor, tensor, axis, start, start + sizes[number])
+    return rewriter.call(_aten.slice.Tensor, tensor, axis, start, start + sizes[number])
 
 
 _PARTED: set[Target] = {
@@ -67,19 +67,19 @@ _PARTED: set[Target] = {
 }
 
 
-def _nothing_cut(write: Writer, node: fx.Node) -> fx.Node | None:
+def _nothing_cut(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """A slice of everything."""
     defaults: tuple[Any, ...] = (0, None, None, 1)
     tensor, _, start, end, step = (*operands(node), *defaults[len(node.args) - 1 :])
     return tensor if start in (0, None) and end in (_END, None) and step == 1 else None
 
 
-def _silu(write: Writer, node: fx.Node) -> fx.Node:
+def _silu(rewriter: GraphRewriter, node: fx.Node) -> fx.Node:
     (tensor,) = operands(node)
-    return write.call(_aten.mul.Tensor, tensor, write.call(_aten.sigmoid.default, tensor))
+    return rewriter.call(_aten.mul.Tensor, tensor, rewriter.call(_aten.sigmoid.default, tensor))
 
 
-def _linear(write: Writer, node: fx.Node) -> fx.Node | None:
+def _linear(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """addmm(bias, x, W), and x W for a matrix W that nothing else reads, as a layer with the transpose of W."""
     if node.kwargs:
         return None
@@ -88,11 +88,11 @@ def _linear(write: Writer, node: fx.Node) -> fx.Node | None:
         return None
     if bias and (not is_constant(bias[0]) or bias[0].meta["val"].ndim != 1):
         return None
-    turned = write.constant(str(weight.target), write.value(weight).T.contiguous(), weight)
-    return write.call(_aten.linear.default, tensor, turned, *bias)
+    turned = rewriter.constant(str(weight.target), rewriter.value(weight).T.contiguous(), weight)
+    return rewriter.call(_aten.linear.default, tensor, turned, *bias)
 
 
-def _flat(write: Writer, node: fx.Node) -> fx.Node | None:
+def _flat(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """A linear layer, and the rectifier after it, with all axes but the last made one."""
     tensor, weight, *_ = operands(node)
     shape = list(node.meta["val"].shape)
@@ -103,36 +103,36 @@ def _flat(write: Writer, node: fx.Node) -> fx.Node | None:
     like = (_aten.reshape.default, (tensor, [-1, weight.meta["val"].shape[1]]))
     flat = next((user for user in tensor.users if (user.target, user.args) == like), None)
     if flat is None:
-        flat = write.call(like[0], *like[1])
-    made = write.call(_aten.linear.default, flat, *operands(node)[1:])
+        flat = rewriter.call(like[0], *like[1])
+    made = rewriter.call(_aten.linear.default, flat, *operands(node)[1:])
     user = next(iter(node.users))
     if len(node.users) > 1 or ceiling(user) is None:
-        return write.call(_aten.reshape.default, made, [-1, *shape[1:]])
-    made = write.call(user.target, made, *operands(user)[1:], **user.kwargs)
-    user.replace_all_uses_with(write.call(_aten.reshape.default, made, [-1, *shape[1:]]))
+        return rewriter.call(_aten.reshape.default, made, [-1, *shape[1:]])
+    made = rewriter.call(user.target, made, *operands(user)[1:], **user.kwargs)
+    user.replace_all_uses_with(rewriter.call(_aten.reshape.default, made, [-1, *shape[1:]]))
     return made
 
 
-def _scaled(write: Writer, node: fx.Node) -> fx.Node | None:
+def _scaled(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """Batch-norm of images."""
     tensor, *statistics, training, _, epsilon, _ = operands(node)
     axes = tensor.meta["val"].ndim - 2
     if training or axes not in CONVOLUTIONS or not all(value is None or is_constant(value) for value in statistics):
         return None
-    gamma, beta, mean, variance = (None if value is None else write.value(value).double() for value in statistics)
+    gamma, beta, mean, variance = (None if value is None else rewriter.value(value).double() for value in statistics)
     assert mean is not None
     assert variance is not None
     gain = (1 if gamma is None else gamma) / (variance + epsilon).sqrt()
     bias = (0 if beta is None else beta) - mean * gain
     key, like = str(statistics[2].target).rpartition(".")[0], statistics[2]
-    weight = write.constant(f"{key}.gain", gain.reshape(-1, *[1] * (axes + 1)).float(), like)
+    weight = rewriter.constant(f"{key}.gain", gain.reshape(-1, *[1] * (axes + 1)).float(), like)
     rest = [1] * axes, [0] * axes, [1] * axes, len(gain)
-    return write.call(
-        CONVOLUTIONS[axes], tensor, weight, write.constant(f"{key}.folded_bias", bias.float(), like), *rest
+    return rewriter.call(
+        CONVOLUTIONS[axes], tensor, weight, rewriter.constant(f"{key}.folded_bias", bias.float(), like), *rest
     )
 
 
-def _attention(write: Writer, node: fx.Node) -> fx.Node | None:
+def _attention(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     query, key, value, mask, _, causal = (*operands(node), *(None, 0.0, False)[max(0, len(node.args) - 3) :])[:6]
     mask = node.kwargs.get("attn_mask", mask)
     scale = node.kwargs.get("scale")
@@ -141,28 +141,28 @@ def _attention(write: Writer, node: fx.Node) -> fx.Node | None:
         return None
     width = query.meta["val"].shape[-1]
     rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
-    scores = write.call(_aten.matmul.default, query, write.call(_aten.transpose.int, key, -2, -1))
-    scores = write.call(_aten.mul.Tensor, scores, scale if scale is not None else 1 / math.sqrt(width))
+    scores = rewriter.call(_aten.matmul.default, query, rewriter.call(_aten.transpose.int, key, -2, -1))
+    scores = rewriter.call(_aten.mul.Tensor, scores, scale if scale is not None else 1 / math.sqrt(width))
     if causal:
         if not isinstance(rows, int) or not isinstance(columns, int):
             return None
         future = torch.full((rows, columns), -math.inf).triu(1)
-        triangle = write.graph.get_attr(_buffer(write, f"{node.name}_mask", future))
+        triangle = rewriter.graph.get_attr(_buffer(rewriter, f"{node.name}_mask", future))
         triangle.meta["val"] = query.meta["val"].new_empty((rows, columns))
-        scores = write.call(_aten.add.Tensor, scores, triangle)
+        scores = rewriter.call(_aten.add.Tensor, scores, triangle)
     elif mask is not None:
         if mask.meta["val"].dtype == torch.bool:
-            mask = write.call(_aten.where.Scalar, mask, 0.0, HIDDEN)
-        scores = write.call(_aten.add.Tensor, scores, mask)
-    return write.call(_aten.matmul.default, write.call(_aten.softmax.int, scores, -1), value)
+            mask = rewriter.call(_aten.where.Scalar, mask, 0.0, HIDDEN)
+        scores = rewriter.call(_aten.add.Tensor, scores, mask)
+    return rewriter.call(_aten.matmul.default, rewriter.call(_aten.softmax.int, scores, -1), value)
 
 
-def _buffer(write: Writer, key: str, value: Tensor) -> str:
-    set_tensor(write.module, key, value, parameter=False)
+def _buffer(rewriter: GraphRewriter, key: str, value: Tensor) -> str:
+    set_tensor(rewriter.module, key, value, parameter=False)
     return key
 
 
-def _convolution(write: Writer, node: fx.Node) -> fx.Node | None:
+def _convolution(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """y[q s + r - p] = sum over m of x[q - (K - 1) + m] V_r[m], V_r[m] = W[(K - 1 - m) s + r], K = ceil(k / s)."""
     defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1)
     tensor, weight, *rest = (*operands(node), *defaults[max(0, len(node.args) - 2) :])
@@ -179,19 +179,19 @@ def _convolution(write: Writer, node: fx.Node) -> fx.Node | None:
     surplus = [s * t + p - k - e for s, t, p, k, e in zip(strides, taps, paddings, kernel, extras, strict=True)]
     if min(surplus) < 0 or ((len(set(strides)) > 1 or axes != 2) and not _static(tensor)):
         return None
-    phases = _by_phase(write.value(weight), strides, taps, groups)
-    made = [tensor, write.constant(str(weight.target), phases, weight)]
+    phases = _by_phase(rewriter.value(weight), strides, taps, groups)
+    made = [tensor, rewriter.constant(str(weight.target), phases, weight)]
     if bias is not None:
-        repeated = write.value(bias).repeat_interleave(math.prod(strides))
-        made.append(write.constant(f"{bias.target}_by_phase", repeated, bias))
+        repeated = rewriter.value(bias).repeat_interleave(math.prod(strides))
+        made.append(rewriter.constant(f"{bias.target}_by_phase", repeated, bias))
     else:
         made.append(None)
     pads = [tap - 1 for tap in taps]
-    wide = write.call(CONVOLUTIONS[axes], *made, [1] * axes, pads, [1] * axes, groups)
-    whole = _shuffled(write, wide, strides)
+    wide = rewriter.call(CONVOLUTIONS[axes], *made, [1] * axes, pads, [1] * axes, groups)
+    whole = _shuffled(rewriter, wide, strides)
     for axis, (first, last) in enumerate(zip(paddings, surplus, strict=True), 2):
         if first or last:
-            whole = write.call(_aten.slice.Tensor, whole, axis, first, -last if last else _END)
+            whole = rewriter.call(_aten.slice.Tensor, whole, axis, first, -last if last else _END)
     return whole
 
 
@@ -214,22 +214,22 @@ def _by_phase(weight: Tensor, strides: Sequence[int], taps: Sequence[int], group
     return parted.permute(order).reshape(groups * outputs * math.prod(strides), inputs // groups, *taps).contiguous()
 
 
-def _shuffled(write: Writer, wide: fx.Node, strides: Sequence[int]) -> fx.Node:
+def _shuffled(rewriter: GraphRewriter, wide: fx.Node, strides: Sequence[int]) -> fx.Node:
     """(N, C x phases, Q, ...) -> (N, C, Q s, ...)."""
     axes = len(strides)
     if math.prod(strides) == 1:
         return wide
     if axes == 2 and strides[0] == strides[1]:
-        return write.call(_aten.pixel_shuffle.default, wide, strides[0])
+        return rewriter.call(_aten.pixel_shuffle.default, wide, strides[0])
     _, channels, *sizes = wide.meta["val"].shape
     channels //= math.prod(strides)
-    parted = write.call(_aten.reshape.default, wide, [-1, channels, *strides, *sizes])
+    parted = rewriter.call(_aten.reshape.default, wide, [-1, channels, *strides, *sizes])
     order = [0, 1, *(at for axis in range(axes) for at in (2 + axes + axis, 2 + axis))]
-    moved = write.call(_aten.permute.default, parted, order)
-    return write.call(_aten.reshape.default, moved, [-1, channels, *map(operator.mul, sizes, strides)])
+    moved = rewriter.call(_aten.permute.default, parted, order)
+    return rewriter.call(_aten.reshape.default, moved, [-1, channels, *map(operator.mul, sizes, strides)])
 
 
-_RULES: dict[Target, Callable[[Writer, fx.Node], fx.Node | None]] = {
+_RULES: dict[Target, Callable[[GraphRewriter, fx.Node], fx.Node | None]] = {
     operator.getitem: _pieces,
     _aten.slice.Tensor: _nothing_cut,
     _aten.silu.default: _silu,
@@ -247,13 +247,13 @@ class Decompose(Rewrite):
     tolerance: ClassVar[float] = 1e-4  # float32 sums in another order, through a deep network
 
     def rewrite(self, program: Program) -> Program:
-        write = Writer(program)
+        rewriter = GraphRewriter(program)
         for rules in (_RULES, {_aten.linear.default: _flat}):
-            for node in list(write.graph.nodes):
+            for node in list(rewriter.graph.nodes):
                 if node.target in rules and node.users:
-                    with write.graph.inserting_before(node):
-                        made = rules[node.target](write, node)
+                    with rewriter.graph.inserting_before(node):
+                        made = rules[node.target](rewriter, node)
                     if made is not None:
                         node.replace_all_uses_with(made)
-                        write.graph.erase_node(node)  # attention counts as random, and would stay
-        return write.done()
+                        rewriter.graph.erase_node(node)  # attention counts as random, and would stay
+        return rewriter.done()

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.analysis.pointwise import nonlinearity
-from hawqfx.ir.operators import CONVOLUTIONS, WEIGHTED, ceiling, is_constant, is_tensor, kept_in_float
+from hawqfx.ir.operators import CONVOLUTIONS, WEIGHTED_LAYERS, ceiling, is_constant, is_tensor, kept_in_float
 from hawqfx.ir.program import Program
-from hawqfx.ir.rewriter import Writer
+from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
 
 LEAST = 2.0**-12  # of the largest channel's weights: with less, a channel counts as pruned
@@ -28,7 +28,7 @@ LEAST = 2.0**-12  # of the largest channel's weights: with less, a channel count
 
 def _convolves(node: fx.Node) -> bool:
     """Whether a node is a convolution whose weight and bias nothing else reads."""
-    if not WEIGHTED.get(node.target, "").startswith("conv") or node.kwargs or not is_tensor(node.args[0]):
+    if not WEIGHTED_LAYERS.get(node.target, "").startswith("conv") or node.kwargs or not is_tensor(node.args[0]):
         return False
     constants = [constant for constant in node.args[1:3] if constant is not None]
     return all(is_constant(constant) and len(constant.users) == 1 for constant in constants)  # type: ignore[union-attr]
@@ -59,8 +59,8 @@ class Equalize(Rewrite):
     tolerance: ClassVar[float] = 1e-4  # float32 rounding through a deep network
 
     def rewrite(self, program: Program) -> Program:
-        write, found = Writer(program), False
-        for maker in list(write.graph.nodes):
+        rewriter, found = GraphRewriter(program), False
+        for maker in list(rewriter.graph.nodes):
             if not _convolves(maker) or not maker.users:
                 continue
             body = nonlinearity(maker)
@@ -70,51 +70,53 @@ class Equalize(Rewrite):
                 continue
             if any(kept_in_float(layer, self.keep_float) for layer in (maker, *readers)):
                 continue
-            sizes, counts = _ranges(write, maker, readers)
+            sizes, counts = _ranges(rewriter, maker, readers)
             if float((counts * sizes.square()).sum() * self.gain) < float(counts.sum() * sizes.max() ** 2):
-                _equalize(write, maker, gate, readers, sizes / sizes.max())
+                _equalize(rewriter, maker, gate, readers, sizes / sizes.max())
                 found = True
-        return write.done() if found else program
+        return rewriter.done() if found else program
 
 
-def _ranges(write: Writer, maker: fx.Node, readers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
+def _ranges(rewriter: GraphRewriter, maker: fx.Node, readers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
     """(C,) how large each channel is, and (C,) how much its squared errors count."""
-    made = _rows(write, maker).square().sum(1)
+    made = _rows(rewriter, maker).square().sum(1)
     made = torch.where(made < LEAST**2 * made.max(), made.max(), made)  # its bias alone: no range to bring anywhere
-    counts = [_rows(write, reader).reshape(len(made), -1).square().sum(1) for reader in readers]
+    counts = [_rows(rewriter, reader).reshape(len(made), -1).square().sum(1) for reader in readers]
     return made.sqrt(), torch.stack(counts).sum(0)
 
 
-def _rows(write: Writer, layer: fx.Node) -> Tensor:
+def _rows(rewriter: GraphRewriter, layer: fx.Node) -> Tensor:
     """(output channels, elements), in float64."""
     weight = layer.args[1]
     assert isinstance(weight, fx.Node)
-    return write.value(weight).double().flatten(1)
+    return rewriter.value(weight).double().flatten(1)
 
 
 def _equalize(
-    write: Writer, maker: fx.Node, gate: Sequence[fx.Node], readers: Sequence[fx.Node], scale: Tensor
+    rewriter: GraphRewriter, maker: fx.Node, gate: Sequence[fx.Node], readers: Sequence[fx.Node], scale: Tensor
 ) -> None:
     if gate:
-        with write.graph.inserting_before(gate[0]):
+        with rewriter.graph.inserting_before(gate[0]):
             axes = maker.meta["val"].ndim - 2
             weight = maker.args[1]
             assert isinstance(weight, fx.Node)
             key = f"{weight.target}_range"
-            ones = write.constant(key, scale.reshape(-1, 1, *[1] * axes).to(weight.meta["val"].dtype), weight)
-            ranged = write.call(CONVOLUTIONS[axes], maker, ones, None, [1] * axes, [0] * axes, [1] * axes, len(scale))
+            ones = rewriter.constant(key, scale.reshape(-1, 1, *[1] * axes).to(weight.meta["val"].dtype), weight)
+            ranged = rewriter.call(
+                CONVOLUTIONS[axes], maker, ones, None, [1] * axes, [0] * axes, [1] * axes, len(scale)
+            )
         for node in gate:
             node.replace_input_with(maker, ranged)
     for constant in maker.args[1:3]:
         if isinstance(constant, fx.Node):
-            _scale(write, constant, 1 / scale)
+            _scale(rewriter, constant, 1 / scale)
     for reader in readers:
         assert isinstance(reader.args[1], fx.Node)
-        _scale(write, reader.args[1], scale)
+        _scale(rewriter, reader.args[1], scale)
 
 
-def _scale(write: Writer, constant: fx.Node, scale: Tensor) -> None:
+def _scale(rewriter: GraphRewriter, constant: fx.Node, scale: Tensor) -> None:
     """Multiply dimension 0, of which every element of `scale` may have several in turn."""
-    value = write.value(constant)
+    value = rewriter.value(constant)
     each = scale.repeat_interleave(len(value) // len(scale)).reshape(-1, *[1] * (value.ndim - 1))
-    write.replace(constant, (value.double() * each).to(value.dtype))
+    rewriter.replace(constant, (value.double() * each).to(value.dtype))

@@ -17,16 +17,16 @@ import torch
 from torch import fx
 
 from hawqfx.analysis import partition
-from hawqfx.analysis.partition import Integers
+from hawqfx.analysis.partition import Partition
 from hawqfx.errors import CaptureError, NothingToQuantize
-from hawqfx.frontend.context import Study
+from hawqfx.frontend.context import Context
 from hawqfx.ir.operators import (
     BATCH_NORM,
     EMBEDDING,
     FLOAT_ONLY,
     NO_PRODUCTS,
     PRODUCTS,
-    WEIGHTED,
+    WEIGHTED_LAYERS,
     ceiling,
     elementwise,
     is_constant,
@@ -55,26 +55,28 @@ def _sample_shape(node: fx.Node) -> tuple[int, ...]:
     return (*sizes[:at], *([each] if each > 1 else []), *sizes[at + 1 :])
 
 
-def _groups(graph: fx.Graph, found: Integers) -> dict[fx.Node, set[fx.Node]]:
+def _groups(graph: fx.Graph, found: Partition) -> dict[fx.Node, set[fx.Node]]:
     """Node -> the tensors that share a quantizer with it, itself among them."""
     ties: networkx.Graph[fx.Node] = networkx.Graph()
     for node in graph.nodes:
         if is_tensor(node):
             ties.add_node(node)
-        if node in found.carriers:
+        if node in found.data_movement:
             ties.add_edges_from((node, source) for source in node.all_input_nodes if is_tensor(source))
     return {node: group for group in networkx.connected_components(ties) for node in group}
 
 
-def _activation_sites(graph: fx.Graph, found: Integers) -> list[ActivationSite]:
+def _activation_sites(graph: fx.Graph, found: Partition) -> list[ActivationSite]:
     groups = _groups(graph, found)
     order = {node: number for number, node in enumerate(graph.nodes)}
     sites = []
     for node in groups:
-        if node in found.carriers or not (node in found.makes or any(found.reads(user, node) for user in node.users)):
+        if node in found.data_movement or not (
+            node in found.makes or any(found.reads(user, node) for user in node.users)
+        ):
             continue
         group = sorted(groups[node], key=order.__getitem__)
-        origins = [member for member in group if member not in found.carriers]
+        origins = [member for member in group if member not in found.data_movement]
         if node is not origins[0]:
             continue
         shapes = [_sample_shape(origin) for origin in origins]
@@ -86,7 +88,7 @@ def _activation_sites(graph: fx.Graph, found: Integers) -> list[ActivationSite]:
                 shape=shapes[0],
                 numel=sum(torch.Size(shape).numel() for shape in shapes),
                 nodes=tuple(origin.name for origin in origins),
-                carriers=tuple(member.name for member in group if member in found.carriers),
+                data_movement=tuple(member.name for member in group if member in found.data_movement),
                 nonnegative=rectified,
                 ceiling=min(ceiling(origin) or math.inf for origin in origins),
             )
@@ -97,7 +99,7 @@ def _activation_sites(graph: fx.Graph, found: Integers) -> list[ActivationSite]:
 def _layers(program: Program, kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Layer]:
     layers = []
     for node in kernels:
-        if node.target not in WEIGHTED:
+        if node.target not in WEIGHTED_LAYERS:
             continue
         source, weight_node, bias = (*operands(node), None)[:3]
         assert isinstance(source, fx.Node)
@@ -107,7 +109,7 @@ def _layers(program: Program, kernels: Iterable[fx.Node], site_of: Mapping[str, 
         layers.append(
             Layer(
                 node=node.name,
-                operator=WEIGHTED[node.target],
+                operator=WEIGHTED_LAYERS[node.target],
                 weight=str(weight_node.target),
                 bias=str(bias.target) if isinstance(bias, fx.Node) else None,
                 input=site_of[source.name],
@@ -135,12 +137,14 @@ def _tables(graph: fx.Graph, keep_float: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _why_float(program: Program, node: fx.Node, found: Integers, keep_float: tuple[str, ...]) -> str | None:
+def _why_float(program: Program, node: fx.Node, found: Partition, keep_float: tuple[str, ...]) -> str | None:
     """The reason why a node that multiplies becomes no integer kernel; None if it does, or does not multiply."""
-    if (node.target in WEIGHTED or node.target is EMBEDDING) and kept_in_float(node, keep_float):
+    if (node.target in WEIGHTED_LAYERS or node.target is EMBEDDING) and kept_in_float(node, keep_float):
         return "kept in float by the user"
-    if node.target in WEIGHTED:
-        return None if node in found.kernels else f"{WEIGHTED[node.target]} whose weight is computed in the graph"
+    if node.target in WEIGHTED_LAYERS:
+        return (
+            None if node in found.kernels else f"{WEIGHTED_LAYERS[node.target]} whose weight is computed in the graph"
+        )
     if node.target in FLOAT_ONLY:
         return f"onnxruntime has no integer kernel for {FLOAT_ONLY[node.target]}"
     if node.target in PRODUCTS and node not in found.kernels:
@@ -161,13 +165,13 @@ class FindSites(Analysis):
     keep_float: tuple[str, ...] = ()
     gives: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
 
-    def learn(self, program: Program, study: Study) -> Program:
+    def learn(self, program: Program, context: Context) -> Program:
         graph = program.graph.graph
         found = partition.find(graph, lambda layer: kept_in_float(layer, self.keep_float))
         reasons = {node.name: _why_float(program, node, found, self.keep_float) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}
         activations = _activation_sites(graph, found)
-        site_of = {name: site.key for site in activations for name in (*site.nodes, *site.carriers)}
+        site_of = {name: site.key for site in activations for name in (*site.nodes, *site.data_movement)}
         layers = _layers(program, found.kernels, site_of)
         if not layers:
             raise NothingToQuantize(

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hawqfx.errors import LossError
-from hawqfx.frontend.context import Study, cross_entropy, generator
+from hawqfx.frontend.context import Context, cross_entropy, generator
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
 from hawqfx.sensitivity.double_backward import Operators
@@ -24,18 +24,18 @@ from hawqfx.sensitivity.estimation import CurvatureMetric, Forward, Measurement,
 class _Backward(Measurement):
     """Keeps the graph of one forward pass, for any number of backward passes."""
 
-    def __init__(self, study: Study, index: int, run: Forward) -> None:
-        self.study, self.index, self.run = study, index, run
+    def __init__(self, context: Context, index: int, run: Forward) -> None:
+        self.context, self.index, self.run = context, index, run
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
-        random = generator(self.study.seed, "drawn", self.index, probe, device=self.study.device)
-        target = self.study.drawn(self.run.output, random)
-        loss = self.study.loss_at(self.run.output, target, self.index)
+        random = generator(self.context.seed, "drawn", self.index, probe, device=self.context.device)
+        target = self.context.drawn(self.run.output, random)
+        loss = self.context.loss_at(self.run.output, target, self.index)
         sites = [quantity.site for quantity in wanted]
         gradients = self.run.gradients(loss, sites, again=False)
         for site in sites:
             check_gradient(self.index, site, gradients[site])
-        draws = self.study.draws(target, self.index)
+        draws = self.context.draws(target, self.index)
         return {q: draws * sum(curvature.dot(g, g) for g in gradients[q.site]) for q in wanted}
 
     def worth(self, quantity: Quantity) -> float:
@@ -49,10 +49,10 @@ class Fisher(CurvatureMetric):
     probes: int = 50
     tolerance: float = 0.1
 
-    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        if study.draw is None and study.loss is not cross_entropy:
+    def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
+        if context.draw is None and context.loss is not cross_entropy:
             raise LossError(
                 "fisher draws targets from the distribution that the loss is the negative logarithm of, and knows only "
                 'that of cross-entropy: give draw=, a function of (output, generator), or use sensitivity="hawq-v2"'
             )
-        return _Backward(study, index, forward(program, study.batches[index], operators))
+        return _Backward(context, index, forward(program, context.batches[index], operators))

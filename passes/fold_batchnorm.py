@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from hawqfx.ir.operators import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED, is_constant, operands
+from hawqfx.ir.operators import BATCH_NORM, DROPOUT, IDENTITIES, WEIGHTED_LAYERS, is_constant, operands
 from hawqfx.ir.program import Program, copy_graph, set_tensor
 from hawqfx.pass_manager.base import Rewrite
 
@@ -36,7 +36,7 @@ def _layer_of(norm: fx.Node) -> fx.Node:
 
 def _foldable(norm: fx.Node) -> bool:
     layer, *statistics = operands(norm)[:5]
-    if layer.target not in WEIGHTED or len(layer.users) > 1:
+    if layer.target not in WEIGHTED_LAYERS or len(layer.users) > 1:
         return False
     constants = [*statistics, *operands(layer)[1:3]]
     return all(constant is None or is_constant(constant) for constant in constants)

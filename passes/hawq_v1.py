@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from hawqfx.frontend.context import Study, generator
+from hawqfx.frontend.context import Context, generator
 from hawqfx.ir.program import ActivationSite, Program
 from hawqfx.maths import curvature
 from hawqfx.sensitivity.double_backward import Operators
@@ -27,10 +27,10 @@ from hawqfx.sensitivity.estimation import (
 
 
 class _Power(Measurement):
-    def __init__(self, metric: "HawqV1", program: Program, study: Study, index: int, run: Forward) -> None:
-        self.metric, self.study, self.index, self.run = metric, study, index, run
+    def __init__(self, metric: "HawqV1", program: Program, context: Context, index: int, run: Forward) -> None:
+        self.metric, self.context, self.index, self.run = metric, context, index, run
         self.activations = {site.key for site in program.sites if isinstance(site, ActivationSite)}
-        loss = study.loss_of(run.output, study.batches[index], index)
+        loss = context.loss_of(run.output, context.batches[index], index)
         self.gradients = run.gradients(loss, [site.key for site in program.sites], again=True)
         for site, gradients in self.gradients.items():
             check_gradient(index, site, gradients)
@@ -39,10 +39,10 @@ class _Power(Measurement):
         return {quantity: self._eigenvalue(quantity.site) for quantity in wanted}
 
     def _eigenvalue(self, site: str) -> float:
-        random = generator(self.study.seed, "start", self.index, site, device=self.study.device)
+        random = generator(self.context.seed, "start", self.index, site, device=self.context.device)
         tensors = self.run.tensors[site]
         start = [torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype) for x in tensors]
-        blocks = self.study.batches[self.index].size if site in self.activations else 1
+        blocks = self.context.batches[self.index].size if site in self.activations else 1
         axes = [sample_axis(x, blocks) for x in tensors]
         limits = self.metric.iterations, self.metric.precision
         eigenvalues = curvature.top_eigenvalues(self.gradients[site], tensors, start, axes, blocks, *limits)
@@ -59,5 +59,5 @@ class HawqV1(CurvatureMetric):
     average: ClassVar[bool] = False
     second_order: ClassVar[bool] = True
 
-    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        return _Power(self, program, study, index, forward(program, study.batches[index], operators))
+    def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
+        return _Power(self, program, context, index, forward(program, context.batches[index], operators))

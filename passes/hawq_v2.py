@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hawqfx.frontend.context import Study, generator
+from hawqfx.frontend.context import Context, generator
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
 from hawqfx.sensitivity.double_backward import Operators
@@ -22,9 +22,9 @@ from hawqfx.sensitivity.estimation import CurvatureMetric, Forward, Measurement,
 class _Hutchinson(Measurement):
     """Keeps the graph of the gradient of one batch, for any number of products."""
 
-    def __init__(self, study: Study, index: int, run: Forward) -> None:
-        self.study, self.index, self.run = study, index, run
-        loss = study.loss_of(run.output, study.batches[index], index)
+    def __init__(self, context: Context, index: int, run: Forward) -> None:
+        self.context, self.index, self.run = context, index, run
+        loss = context.loss_of(run.output, context.batches[index], index)
         self.hessian = curvature.Hessian(loss, run.tensors, partial(check_gradient, index))
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
@@ -32,7 +32,7 @@ class _Hutchinson(Measurement):
         return {quantity: samples[quantity.site] for quantity in wanted}
 
     def _signs(self, probe: int, site: str) -> list[Tensor]:
-        random = generator(self.study.seed, "probe", self.index, probe, site, device=self.study.device)
+        random = generator(self.context.seed, "probe", self.index, probe, site, device=self.context.device)
         return [curvature.rademacher(tensor, random) for tensor in self.run.tensors[site]]
 
     def worth(self, quantity: Quantity) -> float:
@@ -47,5 +47,5 @@ class HawqV2(CurvatureMetric):
     tolerance: float = 0.1
     second_order: ClassVar[bool] = True
 
-    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        return _Hutchinson(study, index, forward(program, study.batches[index], operators))
+    def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
+        return _Hutchinson(context, index, forward(program, context.batches[index], operators))

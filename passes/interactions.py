@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from hawqfx.errors import HawqfxError
-from hawqfx.frontend.context import Study, generator
-from hawqfx.ir.facts import Interactions as Pairs
-from hawqfx.ir.facts import Quantizers, Rounding
+from hawqfx.frontend.context import Context, generator
+from hawqfx.ir.facts import ErrorProducts, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program, WeightSite
 from hawqfx.ir.quantizers import weight_at
 from hawqfx.maths import curvature
@@ -35,28 +34,30 @@ class Interactions(Analysis):
     """`probes`: backward passes per batch."""
 
     probes: int = 50
-    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers, Rounding)
+    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers, RoundedWeights)
 
     def __post_init__(self) -> None:
         if self.probes < 1:
             raise HawqfxError(f"probes={self.probes}: at least one is needed")
 
-    def learn(self, program: Program, study: Study) -> Program:
+    def learn(self, program: Program, context: Context) -> Program:
         labels = [(site.key, bits) for site in program.weights for bits in _widths(program, site)]
         errors = {key: _errors(program, key, [b for k, b in labels if k == key]) for key in dict(labels)}
         gram = np.zeros((len(labels), len(labels)))
-        for number in study.track(range(len(study.batches) * self.probes), self.name, len(study.batches) * self.probes):
+        for number in context.track(
+            range(len(context.batches) * self.probes), self.name, len(context.batches) * self.probes
+        ):
             index, probe = divmod(number, self.probes)
-            batch = study.batches[index]
+            batch = context.batches[index]
             if probe == 0:
                 run = forward(program, batch, {})
-            random = generator(study.seed, "pairs", index, probe, device=study.device)
-            target = study.drawn(run.output, random)
-            gradients = run.gradients(study.loss_at(run.output, target, index), list(errors), again=False)
+            random = generator(context.seed, "pairs", index, probe, device=context.device)
+            target = context.drawn(run.output, random)
+            gradients = run.gradients(context.loss_at(run.output, target, index), list(errors), again=False)
             slopes = np.concatenate([[curvature.dot(gradients[key][0], d) for d in errors[key]] for key in errors])
-            share = study.draws(target, index) * batch.size / study.samples / self.probes
+            share = context.draws(target, index) * batch.size / context.samples / self.probes
             gram += share * np.outer(slopes, slopes)
-        return replace(program, interactions=Pairs(tuple(labels), tuple(map(tuple, gram.tolist()))))
+        return replace(program, interactions=ErrorProducts(tuple(labels), tuple(map(tuple, gram.tolist()))))
 
 
 def _widths(program: Program, site: WeightSite) -> Mapping[int, object]:

@@ -17,7 +17,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_BLOCKS, FAKE_QUANTIZE_DYNAMIC
-from hawqfx.ir.facts import Bits, Quantizers, QuantParams, Rounding
+from hawqfx.ir.facts import ChosenFormat, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.operators import PADS, ceiling
 from hawqfx.ir.program import SCALE, Program, copy_graph, set_tensor
 from hawqfx.ir.quantizers import scale_of, weight_at
@@ -85,7 +85,7 @@ class _Emitter:
 @dataclass(frozen=True)
 class Lowering(Rewrite):
     tolerance: ClassVar[float] = float("inf")  # changes the function by design: the plan predicts by how much
-    needs: ClassVar[tuple[Kind, ...]] = (Bits, Quantizers, Rounding)
+    needs: ClassVar[tuple[Kind, ...]] = (ChosenFormat, Quantizers, RoundedWeights)
 
     def rewrite(self, program: Program) -> Program:
         chosen = {
@@ -112,7 +112,7 @@ class Lowering(Rewrite):
             if quantizer.scheme == "dynamic":
                 continue
             scale = emit.scale(site.key, quantizer)
-            for name in (*site.nodes, *site.carriers):
+            for name in (*site.nodes, *site.data_movement):
                 node = emit.nodes[name]
                 if node.target in PADS:  # zeros are on the grid already
                     continue

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.frontend.context import Study
+from hawqfx.frontend.context import Context
 from hawqfx.ir.program import Program, Tap
 from hawqfx.ir.quantizers import activation_at, weight_at
 from hawqfx.sensitivity.double_backward import Operators
@@ -15,8 +15,8 @@ from hawqfx.sensitivity.estimation import Measurement, Quantity, WidthMetric
 
 
 class _OneAtATime(Measurement):
-    def __init__(self, program: Program, study: Study, index: int) -> None:
-        self.program, self.study, self.index = program, study, index
+    def __init__(self, program: Program, context: Context, index: int) -> None:
+        self.program, self.context, self.index = program, context, index
         self.nodes = {site.key: site.nodes for site in program.activations}
         self.float_loss = self._loss()
 
@@ -34,13 +34,13 @@ class _OneAtATime(Measurement):
 
     @torch.no_grad()
     def _loss(self, tensors: Mapping[str, Tensor] | None = None, tap: Tap | None = None) -> float:
-        batch = self.study.batches[self.index]
-        return float(self.study.loss_of(self.program.run(batch.args, batch.kwargs, tap, tensors), batch, self.index))
+        batch = self.context.batches[self.index]
+        return float(self.context.loss_of(self.program.run(batch.args, batch.kwargs, tap, tensors), batch, self.index))
 
 
 @dataclass(frozen=True)
 class Measured(WidthMetric):
     exact: ClassVar[bool] = True
 
-    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        return _OneAtATime(program, study, index)
+    def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
+        return _OneAtATime(program, context, index)

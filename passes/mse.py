@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import LossIncrease, Perturbation
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import LossIncrease, QuantizationError
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Analysis, Kind
 
 
 @dataclass(frozen=True)
 class Mse(Analysis):
-    needs: ClassVar[tuple[Kind, ...]] = (Perturbation,)
+    needs: ClassVar[tuple[Kind, ...]] = (QuantizationError,)
     gives: ClassVar[tuple[Kind, ...]] = (LossIncrease,)
 
-    def learn(self, program: Program, study: Study) -> Mapping[str, LossIncrease]:
-        errors = {site.key: program.facts.get(site.key, Perturbation).squared_error for site in program.sites}
+    def learn(self, program: Program, context: Context) -> Mapping[str, LossIncrease]:
+        errors = {site.key: program.facts.get(site.key, QuantizationError).squared_error for site in program.sites}
         return {key: LossIncrease(by_bits, dict.fromkeys(by_bits, 0.0)) for key, by_bits in errors.items()}

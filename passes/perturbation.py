@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from hawqfx.analysis.pointwise import Function, function_of, square_slope
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import Perturbation as PerturbationFact
-from hawqfx.ir.facts import Quantizers, Rounding
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import QuantizationError, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at
 from hawqfx.maths import curvature
@@ -46,13 +45,14 @@ class _Mean:
 
 @dataclass(frozen=True)
 class Perturbation(Analysis):
-    needs: ClassVar[tuple[Kind, ...]] = (Quantizers, Rounding)
-    gives: ClassVar[tuple[Kind, ...]] = (PerturbationFact,)
+    needs: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights)
+    gives: ClassVar[tuple[Kind, ...]] = (QuantizationError,)
 
     @torch.no_grad()
-    def learn(self, program: Program, study: Study) -> Mapping[str, PerturbationFact]:
+    def learn(self, program: Program, context: Context) -> Mapping[str, QuantizationError]:
         facts = {
-            site.key: PerturbationFact(program.facts.get(site.key, Rounding).squared_error) for site in program.weights
+            site.key: QuantizationError(program.facts.get(site.key, RoundedWeights).squared_error)
+            for site in program.weights
         }
         errors = {
             site.key: dict.fromkeys(program.facts.get(site.key, Quantizers).by_bits, 0.0)
@@ -60,7 +60,8 @@ class Perturbation(Analysis):
         }
         site_of = {node: site.key for site in program.activations for node in site.nodes}
         function = {
-            site.key: function_of(program.graph.graph, (*site.nodes, *site.carriers)) for site in program.activations
+            site.key: function_of(program.graph.graph, (*site.nodes, *site.data_movement))
+            for site in program.activations
         }
         slopes = {key: _Mean() for key, known in function.items() if known is not None}
 
@@ -70,11 +71,11 @@ class Perturbation(Analysis):
             if after is not None:
                 slopes[key].add(square_slope(after, value), value.numel())
             for bits in errors[key]:
-                errors[key][bits] += _squared_error(program, key, bits, value, after) / study.samples
+                errors[key][bits] += _squared_error(program, key, bits, value, after) / context.samples
             return value
 
-        for batch in study.track(study.batches, "perturbation", len(study.batches)):
+        for batch in context.track(context.batches, "perturbation", len(context.batches)):
             program.run(batch.args, batch.kwargs, look)
         for key, slope in slopes.items():
             errors[key] = {bits: error / (slope.value or 1.0) for bits, error in errors[key].items()}
-        return facts | {key: PerturbationFact(by_bits) for key, by_bits in errors.items()}
+        return facts | {key: QuantizationError(by_bits) for key, by_bits in errors.items()}

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import Quantizers, QuantParams
-from hawqfx.ir.facts import Rounding as RoundingFact
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import Layer, Program, WeightSite
 from hawqfx.ir.quantizers import scale_of
@@ -39,15 +38,15 @@ def _rows(x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> Tensor:
     return rounding.patches(x, weight.shape[2:], each(stride), pads, each(dilation), int(groups))
 
 
-def _moments(program: Program, study: Study) -> dict[str, Tensor]:
+def _moments(program: Program, context: Context) -> dict[str, Tensor]:
     """The second moment (groups, K, K) of the inputs of every weight, over all layers that use it."""
     nodes = {node.name: node for node in program.graph.graph.nodes}
     readers: dict[str, list[Layer]] = {}
     for layer in program.layers:
         readers.setdefault(operands(nodes[layer.node])[0].name, []).append(layer)
     moments: dict[str, Tensor] = {}
-    for batch in study.track(study.batches, "rounding", len(study.batches)):
-        share = batch.size / study.samples
+    for batch in context.track(context.batches, "rounding", len(context.batches)):
+        share = batch.size / context.samples
 
         def look(name: str, value: Tensor, share: float = share) -> Tensor:
             for layer in readers[name]:
@@ -59,7 +58,7 @@ def _moments(program: Program, study: Study) -> dict[str, Tensor]:
     return moments
 
 
-def _compensated(weight: Tensor, widths: Quantizers, moment: Tensor) -> RoundingFact:
+def _compensated(weight: Tensor, widths: Quantizers, moment: Tensor) -> RoundedWeights:
     """All widths with a scale per row in one go, and those with more."""
     codes: dict[int, Tensor] = {}
     errors: dict[int, float] = {}
@@ -69,10 +68,10 @@ def _compensated(weight: Tensor, widths: Quantizers, moment: Tensor) -> Rounding
             found = _compensated_together(weight, quantizers, moment)
             codes |= found.codes
             errors |= found.squared_error
-    return RoundingFact(codes, errors)
+    return RoundedWeights(codes, errors)
 
 
-def _compensated_together(weight: Tensor, quantizers: Sequence[QuantParams], moment: Tensor) -> RoundingFact:
+def _compensated_together(weight: Tensor, quantizers: Sequence[QuantParams], moment: Tensor) -> RoundedWeights:
     """The rows of every width stand below each other."""
     groups, columns = moment.shape[0], moment.shape[-1]
     rows = weight.detach().double().reshape(groups, -1, columns)
@@ -84,7 +83,7 @@ def _compensated_together(weight: Tensor, quantizers: Sequence[QuantParams], mom
     stacked = rows.repeat(1, len(quantizers), 1)
     codes = rounding.compensated(stacked, moment, torch.cat(scales, 1), low, high).chunk(len(quantizers), 1)
     errors = [rounding.weighted_error(c * scale - rows, moment) for c, scale in zip(codes, scales, strict=True)]
-    return RoundingFact(
+    return RoundedWeights(
         {q.width: c.to(torch.int8).reshape(weight.shape) for q, c in zip(quantizers, codes, strict=True)},
         {q.width: error for q, error in zip(quantizers, errors, strict=True)},
     )
@@ -95,14 +94,14 @@ def _scale_of_rows(quantizer: QuantParams, weight: Tensor) -> Tensor:
     return affine.along_channels(scale_of(quantizer).to(weight.device), weight)
 
 
-def _nearest(weight: Tensor, widths: Quantizers) -> RoundingFact:
+def _nearest(weight: Tensor, widths: Quantizers) -> RoundedWeights:
     codes, errors = {}, {}
     for bits, quantizer in widths.by_bits.items():
         scale = _scale_of_rows(quantizer, weight)
         code = (weight / scale).round().clamp(quantizer.low, quantizer.high)
         codes[bits] = code.to(torch.int8)
         errors[bits] = float((code * scale - weight).square().sum(dtype=torch.float64))
-    return RoundingFact(codes, errors)
+    return RoundedWeights(codes, errors)
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,16 @@ class Rounding(Analysis):
 
     method: Literal["compensated", "nearest"] = "compensated"
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers)
-    gives: ClassVar[tuple[Kind, ...]] = (RoundingFact,)
+    gives: ClassVar[tuple[Kind, ...]] = (RoundedWeights,)
 
     @torch.no_grad()
-    def learn(self, program: Program, study: Study) -> Mapping[str, RoundingFact]:
+    def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:
         def widths(site: WeightSite) -> Quantizers:
             return program.facts.get(site.key, Quantizers)
 
         if self.method == "nearest":
             return {site.key: _nearest(program.tensor(site.key), widths(site)) for site in program.weights}
-        moments = _moments(program, study)
+        moments = _moments(program, context)
         return {
             site.key: _compensated(program.tensor(site.key), widths(site), moments[site.key])
             if site.key in moments

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.frontend.context import Study, generator
+from hawqfx.frontend.context import Context, generator
 from hawqfx.ir.facts import Quantizers
 from hawqfx.ir.program import Program, WeightSite
 from hawqfx.ir.quantizers import activation_at, weight_at
@@ -31,11 +31,11 @@ from hawqfx.sensitivity.estimation import (
 
 
 class _Directions(Measurement):
-    def __init__(self, program: Program, study: Study, index: int, run: Forward) -> None:
-        self.program, self.study, self.index, self.run = program, study, index, run
+    def __init__(self, program: Program, context: Context, index: int, run: Forward) -> None:
+        self.program, self.context, self.index, self.run = program, context, index, run
         self.sites = {site.key: site for site in program.sites}
         self.slopes: dict[Quantity, float] = {}
-        loss = study.loss_of(run.output, study.batches[index], index)
+        loss = context.loss_of(run.output, context.batches[index], index)
         self.hessian = curvature.Hessian(loss, run.tensors, self._note_slopes)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
@@ -65,7 +65,7 @@ class _Directions(Measurement):
             self.slopes[Quantity(site, bits)] = sum(map(curvature.dot, gradients, errors))
 
     def _signed_errors(self, probe: int, quantity: Quantity) -> list[Tensor]:
-        random = generator(self.study.seed, "sign", self.index, probe, *quantity, device=self.study.device)
+        random = generator(self.context.seed, "sign", self.index, probe, *quantity, device=self.context.device)
         return [error * self._signs(quantity.site, error, random) for error in self._errors(quantity)]
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class _Directions(Measurement):
         """One sign, or one per sample of an activation."""
         if isinstance(self.sites[site], WeightSite):
             return curvature.rademacher(error.new_empty(()), random)
-        samples = self.study.batches[self.index].size
+        samples = self.context.batches[self.index].size
         axis = sample_axis(error, samples)
         signs = curvature.rademacher(error.new_empty(samples), random).repeat_interleave(error.shape[axis] // samples)
         return signs.reshape(-1, *[1] * (error.ndim - 1 - axis))
@@ -94,5 +94,5 @@ class Taylor(WidthMetric):
     tolerance: float = 0.1
     second_order: ClassVar[bool] = True
 
-    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement:
-        return _Directions(program, study, index, forward(program, study.batches[index], operators))
+    def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
+        return _Directions(program, context, index, forward(program, context.batches[index], operators))

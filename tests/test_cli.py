@@ -79,7 +79,7 @@ def test_torchrun_writes_one_file_and_speaks_with_one_voice(tmp_path: Path) -> N
 def test_print_after_names_a_pass(tmp_path: Path) -> None:
     result = run.invoke(cli.app, arguments(tmp_path, "--print-after", "nonsense"))
     assert isinstance(result.exception, HawqfxError)
-    assert "fold_constants, fold_batchnorm, decompose, equalize, borders, find_sites" in str(result.exception)
+    assert "fold_constants, fold_batchnorm, decompose, equalize, insert_copies, find_sites" in str(result.exception)
 
 
 def test_errors_are_one_line_without_a_traceback(

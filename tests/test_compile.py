@@ -9,7 +9,7 @@ from rich.console import Console
 import hawqfx
 from hawqfx import zoo
 from hawqfx.errors import PlanError
-from hawqfx.ir.facts import Bits
+from hawqfx.ir.facts import ChosenFormat
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.session.plan import Plan
@@ -140,7 +140,7 @@ def test_the_summary_says_what_it_cost_and_why() -> None:
 def test_predicted_loss_is_the_sum_of_omega() -> None:
     compiled = quick(Plain, "size=60%")
     planned = compiled.planned
-    assert compiled.predicted_loss == sum(planned.facts.get(site.key, Bits).increase for site in planned.sites)
+    assert compiled.predicted_loss == sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
 
 
 def test_observers(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import hawqfx
 from hawqfx import pipeline
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.context import Batch, Loss, Study, cross_entropy, gather
+from hawqfx.frontend.context import Batch, Context, Loss, cross_entropy, gather
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Pass
 from hawqfx.pass_manager.manager import run
@@ -18,12 +18,12 @@ from hawqfx.passes.rounding import Rounding
 from tests.nets import build, images
 
 
-def study(data: Sequence[Any] | None = None, loss: Loss = cross_entropy, seed: int = 0) -> Study:
-    return Study(gather(images() if data is None else data), loss, seed)
+def context(data: Sequence[Any] | None = None, loss: Loss = cross_entropy, seed: int = 0) -> Context:
+    return Context(gather(images() if data is None else data), loss, seed)
 
 
 def captured(make: Callable[[], nn.Module]) -> Program:
-    return capture(build(make), study().batches[0])
+    return capture(build(make), context().batches[0])
 
 
 def measuring(probes: int = 4) -> list[Pass]:
@@ -41,7 +41,7 @@ def after(name: str, make: Callable[[], nn.Module], probes: int = 4) -> Program:
     """The program of a network after the pass of this name."""
     steps = measuring(probes)
     last = [step.name for step in steps].index(name)
-    return run(steps[: last + 1], captured(make), study())
+    return run(steps[: last + 1], captured(make), context())
 
 
 def quick(make: Callable[[], nn.Module], budget: str = "size=30%", **options: Any) -> hawqfx.Compiled:

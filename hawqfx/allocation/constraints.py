@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from hawqfx.allocation.budget import Budget, Limit
-from hawqfx.allocation.solver.search import Limit as Row
-from hawqfx.allocation.solver.search import Nogood, Terms
+from hawqfx.allocation.solver.search import LinearConstraint, Nogood, Terms
 from hawqfx.analysis.liveness import live
-from hawqfx.ir.facts import Cost
+from hawqfx.ir.facts import ByteCost
 from hawqfx.ir.program import Program, WeightSite
 from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, bits_of, is_static
-from hawqfx.maths.latency_model import KERNELS, Timed, Timetable
+from hawqfx.maths.latency_model import KERNELS, KernelTimes, LatencyModel
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.maths.pricing import FLOAT_BITS, bops
 
@@ -33,7 +32,7 @@ class Derived:
 
 
 @dataclass
-class Space:
+class SearchSpace:
     """The items: sites in order, each with its widths, then what is derived from them, tied by nogoods."""
 
     widths: Mapping[str, Sequence[int]]
@@ -69,7 +68,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Resource:
     """What a limit counts: the largest of `parts`, each a sum of terms and what no choice changes.
 
     Integers, of which one is `unit_size` of the unit that an amount is given in.  `reference`: what float32 takes, in
@@ -122,11 +121,14 @@ class Measure:
         )
         return self.unit_size * (max(after) - max(totals))
 
-    def rows(self, limit: Limit) -> list[Row]:
+    def rows(self, limit: Limit) -> list[LinearConstraint]:
         bound = math.floor(
             limit.of(self.reference) / self.unit_size * (1 + 1e-12)
         )  # 12.5% of 8 is 1, whatever rounding
-        return [Row(self._row(number), bound - fixed, terms) for number, (fixed, terms) in enumerate(self.parts)]
+        return [
+            LinearConstraint(self._row(number), bound - fixed, terms)
+            for number, (fixed, terms) in enumerate(self.parts)
+        ]
 
     def part(self, row: str) -> int | None:
         """The number of the part that a row is of; None: of another measure."""
@@ -141,30 +143,30 @@ class Measure:
         return f"{amount:.4g} {self.unit}" if isinstance(amount, float) and amount % 1 else f"{int(amount)} {self.unit}"
 
 
-def measures(program: Program, budget: Budget, space: Space) -> dict[str, Measure]:
+def resources(program: Program, budget: Budget, space: SearchSpace) -> dict[str, Resource]:
     """What the budget's limits count; a latency adds items to the space.  Needs the facts Cost, and for a latency the
     program's timetable."""
     return {name: _KNOWN[name](program, space) for name in budget.limits if name in _KNOWN}
 
 
-def _size(program: Program, space: Space) -> Measure:
+def _size(program: Program, space: SearchSpace) -> Resource:
     single = {}
     for site in program.weights:
-        by_bits = program.facts.get(site.key, Cost).bytes
+        by_bits = program.facts.get(site.key, ByteCost).bytes
         single[space.item[site.key]] = [by_bits[bits] for bits in space.widths[site.key]]
-    return Measure("size", "bytes", 1, program.float_bytes(), [(program.fixed_bytes(), Terms(single, {}))])
+    return Resource("size", "bytes", 1, program.float_bytes(), [(program.fixed_bytes(), Terms(single, {}))])
 
 
-def _weight_bits(program: Program, space: Space) -> Measure:
+def _weight_bits(program: Program, space: SearchSpace) -> Resource:
     single = {
         space.item[site.key]: [bits_of(bits) * site.numel for bits in space.widths[site.key]]
         for site in program.weights
     }
     weights = sum(site.numel for site in program.weights)
-    return Measure("weight_bits", "bits on average", 1 / weights, FLOAT_BITS, [(0, Terms(single, {}))])
+    return Resource("weight_bits", "bits on average", 1 / weights, FLOAT_BITS, [(0, Terms(single, {}))])
 
 
-def _bops(program: Program, space: Space) -> Measure:
+def _bops(program: Program, space: SearchSpace) -> Resource:
     single: dict[int, list[int]] = {}
     pairs: dict[tuple[int, int], list[list[int]]] = {}
     multiplied = [(layer.weight, layer.input, layer.macs) for layer in program.layers]
@@ -181,10 +183,10 @@ def _bops(program: Program, space: Space) -> Measure:
         before = pairs.get(key, [[0] * len(columns)] * len(rows))
         pairs[key] = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, table, strict=True)]
     reference = sum(bops(macs, FLOAT_BITS, FLOAT_BITS) for _, _, macs in multiplied)
-    return Measure("bops", "bit operations", 1, reference, [(0, Terms(single, pairs))])
+    return Resource("bops", "bit operations", 1, reference, [(0, Terms(single, pairs))])
 
 
-def _activation_memory(program: Program, space: Space) -> Measure:
+def _activation_memory(program: Program, space: SearchSpace) -> Resource:
     steps = live(program)
 
     def taken(elements: Sequence[int], width: int) -> int:
@@ -199,28 +201,28 @@ def _activation_memory(program: Program, space: Space) -> Measure:
         }
         parts.append((step.fixed, Terms(single, {})))
     floats = (step.fixed + sum(taken(elements, FLOAT_BITS) for elements in step.elements.values()) for step in steps)
-    return Measure("activation_memory", "bytes", 1, max(floats), parts, [step.node for step in steps])
+    return Resource("activation_memory", "bytes", 1, max(floats), parts, [step.node for step in steps])
 
 
-def _weight_memory(program: Program, space: Space) -> Measure:
+def _weight_memory(program: Program, space: SearchSpace) -> Resource:
     """On integer kernels every weight takes a byte, however it is stored; weight-only kernels read what is stored, and
     so do tables."""
 
     def taken(site: WeightSite, width: int) -> int:
         if width == FLOAT_BITS or (is_static(width) and site.kind != "embedding"):
             return site.numel * (packed_bytes(1, FLOAT_BITS) if width == FLOAT_BITS else 1)
-        return program.facts.get(site.key, Cost).bytes[width] if width == BLOCKWISE else site.numel
+        return program.facts.get(site.key, ByteCost).bytes[width] if width == BLOCKWISE else site.numel
 
     single = {space.item[s.key]: [taken(s, width) for width in space.widths[s.key]] for s in program.weights}
     reference = sum(taken(site, FLOAT_BITS) for site in program.weights)
-    return Measure("weight_memory", "bytes", 1, reference, [(0, Terms(single, {}))])
+    return Resource("weight_memory", "bytes", 1, reference, [(0, Terms(single, {}))])
 
 
-def _latency(program: Program, space: Space) -> Measure:
-    assert program.timetable is not None, "a latency was asked for and none was measured"
-    encoder = _Encoder(program.timetable, space)
-    reference = program.timetable.seconds({site.key: FLOAT_BITS for site in program.sites})
-    return Measure("latency", "s", NANO, reference, [encoder.encoded()])
+def _latency(program: Program, space: SearchSpace) -> Resource:
+    assert program.latency_model is not None, "a latency was asked for and none was measured"
+    encoder = _Encoder(program.latency_model, space)
+    reference = program.latency_model.seconds({site.key: FLOAT_BITS for site in program.sites})
+    return Resource("latency", "s", NANO, reference, [encoder.encoded()])
 
 
 def _nanoseconds(seconds: float) -> int:
@@ -231,7 +233,7 @@ class _Encoder:
     """Timetable.seconds as terms: a kernel is an item with the options that it can run as, tied to its sites;
     a conversion that hangs on several kernels is an item with the options no and yes."""
 
-    def __init__(self, table: Timetable, space: Space) -> None:
+    def __init__(self, table: LatencyModel, space: SearchSpace) -> None:
         self.table, self.space = table, space
         self.timed = {timed.node: timed for timed in table.timed}
         self.single: dict[int, list[int]] = {}
@@ -259,7 +261,7 @@ class _Encoder:
     def _others(self, site: str) -> frozenset[int]:
         return self.space.options(site, lambda width: not is_static(width))
 
-    def _kernel(self, timed: Timed) -> int | bool:
+    def _kernel(self, timed: KernelTimes) -> int | bool:
         if not any(map(self._others, timed.sites)):
             self.fixed += _nanoseconds(timed.integer)
             return True
@@ -323,7 +325,7 @@ def _but(kernel: str, item: int) -> dict[int, Set[int]]:
     return {item: frozenset(range(len(KERNELS))) - {KERNELS.index(kernel)}}
 
 
-_KNOWN: Mapping[str, Callable[[Program, Space], Measure]] = {
+_KNOWN: Mapping[str, Callable[[Program, SearchSpace], Resource]] = {
     "size": _size,
     "weight_bits": _weight_bits,
     "bops": _bops,

@@ -70,7 +70,7 @@ def _storages(program: Program) -> list[_Storage]:
     nodes = list(program.graph.graph.nodes)
     step = {node: number for number, node in enumerate(nodes)}
     batch = _batch(program)
-    site_of = {name: site.key for site in program.activations for name in (*site.nodes, *site.carriers)}
+    site_of = {name: site.key for site in program.activations for name in (*site.nodes, *site.data_movement)}
     shared: networkx.Graph[fx.Node] = networkx.Graph()
     for node in nodes:
         if node.op != "get_attr" and _tensors(node):

@@ -13,11 +13,11 @@ import networkx
 from torch import Tensor, fx
 
 from hawqfx.ir.operators import (
-    WEIGHTED,
+    WEIGHTED_LAYERS,
     ceiling,
     elementwise,
-    is_carrier,
     is_constant,
+    is_data_movement,
     is_product,
     is_tensor,
     operands,
@@ -29,41 +29,41 @@ FORCED = float("inf")
 
 
 @dataclass(frozen=True)
-class Integers:
+class Partition:
     """kernels: layers, products and elementwise operators that compute with integers, in order; carriers: nodes that
     move integers about; makes: the tensors that come out of either as integers, so that they need a quantizer."""
 
     kernels: tuple[fx.Node, ...]
-    carriers: frozenset[fx.Node]
+    data_movement: frozenset[fx.Node]
     makes: frozenset[fx.Node]
 
     def reads(self, node: fx.Node, tensor: fx.Node) -> bool:
         """Whether `node` reads this tensor as integers."""
-        return node in self.carriers or (node in self.kernels and tensor in taken(node))
+        return node in self.data_movement or (node in self.kernels and tensor in taken(node))
 
 
 def taken(kernel: fx.Node) -> tuple[fx.Node, ...]:
     """The activations that a kernel multiplies, adds or averages."""
-    if kernel.target in WEIGHTED:
+    if kernel.target in WEIGHTED_LAYERS:
         return operands(kernel)[:1]
     return operands(kernel)[:2] if is_product(kernel) else elementwise(kernel)
 
 
 def is_layer(node: fx.Node) -> bool:
-    return node.target in WEIGHTED and is_constant(operands(node)[1]) and is_tensor(operands(node)[0])
+    return node.target in WEIGHTED_LAYERS and is_constant(operands(node)[1]) and is_tensor(operands(node)[0])
 
 
-def find(graph: fx.Graph, keeps_float: Callable[[fx.Node], bool] = lambda layer: False) -> Integers:
+def find(graph: fx.Graph, keeps_float: Callable[[fx.Node], bool] = lambda layer: False) -> Partition:
     """`keeps_float`: whether a layer is to stay in float."""
     fixed = [node for node in graph.nodes if (is_layer(node) and not keeps_float(node)) or is_product(node)]
-    free = {node for node in graph.nodes if elementwise(node) or is_carrier(node)}
+    free = {node for node in graph.nodes if elementwise(node) or is_data_movement(node)}
     side = _Cut(graph, fixed, free).solve() if fixed else set()
     kernels = tuple(
         node for node in graph.nodes if node in fixed or (node in free and node in side and elementwise(node))
     )
-    carriers = frozenset(node for node in free if node in side and not elementwise(node))
-    makes = {end(node) for node in kernels if end(node) in side} | carriers
-    return Integers(kernels, carriers, frozenset(makes))
+    data_movement = frozenset(node for node in free if node in side and not elementwise(node))
+    makes = {end(node) for node in kernels if end(node) in side} | data_movement
+    return Partition(kernels, data_movement, frozenset(makes))
 
 
 def end(kernel: fx.Node) -> fx.Node:
@@ -80,7 +80,7 @@ def end(kernel: fx.Node) -> fx.Node:
 def cut_alike(tensors: Iterable[fx.Node]) -> bool:
     """Whether rectifiers make all these tensors and cut them off at the same ceiling: then a quantizer that they share
     can do the rectifiers' work."""
-    ceilings = {ceiling(tensor) for tensor in tensors if not is_carrier(tensor)}
+    ceilings = {ceiling(tensor) for tensor in tensors if not is_data_movement(tensor)}
     return len(ceilings) == 1 and None not in ceilings
 
 
@@ -89,8 +89,8 @@ def _carried_with(tensor: fx.Node) -> set[fx.Node]:
     found, waiting = {tensor}, [tensor]
     while waiting:
         node = waiting.pop()
-        around = [user for user in node.users if is_carrier(user)]
-        around += [source for source in node.all_input_nodes if is_carrier(node) and is_tensor(source)]
+        around = [user for user in node.users if is_data_movement(user)]
+        around += [source for source in node.all_input_nodes if is_data_movement(node) and is_tensor(source)]
         waiting += [other for other in around if other not in found]
         found.update(around)
     return found
@@ -129,9 +129,11 @@ class _Cut:
             if kernel is not node:  # what makes the rectifier's output is the same kernel
                 self._join(kernel, node)
                 self._join(node, kernel)
-            if len(node.all_input_nodes) > 1 and is_carrier(node):  # where it makes no difference, share no quantizer
+            if len(node.all_input_nodes) > 1 and is_data_movement(
+                node
+            ):  # where it makes no difference, share no quantizer
                 self.edges.add_edge(node, FLOAT, capacity=self.unit // len(self.graph.nodes))
-            elif is_carrier(node):  # and quantize before values are moved
+            elif is_data_movement(node):  # and quantize before values are moved
                 self.edges.add_edge(INTEGER, node, capacity=1)
         else:
             self._join(node, FLOAT)
@@ -156,7 +158,7 @@ class _Cut:
 
 def _may_leave_floats(kernel: fx.Node, tensor: fx.Node) -> bool:
     """Linear layers and products have integer kernels that hand out floats, without a rectifier; convolutions none."""
-    return tensor is kernel and (is_product(kernel) or WEIGHTED[kernel.target] == "linear")
+    return tensor is kernel and (is_product(kernel) or WEIGHTED_LAYERS[kernel.target] == "linear")
 
 
 def elements(node: fx.Node) -> int:

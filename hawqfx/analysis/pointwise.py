@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from hawqfx.ir.operators import is_smooth, value_readers
+from hawqfx.ir.operators import is_pointwise, value_readers
 from hawqfx.maths import curvature
 
 Function = Callable[[Tensor], Tensor]
@@ -18,7 +18,7 @@ def nonlinearity(source: fx.Node) -> list[fx.Node]:
     body: list[fx.Node] = []
     inside, node = {source}, source.next
     while node.op != "root":
-        if is_smooth(node) and node.all_input_nodes and set(node.all_input_nodes) <= inside:
+        if is_pointwise(node) and node.all_input_nodes and set(node.all_input_nodes) <= inside:
             body.append(node)
             inside.add(node)
             if all(user in inside for member in inside - {node} for user in value_readers(member)):

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 from onnxscript import opset18 as op
 from onnxscript.values import Op, Opset
 from torch import fx
@@ -40,7 +40,7 @@ from hawqfx.ir.custom_ops import (
     DYNAMIC_LINEAR,
     FAKE_QUANTIZE,
     GLOBAL_AVERAGE,
-    PHASES,
+    SPACE_TO_DEPTH,
 )
 from hawqfx.ir.program import SCALE, Program, output_names
 from hawqfx.maths import packing
@@ -103,7 +103,7 @@ def _average(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
 
-def _phases(x: Any, pads: Sequence[int], block: int) -> Any:
+def _space_to_depth(x: Any, pads: Sequence[int], block: int) -> Any:
     if any(pads):
         left, right, top, bottom = pads
         x = op.Pad(x, _constant([0, 0, top, left, 0, 0, bottom, right], np.int64))
@@ -153,7 +153,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     DEQUANTIZE: _constant_codes,
     DEQUANTIZE_ROWS: _rows,
     GLOBAL_AVERAGE: _average,
-    PHASES: _phases,
+    SPACE_TO_DEPTH: _space_to_depth,
     DYNAMIC_LINEAR: _dynamic_linear,
     BLOCKWISE_LINEAR: _blockwise_linear,
 }
@@ -412,14 +412,14 @@ def _part_outputs(graph: ir.Graph) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroModel:
     """A small file: `inputs` says the shape and the type of each of its inputs, by name."""
 
     content: bytes
     inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
-class Pieces:
+class MicroModels:
     """A program whose outputs have no part in common, as small ONNX files, one per output.
 
     Every input is fed to one output alone.  Shapes are those of `inputs`, the values of its placeholders.
@@ -444,7 +444,7 @@ class Pieces:
         self.shapes = {value.name: (tuple(tensor.shape), tensor.numpy().dtype) for value, tensor in values}
         self._give_weights_a_zero_point()
 
-    def piece(self, output: int, copies: int) -> Piece:
+    def piece(self, output: int, copies: int) -> MicroModel:
         """So many copies of what makes an output, each with inputs and constants of its own, so that onnxruntime finds
         nothing to share.  Where tensors are quantized at its edges, the edges are the integers."""
         nodes: list[onnx.NodeProto] = []
@@ -469,7 +469,7 @@ class Pieces:
 
     def _copied(
         self, nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Any], used: Sequence[str], target: str, copies: int
-    ) -> Piece:
+    ) -> MicroModel:
         found = onnx.ModelProto()
         found.CopyFrom(self.model)
         graph = found.graph
@@ -499,7 +499,7 @@ class Pieces:
             last = self.made[target].op_type
             kind = onnx.TensorProto.UINT8 if last == "QuantizeLinear" else onnx.TensorProto.FLOAT
             graph.output.append(onnx.helper.make_tensor_value_info(own(target), kind, None))
-        return Piece(found.SerializeToString(), shapes)
+        return MicroModel(found.SerializeToString(), shapes)
 
     def _without(self, name: str, operator: str) -> str:
         """What goes into the node that makes this value, if it is such a one and has been quantized."""
@@ -518,7 +518,7 @@ class Pieces:
                 node.input.append(name)
 
 
-def operator_piece(operator: str, shape: tuple[int, ...], low: int, copies: int) -> Piece:
+def operator_micro_model(operator: str, shape: tuple[int, ...], low: int, copies: int) -> MicroModel:
     """A file of so many conversions of a tensor each of its own: QuantizeLinear, DequantizeLinear, Clip (of uint8, to
     4 bits), Transpose (of uint8, moves the channels of an image last), MaxPool (of float32, over one pixel)."""
     integer = operator in ("DequantizeLinear", "Clip", "Transpose")
@@ -546,7 +546,7 @@ def operator_piece(operator: str, shape: tuple[int, ...], low: int, copies: int)
     opsets = [onnx.helper.make_opsetid("", OPSET["portable"])]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION["portable"])
     dtype = np.dtype(np.uint8 if integer else np.float32)
-    return Piece(model.SerializeToString(), {value.name: (shape, dtype) for value in inputs})
+    return MicroModel(model.SerializeToString(), {value.name: (shape, dtype) for value in inputs})
 
 
 def operators(path: str | Path) -> Counter[str]:

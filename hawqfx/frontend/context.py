@@ -76,7 +76,7 @@ def silent(label: str, done: int, total: int, note: str = "") -> None:
 
 
 @dataclass(frozen=True)
-class Study:
+class Context:
     """Batches on a device, a scalar loss of (output, target), and a seed.  Never stored in a Program.
 
     draw: gives a target for an output, drawn from the distribution that the loss is the negative logarithm of.

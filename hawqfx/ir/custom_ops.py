@@ -76,8 +76,8 @@ def _(x: Tensor) -> Tensor:
 GLOBAL_AVERAGE = torch.ops.hawqfx.global_average.default
 
 
-@torch.library.custom_op("hawqfx::phases", mutates_args=())
-def phases(x: Tensor, pads: list[int], block: int) -> Tensor:
+@torch.library.custom_op("hawqfx::space_to_depth", mutates_args=())
+def space_to_depth(x: Tensor, pads: list[int], block: int) -> Tensor:
     """(N, C, H, W) -> (N, block^2 C, H' / block, W' / block), what is at one place of every block being C channels side
     by side; H', W' are with zeros around, `pads` being left, right, top, bottom."""
     padded = torch.nn.functional.pad(x, pads)
@@ -86,14 +86,14 @@ def phases(x: Tensor, pads: list[int], block: int) -> Tensor:
     return parted.permute(0, 3, 5, 1, 2, 4).reshape(len(x), -1, rows, columns).clone()
 
 
-@phases.register_fake
+@space_to_depth.register_fake
 def _(x: Tensor, pads: list[int], block: int) -> Tensor:
     left, right, top, bottom = pads
     size = (x.shape[2] + top + bottom) // block, (x.shape[3] + left + right) // block
     return x.new_empty((x.shape[0], block * block * x.shape[1], *size))
 
 
-PHASES = torch.ops.hawqfx.phases.default
+SPACE_TO_DEPTH = torch.ops.hawqfx.space_to_depth.default
 
 
 @torch.library.custom_op("hawqfx::dequantize_rows", mutates_args=())

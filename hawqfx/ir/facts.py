@@ -64,7 +64,7 @@ class Quantizers:
 
 
 @dataclass(frozen=True, eq=False)
-class Rounding:
+class RoundedWeights:
     """The int8 codes of a weight at each bit width, and the squared error that they leave (hawqfx.maths.rounding)."""
 
     codes: Mapping[int, Tensor]
@@ -72,7 +72,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Perturbation:
+class QuantizationError:
     """||Q_b(x) - x||^2 at each bit width: the sum of squares over a weight, or over one sample of an activation."""
 
     squared_error: Mapping[int, float]
@@ -96,7 +96,7 @@ class LossIncrease:
 
 
 @dataclass(frozen=True)
-class Interactions:
+class ErrorProducts:
     """d_i^T F d_j for the errors d of every two choices, each a weight's name and its width; F: Fisher matrix."""
 
     choices: tuple[tuple[str, int], ...]
@@ -104,7 +104,7 @@ class Interactions:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ByteCost:
     """Bytes that a site takes at each bit width: in the exported file (weight), or live for one sample (activation)."""
 
     bytes: Mapping[int, int]
@@ -121,7 +121,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Why:
+class Reason:
     """A site's part in a plan: its fraction of the predicted loss (NaN if that is zero), the fraction of what each
     limit counts that it has a part in (bops count for a weight and for its input), and the moves to its next widths.
     """
@@ -133,17 +133,17 @@ class Why:
 
 
 @dataclass(frozen=True)
-class Bits:
+class ChosenFormat:
     """The width that the allocation chose (hawqfx.maths.formats), the loss increase that is predicted for the site, and
     why."""
 
     bits: int
     increase: float
-    why: Why | None = None
+    why: Reason | None = None
 
 
 @dataclass(frozen=True)
-class Use:
+class LimitUse:
     """What a plan takes of a limit: `amount` of `bound`, in `unit`; float32 takes `reference`.
 
     `price`: by how much the predicted loss would fall per further unit, by the linear relaxation; zero where the limit
@@ -162,14 +162,14 @@ class Account:
     """A plan as a whole: what it takes of each limit, its predicted loss increase, a proven lower bound on that of any
     plan within the limits (-infinity where nothing was proven), and whether it is proven to be the least."""
 
-    limits: Mapping[str, Use]
+    limits: Mapping[str, LimitUse]
     loss: float
     bound: float
     optimal: bool
 
 
-Fact = Sensitivity | Quantizers | Rounding | Perturbation | LossIncrease | Cost | Bits
-F = TypeVar("F", Sensitivity, Quantizers, Rounding, Perturbation, LossIncrease, Cost, Bits)
+Fact = Sensitivity | Quantizers | RoundedWeights | QuantizationError | LossIncrease | ByteCost | ChosenFormat
+F = TypeVar("F", Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost, ChosenFormat)
 
 
 class FactTable:

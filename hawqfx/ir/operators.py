@@ -13,7 +13,7 @@ from torch.fx.node import Target
 _aten = torch.ops.aten
 
 # Layers called as (input, weight, bias, ...), dimension 0 of the weight being the output channel.
-WEIGHTED: dict[Target, str] = {
+WEIGHTED_LAYERS: dict[Target, str] = {
     _aten.conv1d.default: "conv1d",
     _aten.conv2d.default: "conv2d",
     _aten.conv3d.default: "conv3d",
@@ -75,7 +75,7 @@ _RECTIFIERS: set[Target] = {
 }
 
 # Move values about and change none: input and output share a quantizer.
-_CARRIERS: set[Target] = {
+_DATA_MOVEMENT: set[Target] = {
     _aten.view.default,
     _aten.reshape.default,
     _aten.flatten.using_ints,
@@ -109,7 +109,7 @@ _CARRIERS: set[Target] = {
 PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
 
 # Functions of each value that are finite, and so steep, wherever their values are.
-_SMOOTH: set[Target] = {
+_POINTWISE: set[Target] = {
     _aten.relu.default, _aten.relu6.default, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default,
     _aten.leaky_relu.default, _aten.elu.default, _aten.selu.default, _aten.celu.default, _aten.sigmoid.default,
     _aten.tanh.default, _aten.silu.default, _aten.gelu.default, _aten.mish.default, _aten.softplus.default,
@@ -118,7 +118,12 @@ _SMOOTH: set[Target] = {
 }  # fmt: skip
 
 # What constants go into without being multiplied by.
-NO_PRODUCTS: set[Target] = _CARRIERS | {_aten.add.Tensor, _aten.sub.Tensor, _aten.repeat.default, _aten.index.Tensor}
+NO_PRODUCTS: set[Target] = _DATA_MOVEMENT | {
+    _aten.add.Tensor,
+    _aten.sub.Tensor,
+    _aten.repeat.default,
+    _aten.index.Tensor,
+}
 
 BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
 DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
@@ -184,7 +189,7 @@ def is_product(node: fx.Node) -> bool:
     return node.target in PRODUCTS and all(map(is_tensor, node.args[:2]))
 
 
-def is_carrier(node: fx.Node) -> bool:
+def is_data_movement(node: fx.Node) -> bool:
     """Whether a node only moves activations about, or adds zeros: input and output share a quantizer."""
     if any(_is_float_constant(source) for source in node.all_input_nodes):
         return False
@@ -192,10 +197,10 @@ def is_carrier(node: fx.Node) -> bool:
         constant = node.target is _aten.constant_pad_nd.default or len(node.args) < 3 or node.args[2] == "constant"
         value = node.args[-1] if len(node.args) == (4 if node.target is _aten.pad.default else 3) else 0
         return constant and value in (0, None) and not node.kwargs
-    return node.target in _CARRIERS and is_tensor(node)
+    return node.target in _DATA_MOVEMENT and is_tensor(node)
 
 
-def is_smooth(node: fx.Node) -> bool:
+def is_pointwise(node: fx.Node) -> bool:
     """Whether a node computes each of its values from those at the same place, by a function that is finite, and so
     steep, wherever they are."""
     if not is_tensor(node):
@@ -204,7 +209,7 @@ def is_smooth(node: fx.Node) -> bool:
         return not isinstance(node.args[1], fx.Node)
     if node.target is _aten.pow.Tensor_Scalar:
         return isinstance(node.args[1], int) and node.args[1] > 0
-    return node.target in _SMOOTH
+    return node.target in _POINTWISE
 
 
 def value_readers(node: fx.Node) -> list[fx.Node]:

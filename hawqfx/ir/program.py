@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from hawqfx.ir.facts import Account, Bits, Fact, FactTable, Interactions
+from hawqfx.ir.facts import Account, ChosenFormat, ErrorProducts, Fact, FactTable
 from hawqfx.maths.formats import Scheme, layer_scheme
-from hawqfx.maths.latency_model import Timetable
+from hawqfx.maths.latency_model import LatencyModel
 
 SCALE = "_scale"  # the buffer with the scale of a site's quantizer is named KEY_scale
 
@@ -67,7 +67,7 @@ class ActivationSite:
     shape: tuple[int, ...]
     numel: int
     nodes: tuple[str, ...]
-    carriers: tuple[str, ...]
+    data_movement: tuple[str, ...]
     nonnegative: bool
     ceiling: float = math.inf
 
@@ -100,8 +100,8 @@ class Program:
     products: tuple[Product, ...] = ()
     elementwise: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
-    timetable: Timetable | None = None
-    interactions: Interactions | None = None
+    latency_model: LatencyModel | None = None
+    interactions: ErrorProducts | None = None
     account: Account | None = None
     original: fx.GraphModule | None = None
     facts: FactTable = field(default_factory=FactTable)
@@ -120,7 +120,7 @@ class Program:
 
     def bits(self) -> dict[str, int]:
         """The chosen width of every site."""
-        return {site.key: self.facts.get(site.key, Bits).bits for site in self.sites}
+        return {site.key: self.facts.get(site.key, ChosenFormat).bits for site in self.sites}
 
     def schemes(self) -> dict[str, Scheme]:
         """How each layer computes with the chosen widths, by its node."""

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from hawqfx.ir.custom_ops import dequantize
-from hawqfx.ir.facts import Quantizers, QuantParams, Rounding
+from hawqfx.ir.facts import Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths import affine
 
 
 def weight_at(program: Program, key: str, bits: int) -> Tensor:
     """The weight as its rounding left it, in its own type."""
-    codes = program.facts.get(key, Rounding).codes[bits]
+    codes = program.facts.get(key, RoundedWeights).codes[bits]
     quantizer = program.facts.get(key, Quantizers).by_bits[bits]
     return dequantize(codes, scale_of(quantizer).to(codes.device)).to(program.tensor(key).dtype)
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from hawqfx.ir.program import Program, copy_graph, set_tensor, tensor_of
 
 
-class Writer:
+class GraphRewriter:
     """A copy of the graph, and new nodes in it, before the node that is being rewritten."""
 
     def __init__(self, program: Program) -> None:

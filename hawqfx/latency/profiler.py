@@ -35,13 +35,13 @@ from hawqfx import pipeline
 from hawqfx.analysis.partition import taken
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import CacheError, ExportError, HawqfxError
-from hawqfx.export.exporter import Piece, Pieces, export, operator_piece
-from hawqfx.frontend.context import Batch, Progress, Study, cross_entropy, silent
-from hawqfx.ir.facts import Bits, Fact, Quantizers, Rounding
-from hawqfx.ir.operators import PADS, WEIGHTED, ceiling, is_carrier, is_constant, is_tensor, operands
+from hawqfx.export.exporter import MicroModel, MicroModels, export, operator_micro_model
+from hawqfx.frontend.context import Batch, Context, Progress, cross_entropy, silent
+from hawqfx.ir.facts import ChosenFormat, Fact, Quantizers, RoundedWeights
+from hawqfx.ir.operators import PADS, WEIGHTED_LAYERS, ceiling, is_constant, is_data_movement, is_tensor, operands
 from hawqfx.ir.program import ActivationSite, Layer, Program, WeightSite, set_tensor
 from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, is_static
-from hawqfx.maths.latency_model import Converted, Timed, Timetable
+from hawqfx.maths.latency_model import ConversionTimes, KernelTimes, LatencyModel
 from hawqfx.maths.pricing import FLOAT_BITS
 from hawqfx.pass_manager.manager import run
 from hawqfx.runtime import ort
@@ -67,7 +67,7 @@ def measure(
     batch: int | None = None,
     cache: Path | None = None,
     progress: Progress = silent,
-) -> Timetable:
+) -> LatencyModel:
     """Times the parts of a program that has sites and quantizers, of 8 bits for activations.
 
     batch: samples in a run, by default one, or those of `example` where the graph has a fixed batch.  cache: the folder
@@ -81,10 +81,10 @@ def measure(
     if size > example.size:
         raise HawqfxError(f"batch={size}: the example has only {example.size} samples")
     setting = {"machine": _machine(), "threads": threads, "onnxruntime": ort.version()}
-    shelf = _Timings.open(cache, setting)
-    work = _Work(program, example.first(size), threads, shelf)
-    table = work.timetable(progress, json.dumps(setting | {"batch": size}))
-    shelf.save()
+    timings = _Timings.open(cache, setting)
+    work = _Work(program, example.first(size), threads, timings)
+    table = work.latency_model(progress, json.dumps(setting | {"batch": size}))
+    timings.save()
     return table
 
 
@@ -169,14 +169,14 @@ class _Kernel:
 
 def _kernels(program: Program) -> list[_Kernel]:
     """Every kernel whose speed the choice of bits changes, in order."""
-    sites = {name for site in program.activations for name in (*site.nodes, *site.carriers)}
-    carriers = {name for site in program.activations for name in site.carriers}
+    sites = {name for site in program.activations for name in (*site.nodes, *site.data_movement)}
+    data_movement = {name for site in program.activations for name in site.data_movement}
     layers = {layer.node: layer for layer in program.layers}
     others = {*program.elementwise, *(product.node for product in program.products)}
     found = []
     for node in program.graph.graph.nodes:
         weight = layers[node.name].weight if node.name in layers else None
-        carried = node.name in carriers and not _is_free(node)
+        carried = node.name in data_movement and not _is_free(node)
         if weight is None and not carried and node.name not in others:
             continue
         reads = tuple(n for n in node.all_input_nodes if is_tensor(n)) if carried else taken(node)
@@ -190,12 +190,12 @@ def _kernels(program: Program) -> list[_Kernel]:
 
 
 class _Work:
-    def __init__(self, program: Program, example: Batch, threads: int, shelf: _Timings) -> None:
-        self.program, self.example, self.threads, self.shelf = program, example, threads, shelf
-        self.site_of = {name: site.key for site in program.activations for name in (*site.nodes, *site.carriers)}
+    def __init__(self, program: Program, example: Batch, threads: int, timings: _Timings) -> None:
+        self.program, self.example, self.threads, self.timings = program, example, threads, timings
+        self.site_of = {name: site.key for site in program.activations for name in (*site.nodes, *site.data_movement)}
         self.kernels = _kernels(program)
         self.values = self._values()
-        self.parts: dict[str, tuple[Pieces, dict[str, int]]] = {}
+        self.parts: dict[str, tuple[MicroModels, dict[str, int]]] = {}
 
     @torch.no_grad()
     def _values(self) -> dict[str, Tensor]:
@@ -210,7 +210,7 @@ class _Work:
         self.program.run(self.example.args, self.example.kwargs, look, at=wanted)
         return values
 
-    def timetable(self, progress: Progress, setting: str) -> Timetable:
+    def latency_model(self, progress: Progress, setting: str) -> LatencyModel:
         steps = 2 * len(self.kernels)
         timed = []
         for number, kernel in enumerate(self.kernels):
@@ -220,10 +220,10 @@ class _Work:
         converted = [
             self._converted(site, name, name if name in made else None)
             for site in self.program.activations
-            for name in (*site.nodes, *site.carriers)
+            for name in (*site.nodes, *site.data_movement)
             if not _is_free(self._node(name))
         ]
-        table = Timetable(0.0, tuple(timed), tuple(converted), setting)
+        table = LatencyModel(0.0, tuple(timed), tuple(converted), setting)
         table = self._anchored(table)
         progress("latency", steps, steps)
         return table
@@ -231,20 +231,20 @@ class _Work:
     def _node(self, name: str) -> fx.Node:
         return next(node for node in self.program.graph.graph.nodes if node.name == name)
 
-    def _timed(self, kernel: _Kernel) -> Timed:
+    def _timed(self, kernel: _Kernel) -> KernelTimes:
         sites = dict.fromkeys(self.site_of[node.name] for node in kernel.reads if node.name in self.site_of)
         weights = dict.fromkeys(filter(None, [kernel.weight]))
         ends = dict.fromkeys(self.site_of[n] for n in [kernel.end.name] if n in self.site_of)
         seconds = {}
         for scheme in filter(lambda scheme: self._has(kernel, scheme), _SCHEMES):
-            alone = self.shelf.get(self._signature(kernel, scheme), lambda s=scheme: self._alone(kernel, s))  # type: ignore[misc]
+            alone = self.timings.get(self._signature(kernel, scheme), lambda s=scheme: self._alone(kernel, s))  # type: ignore[misc]
             layout = 0.0
             if kernel.weight is not None and scheme in ("integer", "floating"):  # others take images as they are
                 layout = sum(self._layout(node.name, scheme == "integer") for node in (kernel.reads[0], kernel.end))
             seconds[scheme] = max(LEAST * alone, alone - layout)
         if kernel.weight is None:
             seconds["unpacking"] = seconds["floating"]
-        return Timed(kernel.end.name, tuple({**sites, **weights, **ends}), kernel.weight, **seconds)
+        return KernelTimes(kernel.end.name, tuple({**sites, **weights, **ends}), kernel.weight, **seconds)
 
     def _has(self, kernel: _Kernel, scheme: str) -> bool:
         """Whether a kernel may run so."""
@@ -252,7 +252,7 @@ class _Work:
             return kernel.weight is not None and BLOCKWISE in self._widths(kernel.weight)
         if scheme == "dynamic":
             read = kernel.weight is not None and self.site_of.get(kernel.reads[0].name)
-            linear = kernel.weight is not None and WEIGHTED[kernel.nodes[0].target] == "linear"
+            linear = kernel.weight is not None and WEIGHTED_LAYERS[kernel.nodes[0].target] == "linear"
             return bool(linear and read and DYNAMIC in self._widths(read))
         return True
 
@@ -269,11 +269,11 @@ class _Work:
 
     def _operator(self, name: str, shape: tuple[int, ...]) -> float:
         def take() -> float:
-            return self._difference(*(operator_piece(name, shape, 128, copies) for copies in (COPIES, 1)))
+            return self._difference(*(operator_micro_model(name, shape, 128, copies) for copies in (COPIES, 1)))
 
-        return self.shelf.get(f"{name} {'x'.join(map(str, shape))}", take)
+        return self.timings.get(f"{name} {'x'.join(map(str, shape))}", take)
 
-    def _difference(self, many: Piece, one: Piece) -> float:
+    def _difference(self, many: MicroModel, one: MicroModel) -> float:
         """Seconds of one copy more."""
         draw = np.random.default_rng(0)
         feeds = []
@@ -309,36 +309,36 @@ class _Work:
         pieces, outputs = self.parts[scheme]
         return self._difference(*(pieces.piece(outputs[kernel.end.name], copies) for copies in (COPIES, 1)))
 
-    def _cut(self, scheme: str) -> tuple[Pieces, dict[str, int]]:
+    def _cut(self, scheme: str) -> tuple[MicroModels, dict[str, int]]:
         """All kernels that were not timed before, side by side in one graph; kernel's end -> number of its output."""
         wanted: dict[str, _Kernel] = {}
         for kernel in self.kernels:
             key = self._signature(kernel, scheme)
-            if self._has(kernel, scheme) and key not in self.shelf.seconds:
+            if self._has(kernel, scheme) and key not in self.timings.seconds:
                 wanted.setdefault(key, kernel)
         cutter = _Cutter(self.program, self.site_of, self.values)
         for kernel in wanted.values():
             cutter.add(kernel)
         outputs = {kernel.end.name: number for number, kernel in enumerate(wanted.values())}
-        return Pieces(cutter.program(*_SCHEMES[scheme]), cutter.inputs), outputs
+        return MicroModels(cutter.program(*_SCHEMES[scheme]), cutter.inputs), outputs
 
-    def _converted(self, site: ActivationSite, name: str, maker: str | None) -> Converted:
+    def _converted(self, site: ActivationSite, name: str, maker: str | None) -> ConversionTimes:
         node = self._node(name)
         ends = {kernel.nodes[0].name: kernel.end.name for kernel in self.kernels}
         readers: list[str | None] = []
         for user in _readers(node):
             if user.name in ends:
                 readers.append(ends[user.name])
-            elif user.op == "output" or not is_carrier(user):
+            elif user.op == "output" or not is_data_movement(user):
                 readers.append(None)
         shape = tuple(self.values[name].shape)
         turned = sum(self._layout(name, integer) for integer in (True, False))
-        return Converted(
+        return ConversionTimes(
             site.key, maker, tuple(dict.fromkeys(readers)), self._operator("QuantizeLinear", shape) + turned,
             self._operator("DequantizeLinear", shape) + turned, self._operator("Clip", shape),
         )  # fmt: skip
 
-    def _anchored(self, table: Timetable) -> Timetable:
+    def _anchored(self, table: LatencyModel) -> LatencyModel:
         """Parts scaled, and the rest set, so that the whole network in float and at 8 bits come out as measured."""
         bits = {word: dict.fromkeys(map(operator.attrgetter("key"), self.program.sites), b) for word, b in _WHOLE}
         whole = self._whole()
@@ -376,17 +376,17 @@ class _Work:
         graphs = [str(self._lowered(bits).graph.graph) for _, bits in _WHOLE]
         name = hashlib.sha256(f"{graphs} {shapes}".encode()).hexdigest()[:16]
         keys = {word: f"network {name} {word}" for word, _ in _WHOLE}
-        if not all(key in self.shelf.seconds for key in keys.values()):
+        if not all(key in self.timings.seconds for key in keys.values()):
             found = self._time_whole()
             for word, seconds in found.items():
-                self.shelf.get(keys[word], lambda s=seconds: s)  # type: ignore[misc]
-        return {word: self.shelf.seconds[key] for word, key in keys.items()}
+                self.timings.get(keys[word], lambda s=seconds: s)  # type: ignore[misc]
+        return {word: self.timings.seconds[key] for word, key in keys.items()}
 
     def _lowered(self, bits: int) -> Program:
         """The network with one width for everything."""
         keys = [site.key for site in self.program.sites]
-        facts: dict[str, Fact] = {key: Bits(_width(self.program, key, bits), 0.0) for key in keys}
-        return run(pipeline.lowering(), self.program.learn(facts), Study((self.example,), cross_entropy))
+        facts: dict[str, Fact] = {key: ChosenFormat(_width(self.program, key, bits), 0.0) for key in keys}
+        return run(pipeline.lowering(), self.program.learn(facts), Context((self.example,), cross_entropy))
 
     def _time_whole(self) -> dict[str, float]:
         times = whole_networks([self._lowered(bits) for _, bits in _WHOLE], self.example, self.threads)
@@ -429,7 +429,7 @@ def _width(program: Program, key: str, bits: int) -> int:
 
 def _is_free(node: fx.Node) -> bool:
     """Whether a carrier costs nothing: a view, or a padding that the layer after takes in."""
-    return is_carrier(node) and (node.target in PADS or str(node.target).split(".")[1] in VIEWS)
+    return is_data_movement(node) and (node.target in PADS or str(node.target).split(".")[1] in VIEWS)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -475,12 +475,12 @@ class _Cutter:
         if kernel.weight is not None:
             weight, bias = f"p{number}.weight", operands(first)[2:3]
             layer = Layer(
-                copies[first].name, WEIGHTED[first.target], weight,
+                copies[first].name, WEIGHTED_LAYERS[first.target], weight,
                 f"p{number}.bias" if bias and isinstance(bias[0], fx.Node) else None, copies[kernel.reads[0]].name, 0,
             )  # fmt: skip
             self.layers.append(layer)
             self.sites.append(WeightSite(weight, layer.operator, tuple(self.whole.tensor(kernel.weight).shape)))
-            self._know(weight, kernel.weight, Quantizers, Rounding)
+            self._know(weight, kernel.weight, Quantizers, RoundedWeights)
         if kernel.end.name in self.site_of:
             self._site(copies[kernel.end].name, kernel.end.name)
         self.outputs.append(copies[kernel.end])
@@ -521,5 +521,5 @@ class _Cutter:
             for fact in facts:
                 program = program.learn({key: fact})
         bits = {s.key: weight_bits if isinstance(s, WeightSite) else activation_bits for s in self.sites}
-        program = program.learn({key: Bits(_width(program, key, width), 0.0) for key, width in bits.items()})
-        return run(pipeline.lowering(), program, Study((), cross_entropy))
+        program = program.learn({key: ChosenFormat(_width(program, key, width), 0.0) for key, width in bits.items()})
+        return run(pipeline.lowering(), program, Context((), cross_entropy))

@@ -20,7 +20,7 @@ KERNELS = ("floating", "integer", "unpacking", "dynamic", "blockwise")
 
 
 @dataclass(frozen=True)
-class Timed:
+class KernelTimes:
     """Seconds of one node of the graph: as an integer kernel where all of `sites` are quantized, else in float, where
     it takes `unpacking` if its weight is quantized and `floating` if not; `dynamic` and `blockwise`: of the linear
     layers that have these schemes, else infinite.  The first site of a layer is what it reads.
@@ -55,7 +55,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionTimes:
     """Seconds to convert one tensor of the activation site `site`.
 
     `maker`: the node of `Timed` that makes it; None: always made in float.  `readers`: the same of those that read it;
@@ -70,12 +70,12 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Timetable:
+class LatencyModel:
     """`rest`: seconds of everything that no choice of bits changes.  `setting`: machine, threads, batch, versions."""
 
     rest: float
-    timed: tuple[Timed, ...]
-    converted: tuple[Converted, ...]
+    timed: tuple[KernelTimes, ...]
+    converted: tuple[ConversionTimes, ...]
     setting: str
 
     def seconds(self, bits: Mapping[str, int]) -> float:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, final
 
-from hawqfx.frontend.context import Study
+from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Fact
 from hawqfx.ir.program import Program, Site
 
@@ -31,7 +31,7 @@ class Pass(ABC):  # noqa: B024 (its two kinds have the abstract methods)
 
 class Analysis(Pass):
     @abstractmethod
-    def learn(self, program: Program, study: Study) -> Mapping[str, Fact] | Program:
+    def learn(self, program: Program, context: Context) -> Mapping[str, Fact] | Program:
         """Facts by site key; or, for an analysis that finds sites, a program with the same graph and more sites."""
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import HawqfxError, PassError
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import Rounding
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import RoundedWeights
 from hawqfx.ir.program import ActivationSite, Program, Step, WeightSite
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.verify import verify
 
 
-def run(passes: Sequence[Pass], program: Program, study: Study, observers: Sequence[Observer] = ()) -> Program:
+def run(passes: Sequence[Pass], program: Program, context: Context, observers: Sequence[Observer] = ()) -> Program:
     """The program after all `passes`.
 
     Raises PassError before anything runs if a pass needs what none before it gives, and after a pass that broke its
@@ -29,9 +29,9 @@ def run(passes: Sequence[Pass], program: Program, study: Study, observers: Seque
             observer.before(number, step, program)
         start = time.perf_counter()
         try:
-            done = _apply(step, program, study)
+            done = _apply(step, program, context)
             seconds = time.perf_counter() - start
-            _check_promise(step, program, done, study)
+            _check_promise(step, program, done, context)
         except HawqfxError as error:
             error.add_note(f"in pass {step.name}, after {[past.name for past in program.history] or 'capture'}")
             raise
@@ -41,9 +41,9 @@ def run(passes: Sequence[Pass], program: Program, study: Study, observers: Seque
     return program
 
 
-def _apply(step: Pass, program: Program, study: Study) -> Program:
+def _apply(step: Pass, program: Program, context: Context) -> Program:
     if isinstance(step, Analysis):
-        learned = step.learn(program, study)
+        learned = step.learn(program, context)
         return learned if isinstance(learned, Program) else program.learn(learned)
     assert isinstance(step, Rewrite), f"{step.name} is neither an Analysis nor a Rewrite"
     return step.rewrite(program)
@@ -60,7 +60,7 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
         before = step.name
 
 
-def _check_promise(step: Pass, before: Program, after: Program, study: Study) -> None:
+def _check_promise(step: Pass, before: Program, after: Program, context: Context) -> None:
     if isinstance(step, Analysis) and (
         after.graph is not before.graph or str(after.graph.graph) != str(before.graph.graph)
     ):
@@ -69,17 +69,17 @@ def _check_promise(step: Pass, before: Program, after: Program, study: Study) ->
     for kind in step.gives:
         if kind in (WeightSite, ActivationSite):
             continue
-        sites = after.weights if kind is Rounding else after.sites
+        sites = after.weights if kind is RoundedWeights else after.sites
         silent = [site.key for site in sites if not after.facts.has(site.key, kind)]  # type: ignore[arg-type]
         if silent:
             raise PassError(f"{step.name} promised {kind.__name__} and gave none for {', '.join(silent[:3])}")
     if isinstance(step, Rewrite) and step.tolerance < float("inf"):
-        _check_function(step, before, after, study)
+        _check_function(step, before, after, context)
 
 
 @torch.no_grad()
-def _check_function(step: Rewrite, before: Program, after: Program, study: Study) -> None:
-    batch = study.batches[0]
+def _check_function(step: Rewrite, before: Program, after: Program, context: Context) -> None:
+    batch = context.batches[0]
     old, new = (_tensors(program.run(batch.args, batch.kwargs)) for program in (before, after))
     for number, (one, other) in enumerate(zip(old, new, strict=True)):
         change = float((one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny))

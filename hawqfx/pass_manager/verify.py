@@ -20,7 +20,7 @@ def verify(program: Program) -> None:
     for site in program.weights:
         program.tensor(site.key)
     for activation in program.activations:
-        for name in (*activation.nodes, *activation.carriers):
+        for name in (*activation.nodes, *activation.data_movement):
             if name not in names:
                 raise PassError(
                     f"activation site {activation.key!r} speaks of node {name!r}, which is not in the graph"

@@ -35,7 +35,7 @@ Outputs = Sequence[NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Parity:
+class OutputDifference:
     """Against the float network's first output: mean and largest absolute difference, the largest relative to the
     largest float value, and the share of rows (along the last axis) whose largest entry is the same."""
 
@@ -59,7 +59,7 @@ class Result:
     runs: int
     throughput: float
     memory: int
-    parity: Parity | None
+    parity: OutputDifference | None
     machine: str
     versions: Mapping[str, str]
 
@@ -233,7 +233,7 @@ def _result(
     )
 
 
-def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> Parity:
+def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> OutputDifference:
     """Raises BackendError where the shapes differ."""
     if ours.shape != theirs.shape:
         raise BackendError(f"the file answers {ours.shape} and the float network {theirs.shape}: they are not alike")
@@ -241,4 +241,4 @@ def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> Parity:
     largest = float(difference.max(initial=0.0))
     same = ours.argmax(-1) == theirs.argmax(-1) if ours.ndim else np.array(True)
     size = float(np.abs(theirs).max(initial=0.0)) or 1.0
-    return Parity(float(difference.mean()), largest, largest / size, float(same.mean()))
+    return OutputDifference(float(difference.mean()), largest, largest / size, float(same.mean()))

@@ -20,24 +20,24 @@ from torch.utils import _pytree as pytree
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import CacheError, ExportError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Shelf:
+class MeasurementCache:
     """The files of one measurement."""
 
     folder: Path
 
     @staticmethod
-    def open(cache: Path, digest: str) -> "Shelf":
+    def open(cache: Path, digest: str) -> "MeasurementCache":
         """Raises CacheError if the folder cannot be made."""
         folder = cache / digest
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CacheError(f"the cache {cache} cannot be used: {error}") from error
-        return Shelf(folder)
+        return MeasurementCache(folder)
 
     def batch_size(self, wanted: int) -> int:
         """The size of batches that the measurement was begun with; `wanted`, if it begins now."""

@@ -22,7 +22,7 @@ from hawqfx.ir.program import Program
 Operators = Mapping[Any, Callable[..., Any]]
 
 
-def stand_ins(program: Program, batch: Batch) -> Operators:
+def twice_differentiable(program: Program, batch: Batch) -> Operators:
     """Operator -> a function that computes the same and can be differentiated twice, for those that need one.
 
     Raises DerivativeError that names the operators, and a node of each, for which there is none.

@@ -18,16 +18,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hawqfx.errors import HawqfxError, LossError
-from hawqfx.frontend.context import Batch, Study
-from hawqfx.ir.facts import Fact, LossIncrease, Perturbation, Quantizers, Rounding, Sensitivity
+from hawqfx.frontend.context import Batch, Context
+from hawqfx.ir.facts import Fact, LossIncrease, QuantizationError, Quantizers, RoundedWeights, Sensitivity
 from hawqfx.ir.program import ActivationSite, Program, WeightSite
 from hawqfx.maths import curvature
 from hawqfx.maths.curvature import Moments
 from hawqfx.pass_manager.base import Analysis, Kind
 from hawqfx.sensitivity import malloc
-from hawqfx.sensitivity.cache import Shelf, digest
+from hawqfx.sensitivity.cache import MeasurementCache, digest
 from hawqfx.sensitivity.distributed import Team, Workers, local_count
-from hawqfx.sensitivity.double_backward import Operators, stand_ins
+from hawqfx.sensitivity.double_backward import Operators, twice_differentiable
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Measurement(ABC):
         return 1.0
 
 
-class Metric(Analysis):
+class SensitivityMetric(Analysis):
     """An analysis that measures.  Its fields and the class variables here say how.
 
     probes: the most probes per batch.  tolerance: probing a quantity stops when its standard error over all batches
@@ -86,30 +86,30 @@ class Metric(Analysis):
     def quantities(self, program: Program) -> Sequence[Quantity]: ...
 
     @abstractmethod
-    def open(self, program: Program, study: Study, index: int, operators: Operators) -> Measurement: ...
+    def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement: ...
 
     @abstractmethod
-    def conclude(self, program: Program, study: Study, found: Mapping[Quantity, Estimate]) -> Program:
+    def conclude(self, program: Program, context: Context, found: Mapping[Quantity, Estimate]) -> Program:
         """The program with the facts that follow."""
 
-    def learn(self, program: Program, study: Study) -> Program:
-        return self.conclude(program, study, measure(self, program, study))
+    def learn(self, program: Program, context: Context) -> Program:
+        return self.conclude(program, context, measure(self, program, context))
 
 
-class CurvatureMetric(Metric):
+class CurvatureMetric(SensitivityMetric):
     """A metric that predicts curvature x squared error, with one quantity per site.
 
     average: the quantity is a trace, of which every element of the tensor has its share.
     """
 
     average: ClassVar[bool] = True
-    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, Perturbation)
+    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, QuantizationError)
     gives: ClassVar[tuple[Kind, ...]] = (Sensitivity, LossIncrease)
 
     def quantities(self, program: Program) -> Sequence[Quantity]:
         return [Quantity(site.key) for site in program.sites]
 
-    def conclude(self, program: Program, study: Study, found: Mapping[Quantity, Estimate]) -> Program:
+    def conclude(self, program: Program, context: Context, found: Mapping[Quantity, Estimate]) -> Program:
         facts: dict[str, Fact] = {}
         for site in program.sites:
             mean, stderr, probes = found[Quantity(site.key)]
@@ -118,23 +118,23 @@ class CurvatureMetric(Metric):
             share = site.numel if self.average else 1
             facts[site.key] = Sensitivity(mean / share, stderr / share, probes)
         increases: dict[str, Fact] = {
-            key: fact.times(program.facts.get(key, Perturbation).squared_error)
+            key: fact.times(program.facts.get(key, QuantizationError).squared_error)
             for key, fact in facts.items()
             if isinstance(fact, Sensitivity)
         }
         return program.learn(facts).learn(increases)
 
 
-class WidthMetric(Metric):
+class WidthMetric(SensitivityMetric):
     """A metric with one quantity per site and width, the loss increase itself."""
 
-    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, Quantizers, Rounding)
+    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, Quantizers, RoundedWeights)
     gives: ClassVar[tuple[Kind, ...]] = (LossIncrease,)
 
     def quantities(self, program: Program) -> Sequence[Quantity]:
         return [Quantity(s.key, bits) for s in program.sites for bits in program.facts.get(s.key, Quantizers).by_bits]
 
-    def conclude(self, program: Program, study: Study, found: Mapping[Quantity, Estimate]) -> Program:
+    def conclude(self, program: Program, context: Context, found: Mapping[Quantity, Estimate]) -> Program:
         facts: dict[str, Fact] = {}
         for site in program.sites:
             widths = {q.bits: estimate for q, estimate in found.items() if q.site == site.key}
@@ -145,38 +145,38 @@ class WidthMetric(Metric):
         return program.learn(facts)
 
 
-def measure(metric: Metric, program: Program, study: Study) -> dict[Quantity, Estimate]:
+def measure(metric: SensitivityMetric, program: Program, context: Context) -> dict[Quantity, Estimate]:
     """Every quantity of the metric, over all batches of the study.
 
     Raises DerivativeError, LossError, CacheError or WorkerError.
     """
     quantities = list(metric.quantities(program))
-    workers = Workers.here(study.device)
-    shelf = None
-    if study.cache is not None or workers.count > 1:
-        name = digest(_identity(metric, program, study))
+    workers = Workers.here(context.device)
+    cache = None
+    if context.cache is not None or workers.count > 1:
+        name = digest(_identity(metric, program, context))
         workers.agree(name)
-        shelf = Shelf.open(study.cache, name) if study.cache is not None else None
-    study = _split(metric, program, study, workers, shelf)
-    kept = _kept(shelf, len(study.batches), workers)
+        cache = MeasurementCache.open(context.cache, name) if context.cache is not None else None
+    context = _split(metric, program, context, workers, cache)
+    kept = _kept(cache, len(context.batches), workers)
     mine, team = workers.share([index for index, have in enumerate(kept) if not have])
-    table = torch.zeros(len(study.batches), len(quantities), len(_Known._fields), dtype=torch.float64)
+    table = torch.zeros(len(context.batches), len(quantities), len(_Known._fields), dtype=torch.float64)
     with malloc.kept(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
-        operators = stand_ins(program, study.batches[0]) if metric.second_order else {}
+        operators = twice_differentiable(program, context.batches[0]) if metric.second_order else {}
         for done, index in enumerate(mine):
-            known = _on_batch(_Task(metric, program, study, operators, quantities, team), index, done, len(mine))
+            known = _on_batch(_Task(metric, program, context, operators, quantities, team), index, done, len(mine))
             if team.member == 0:
                 table[index] = torch.tensor([known[quantity] for quantity in quantities], dtype=torch.float64)
-                if shelf is not None:
-                    shelf.put(index, {str(quantity): part for quantity, part in known.items()})
-    if shelf is not None and workers.rank == 0:
+                if cache is not None:
+                    cache.put(index, {str(quantity): part for quantity, part in known.items()})
+    if cache is not None and workers.rank == 0:
         for index, have in enumerate(kept):
             if have:
-                found = shelf.get(index) or {}
+                found = cache.get(index) or {}
                 table[index] = torch.tensor([found[str(q)] for q in quantities], dtype=torch.float64)
     table = workers.total(table)
     everything = {q: [_Known(*row) for row in table[:, number].tolist()] for number, q in enumerate(quantities)}
-    return _estimates(metric, study, everything)
+    return _estimates(metric, context, everything)
 
 
 class _Known(NamedTuple):
@@ -188,9 +188,11 @@ class _Known(NamedTuple):
     error: float
 
 
-def _estimates(metric: Metric, study: Study, known: Mapping[Quantity, Sequence[_Known]]) -> dict[Quantity, Estimate]:
+def _estimates(
+    metric: SensitivityMetric, context: Context, known: Mapping[Quantity, Sequence[_Known]]
+) -> dict[Quantity, Estimate]:
     """The mean over all batches; says aloud which quantities are not known as well as asked."""
-    shares = [batch.size / study.samples for batch in study.batches]
+    shares = [batch.size / context.samples for batch in context.batches]
     estimates, errors = {}, {}
     for quantity, batches in known.items():
         parts = [Moments(int(part.samples), part.mean, part.squares) for part in batches]
@@ -208,45 +210,45 @@ def _estimates(metric: Metric, study: Study, known: Mapping[Quantity, Sequence[_
     return estimates
 
 
-def _identity(metric: Metric, program: Program, study: Study) -> list[object]:
+def _identity(metric: SensitivityMetric, program: Program, context: Context) -> list[object]:
     """Everything that the numbers depend on."""
-    parts: list[object] = [repr(metric), str(program.graph.graph), program.constants(), study.seed, study.batch]
-    parts += [study.loss, study.draw, study.device.type, [batch.tensors for batch in study.batches]]
-    parts += [[batch.target for batch in study.batches], [repr(site) for site in program.sites]]
+    parts: list[object] = [repr(metric), str(program.graph.graph), program.constants(), context.seed, context.batch]
+    parts += [context.loss, context.draw, context.device.type, [batch.tensors for batch in context.batches]]
+    parts += [[batch.target for batch in context.batches], [repr(site) for site in program.sites]]
     for site in program.sites:
         if Quantizers in metric.needs:
             parts.append(repr(program.facts.get(site.key, Quantizers)))
-        if Rounding in metric.needs and not isinstance(site, ActivationSite):
-            parts.append(dict(program.facts.get(site.key, Rounding).codes))
+        if RoundedWeights in metric.needs and not isinstance(site, ActivationSite):
+            parts.append(dict(program.facts.get(site.key, RoundedWeights).codes))
     return parts
 
 
-def _kept(shelf: Shelf | None, batches: int, workers: Workers) -> list[bool]:
+def _kept(cache: MeasurementCache | None, batches: int, workers: Workers) -> list[bool]:
     """Which batches the shelf has, as process 0 sees it."""
     have = torch.zeros(batches, dtype=torch.int64)
-    if shelf is not None and workers.rank == 0:
-        have = torch.tensor([int(shelf.get(index) is not None) for index in range(batches)])
+    if cache is not None and workers.rank == 0:
+        have = torch.tensor([int(cache.get(index) is not None) for index in range(batches)])
     return [bool(flag) for flag in workers.total(have)]
 
 
 @dataclass(frozen=True)
 class _Task:
-    metric: Metric
+    metric: SensitivityMetric
     program: Program
-    study: Study
+    context: Context
     operators: Operators
     quantities: Sequence[Quantity]
     team: Team
 
 
 def _on_batch(task: _Task, index: int, done: int, batches: int) -> dict[Quantity, _Known]:
-    metric, study, team = task.metric, task.study, task.team
-    share = study.batches[index].size / study.samples
-    study.progress(metric.name, done * metric.probes, batches * metric.probes)
+    metric, context, team = task.metric, task.context, task.team
+    share = context.batches[index].size / context.samples
+    context.progress(metric.name, done * metric.probes, batches * metric.probes)
     try:
-        measurement = metric.open(task.program, study, index, task.operators)
+        measurement = metric.open(task.program, context, index, task.operators)
     except LossError as error:
-        culprit = _first_not_finite(task.program, study.batches[index])
+        culprit = _first_not_finite(task.program, context.batches[index])
         if culprit is not None:
             error.add_note(f"the first tensor that is not finite there is {culprit!r}")
         raise
@@ -267,8 +269,8 @@ def _on_batch(task: _Task, index: int, done: int, batches: int) -> dict[Quantity
         if metric.tolerance > 0 and probe >= LEAST:
             wanted = [quantity for quantity in wanted if errors[quantity] > metric.tolerance]
         worst = "" if metric.exact or not errors else f"+-{max(errors.values()):.0%}"
-        study.progress(metric.name, done * metric.probes + probe, batches * metric.probes, worst)
-    study.progress(metric.name, (done + 1) * metric.probes, batches * metric.probes, worst)
+        context.progress(metric.name, done * metric.probes + probe, batches * metric.probes, worst)
+    context.progress(metric.name, (done + 1) * metric.probes, batches * metric.probes, worst)
     return {quantity: _Known(*Moments.of(values), errors[quantity]) for quantity, values in samples.items()}
 
 
@@ -307,26 +309,28 @@ def _relative_errors(
     return errors
 
 
-def _split(metric: Metric, program: Program, study: Study, workers: Workers, shelf: Shelf | None) -> Study:
+def _split(
+    metric: SensitivityMetric, program: Program, context: Context, workers: Workers, cache: MeasurementCache | None
+) -> Context:
     """The study in batches that memory holds: as small as the user says, or as free memory asks."""
-    largest = max(batch.size for batch in study.batches)
+    largest = max(batch.size for batch in context.batches)
     if not program.dynamic_batch:
-        if study.batch is not None and study.batch < largest:
+        if context.batch is not None and context.batch < largest:
             raise HawqfxError(
-                f"batch={study.batch}: the exported program has a fixed batch of {largest}: use dynamic_shapes"
+                f"batch={context.batch}: the exported program has a fixed batch of {largest}: use dynamic_shapes"
             )
-        return study
-    wanted = min(study.batch or _fitting(metric, program, study, largest), largest)
+        return context
+    wanted = min(context.batch or _fitting(metric, program, context, largest), largest)
     wanted = workers.from_first(wanted)
-    if shelf is not None:
+    if cache is not None:
         if workers.rank == 0:
-            wanted = shelf.batch_size(wanted)
+            wanted = cache.batch_size(wanted)
         wanted = workers.from_first(wanted)
     if wanted >= largest:
-        return study
-    if not study.batch:
+        return context
+    if not context.batch:
         log.info("batches of %d samples are measured in parts of %d, to fit into memory", largest, wanted)
-    return replace(study, batches=tuple(piece for batch in study.batches for piece in batch.split(wanted)))
+    return replace(context, batches=tuple(piece for batch in context.batches for piece in batch.split(wanted)))
 
 
 # bytes at the peak per byte of the forward pass, rounded up from what benchmarks/sensitivity.py measures: 2.1 for a
@@ -334,9 +338,9 @@ def _split(metric: Metric, program: Program, study: Study, workers: Workers, she
 _ALIVE = {False: 2, True: 3}
 
 
-def _fitting(metric: Metric, program: Program, study: Study, largest: int) -> int:
+def _fitting(metric: SensitivityMetric, program: Program, context: Context, largest: int) -> int:
     """The largest part of a batch, by halves, whose measurement fits into half of the free memory."""
-    free = _free_memory(study.device)
+    free = _free_memory(context.device)
     sample = program.forward_bytes() * _ALIVE[metric.second_order]
     size = largest
     while free is not None and size > 1 and size * sample > free / 2:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import PlanError
-from hawqfx.ir.facts import Account, Bits, Fact, Move, Quantizers, QuantParams, Use, Why
+from hawqfx.ir.facts import Account, ChosenFormat, Fact, LimitUse, Move, Quantizers, QuantParams, Reason
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import bits_of, described, scheme, width_of
 from hawqfx.maths.pricing import FLOAT_BITS
@@ -26,12 +26,12 @@ class Plan:
 
     budget: str
     quantizers: Mapping[str, QuantParams | None]
-    chosen: Mapping[str, Bits]
+    chosen: Mapping[str, ChosenFormat]
     account: Account | None = None
 
     @staticmethod
     def of(program: Program, budget: str) -> "Plan":
-        chosen = {site.key: program.facts.get(site.key, Bits) for site in program.sites}
+        chosen = {site.key: program.facts.get(site.key, ChosenFormat) for site in program.sites}
         quantizers = {
             key: program.facts.get(key, Quantizers).by_bits[bits.bits] if bits.bits != FLOAT_BITS else None
             for key, bits in chosen.items()
@@ -88,7 +88,7 @@ class Plan:
             sites = {key: dict(entry) for key, entry in data["sites"].items()}
             quantizers = {key: _quantizer(entry) for key, entry in sites.items()}
             chosen = {
-                key: Bits(
+                key: ChosenFormat(
                     width_of(int(entry["bits"]), entry["scheme"]), _number(entry["loss_increase"]), _why(entry["why"])
                 )
                 for key, entry in sites.items()
@@ -147,7 +147,7 @@ def _whole(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _explained(key: str, bits: Bits, account: Account | None) -> str:
+def _explained(key: str, bits: ChosenFormat, account: Account | None) -> str:
     lines = [f"{key}: {described(bits.bits)}, predicted loss increase {bits.increase:.4g}"]
     why = bits.why
     if why is None or account is None:
@@ -163,16 +163,16 @@ def _explained(key: str, bits: Bits, account: Account | None) -> str:
     return "\n".join(lines)
 
 
-def _scale(use: Use) -> float:
+def _scale(use: LimitUse) -> float:
     """The size of the step that a shadow price is told for: what a reader would add to a limit."""
     return {"bytes": 1000.0, "s": 1e-3, "bit operations": 1e9}.get(use.unit, 1.0)
 
 
-def _one(use: Use) -> str:
+def _one(use: LimitUse) -> str:
     return {"bytes": "kB", "s": "ms", "bit operations": "10^9 bit operations"}.get(use.unit, "bit on average")
 
 
-def _written(amount: float, use: Use, *, sign: bool = False) -> str:
+def _written(amount: float, use: LimitUse, *, sign: bool = False) -> str:
     plus = "+" if sign else ""
     if use.unit == "s":
         return f"{1e3 * amount:{plus}.4g} ms"
@@ -214,7 +214,7 @@ def _width_entry(width: int) -> dict[str, object]:
     return {"bits": bits_of(width), "scheme": scheme(width)}
 
 
-def _why_entry(why: Why | None) -> dict[str, Any] | None:
+def _why_entry(why: Reason | None) -> dict[str, Any] | None:
     if why is None:
         return None
     found = asdict(why)
@@ -224,16 +224,16 @@ def _why_entry(why: Why | None) -> dict[str, Any] | None:
     return found
 
 
-def _why(entry: Mapping[str, Any] | None) -> Why | None:
+def _why(entry: Mapping[str, Any] | None) -> Reason | None:
     if entry is None:
         return None
     found = (entry[word] for word in ("wider", "narrower"))
     moves = (None if move is None else Move(_width(move), move["loss"], move["amounts"]) for move in found)
-    return Why(_number(entry["loss_share"]), dict(entry["shares"]), *moves)
+    return Reason(_number(entry["loss_share"]), dict(entry["shares"]), *moves)
 
 
 def _account(entry: Mapping[str, Any] | None) -> Account | None:
     if entry is None:
         return None
-    limits = {name: Use(**use) for name, use in entry["limits"].items()}
+    limits = {name: LimitUse(**use) for name, use in entry["limits"].items()}
     return Account(limits, _number(entry["loss"]), _number(entry["bound"], -math.inf), bool(entry["optimal"]))

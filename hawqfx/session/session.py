@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.errors import HawqfxError, InfeasibleBudget
-from hawqfx.frontend.context import Batch, Study
-from hawqfx.ir.facts import Bits, Cost, LossIncrease, Sensitivity
+from hawqfx.frontend.context import Batch, Context
+from hawqfx.ir.facts import ByteCost, ChosenFormat, LossIncrease, Sensitivity
 from hawqfx.ir.program import Program, Site, WeightSite
 from hawqfx.maths.formats import Scheme, described
 from hawqfx.maths.pricing import FLOAT_BITS
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Metric = Callable[[Any, Any], float | torch.Tensor]
+Score = Callable[[Any, Any], float | torch.Tensor]
 NOISE = 0.02  # of a latency, between one run of a benchmark and the next
 TRIES = 6  # plans that are run for a budget on latency
 STEPS = 64  # budgets between the least and the greatest that a search for `drop` may try
@@ -45,7 +45,7 @@ class Scoring:
     """A metric of (output, target), the mean over a batch, higher being better, and the data held out of calibration
     that a drop is validated on."""
 
-    metric: Metric
+    metric: Score
     holdout: tuple[Batch, ...]
 
 
@@ -69,7 +69,7 @@ class Session:
     """
 
     measured: Program
-    study: Study
+    context: Context
     observers: tuple[Observer, ...]
     allocation: Allocation = field(default_factory=lambda: Allocation(Budget()))
     scoring: Scoring | None = None
@@ -129,7 +129,9 @@ class Session:
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
         """The network with one width for all weights and one for all activations, to compare with."""
         widths = self._uniform_bits(weight_bits, activation_bits)
-        planned = self.measured.learn({key: Bits(bits, self._increase(key, bits)) for key, bits in widths.items()})
+        planned = self.measured.learn(
+            {key: ChosenFormat(bits, self._increase(key, bits)) for key, bits in widths.items()}
+        )
         return self.lowered(planned, f"uniform W{weight_bits}A{activation_bits}")
 
     def _uniform_bits(self, weight_bits: int, activation_bits: int) -> dict[str, int]:
@@ -146,7 +148,7 @@ class Session:
 
     def lowered(self, planned: Program, budget: str) -> "Compiled":
         """The network with the bits that `planned` knows."""
-        return Compiled(self, planned, run(pipeline.lowering(), planned, self.study, self.observers), budget)
+        return Compiled(self, planned, run(pipeline.lowering(), planned, self.context, self.observers), budget)
 
     @property
     def _quiet(self) -> "Session":
@@ -154,19 +156,19 @@ class Session:
         return replace(self, observers=())
 
     def _planned(self, allocation: Allocation) -> Program:
-        return run(pipeline.deciding(allocation), self.measured, self.study, self.observers)
+        return run(pipeline.deciding(allocation), self.measured, self.context, self.observers)
 
     def _given(self, bits: Mapping[str, int], budget: Budget) -> Program:
         return replace(self.allocation, budget=budget).given(self.measured, bits)
 
     def _timed(self) -> "Session":
         """The session with the latency of its parts measured."""
-        if self.measured.timetable is not None:
+        if self.measured.latency_model is not None:
             return self
         from hawqfx.latency.profiler import measure
 
-        table = measure(self.measured, self.study.batches[0], threads=self.threads, progress=self.study.progress)
-        return replace(self, measured=replace(self.measured, timetable=table))
+        table = measure(self.measured, self.context.batches[0], threads=self.threads, progress=self.context.progress)
+        return replace(self, measured=replace(self.measured, latency_model=table))
 
     def _in_time(self, allocation: Allocation) -> "Compiled":
         """The plan for a latency that the exported network keeps when it is run: where it does not, because the solver
@@ -174,9 +176,9 @@ class Session:
         network that is predicted to be the fastest is run.  Raises InfeasibleBudget."""
         from hawqfx.latency.profiler import whole_networks
 
-        size = 1 if self.measured.dynamic_batch else self.study.batches[0].size
-        example, limits = self.study.batches[0].first(size), allocation.budget
-        limit, table = limits.latency, self.measured.timetable
+        size = 1 if self.measured.dynamic_batch else self.context.batches[0].size
+        example, limits = self.context.batches[0].first(size), allocation.budget
+        limit, table = limits.latency, self.measured.latency_model
         assert limit is not None
         assert table is not None
         most = limit.of(table.seconds(dict.fromkeys((site.key for site in self.measured.sites), FLOAT_BITS)))
@@ -252,7 +254,7 @@ class Session:
             most = math.floor(limits.size.of(self.measured.float_bytes()))
             sizes = [*(size for size in sizes if size < most), most]
         floors = []
-        for batches in (self.study.batches, scoring.holdout):
+        for batches in (self.context.batches, scoring.holdout):
             score = self._score(self.measured, batches)
             floors.append(score - drop.of(abs(score)))
         found: dict[int, Compiled | None] = {}
@@ -265,7 +267,7 @@ class Session:
                     found[step] = self._quiet.lowered(planned, f"{limits}, met by {budget}")
                 except InfeasibleBudget:
                     found[step] = None  # too small a size for the other limits
-                self.study.progress("drop", len(found), max(len(found), STEPS.bit_length()))
+                self.context.progress("drop", len(found), max(len(found), STEPS.bit_length()))
             return found[step]
 
         def keeps(step: int, batches: Sequence[Batch], floor: float) -> bool:
@@ -280,7 +282,7 @@ class Session:
                 low, high = (low, middle) if keeps(middle, batches, floor) else (middle + 1, high)
             return low
 
-        step = least(0, self.study.batches, floors[0])
+        step = least(0, self.context.batches, floors[0])
         if not keeps(step, scoring.holdout, floors[1]):
             log.warning(
                 "%s keeps drop=%s on the calibration data and not on the data held out: a larger one is taken",
@@ -385,7 +387,7 @@ class Compiled:
     @property
     def weight_bytes(self) -> int:
         """What the plan promises: bytes of the exported file that belong to weights."""
-        costs = (self.planned.facts.get(site.key, Cost).bytes for site in self.planned.weights)
+        costs = (self.planned.facts.get(site.key, ByteCost).bytes for site in self.planned.weights)
         chosen = self.planned.bits()
         return self.planned.fixed_bytes() + sum(
             by_bits[chosen[site.key]] for site, by_bits in zip(self.planned.weights, costs, strict=True)
@@ -394,7 +396,7 @@ class Compiled:
     @property
     def predicted_loss(self) -> float:
         """The sum of the predicted loss increases over the sites."""
-        return sum(self.planned.facts.get(site.key, Bits).increase for site in self.planned.sites)
+        return sum(self.planned.facts.get(site.key, ChosenFormat).increase for site in self.planned.sites)
 
     @torch.no_grad()
     def calibration_loss(self) -> tuple[float, float]:
@@ -402,10 +404,10 @@ class Compiled:
         totals = []
         for program in (self.session.measured, self.program):
             losses = (
-                float(self.session.study.loss_of(program.run(batch.args, batch.kwargs), batch, index)) * batch.size
-                for index, batch in enumerate(self.session.study.batches)
+                float(self.session.context.loss_of(program.run(batch.args, batch.kwargs), batch, index)) * batch.size
+                for index, batch in enumerate(self.session.context.batches)
             )
-            totals.append(sum(losses) / self.session.study.samples)
+            totals.append(sum(losses) / self.session.context.samples)
         return totals[0], totals[1]
 
     def export(self, path: str | Path, packing: "Packing" = "portable") -> None:
@@ -418,14 +420,14 @@ class Compiled:
             "hawqfx_version": __version__, "hawqfx_plan": self.plan.digest, "hawqfx_packing": packing,
             "hawqfx_target": self.session.target, "hawqfx_schemes": ", ".join(schemes),
         }  # fmt: skip
-        export(self.program, self.session.study.batches[0], path, packing, metadata)
+        export(self.program, self.session.context.batches[0], path, packing, metadata)
 
     def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration
         data.  See hawqfx.runtime.backends; raises BackendError."""
         from hawqfx.runtime.backends import every, table
 
-        batch = self.session.study.batches[0]
+        batch = self.session.context.batches[0]
         sample = batch.first(1 if self.planned.dynamic_batch else batch.size)
         answer = self.session.measured.run(sample.args, sample.kwargs)
         reference = [leaf.detach().numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
@@ -440,20 +442,20 @@ class Compiled:
         from hawqfx.export.exporter import export
 
         assert self.planned.original is not None
-        export(replace(self.planned, graph=self.planned.original), self.session.study.batches[0], path)
+        export(replace(self.planned, graph=self.planned.original), self.session.context.batches[0], path)
 
     def table(self) -> Table:
         """Every site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
         columns = ("site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
         table = Table(*columns, title=f"budget {self.budget}")
         for site in self.planned.sites:
-            bits = self.planned.facts.get(site.key, Bits)
+            bits = self.planned.facts.get(site.key, ChosenFormat)
             trace = error = size = "-"
             if self.planned.facts.has(site.key, Sensitivity):
                 fact = self.planned.facts.get(site.key, Sensitivity)
                 trace, error = f"{fact.curvature:.2e}", f"{fact.stderr:.0e}"
-            if self.planned.facts.has(site.key, Cost):
-                size = str(self.planned.facts.get(site.key, Cost).bytes[bits.bits])
+            if self.planned.facts.has(site.key, ByteCost):
+                size = str(self.planned.facts.get(site.key, ByteCost).bytes[bits.bits])
             shape = "x".join(map(str, site.shape))
             table.add_row(site.key, site.kind, shape, trace, error, _bits(bits.bits), size, f"{bits.increase:.1e}")
         return table
@@ -469,7 +471,7 @@ class Compiled:
             f"weights {self.weight_bytes} bytes, {self.weight_bytes / reference:.2%} of float32's {reference}"
         )
         console.print(
-            f"loss on {self.session.study.samples} calibration samples {loss:.4f}, float32 {float_loss:.4f}; "
+            f"loss on {self.session.context.samples} calibration samples {loss:.4f}, float32 {float_loss:.4f}; "
             f"predicted increase, in the unit of the metric, {self.predicted_loss:.4g}"
         )
         for node, reason in self.planned.left_float.items():

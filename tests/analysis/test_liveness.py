@@ -7,7 +7,7 @@ from hawqfx.analysis.liveness import live
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
 from tests.nets import Plain, Residual
-from tests.tools import after, captured, study
+from tests.tools import after, captured, context
 
 
 def largest(program: Program, width: int) -> int:
@@ -82,4 +82,4 @@ def test_a_quantized_copy_takes_memory_beside_the_float_tensor() -> None:
 def test_no_step_is_within_another() -> None:
     steps = live(after("find_sites", Residual))
     assert len(steps) == len({(step.fixed, tuple(step.elements.items())) for step in steps})
-    assert run([], captured(Residual), study()).sites == ()
+    assert run([], captured(Residual), context()).sites == ()

@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hawqfx.analysis import partition
-from hawqfx.ir.operators import elementwise, is_carrier, is_tensor
+from hawqfx.ir.operators import elementwise, is_data_movement, is_tensor
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.find_sites import FindSites
 from hawqfx.passes.insert_copies import InsertCopies
 from tests.nets import build
-from tests.tools import captured, quick, study, tensor_at
+from tests.tools import captured, context, quick, tensor_at
 
 
 class Gated(nn.Module):
@@ -86,12 +86,12 @@ def conversions(graph: fx.Graph, fixed: set[fx.Node], free: set[fx.Node], intege
 
 @pytest.mark.parametrize("make", NETS)
 def test_no_choice_converts_less(make: type[nn.Module]) -> None:
-    program = run(_before_borders(), captured(make), study())
+    program = run(_before_borders(), captured(make), context())
     graph = program.graph.graph
     found = partition.find(graph)
-    free = {node for node in graph.nodes if elementwise(node) or is_carrier(node)}
+    free = {node for node in graph.nodes if elementwise(node) or is_data_movement(node)}
     fixed = set(found.kernels) - free
-    chosen = free & ({*found.kernels} | found.carriers)
+    chosen = free & ({*found.kernels} | found.data_movement)
     ours = conversions(graph, fixed, free, chosen)
     choices = itertools.chain.from_iterable(itertools.combinations(free, n) for n in range(len(free) + 1))
     assert 3 <= len(free) <= 14
@@ -106,7 +106,7 @@ def _before_borders() -> list[Any]:
 
 
 def sites(make: type[nn.Module]) -> Program:
-    return run([*_before_borders(), InsertCopies(), FindSites()], captured(make), study())
+    return run([*_before_borders(), InsertCopies(), FindSites()], captured(make), context())
 
 
 def test_a_gate_multiplies_in_integers_and_a_sum_beside_a_layer_norm_adds_in_float() -> None:
@@ -144,7 +144,7 @@ def test_who_asks_for_a_size_reads_no_values() -> None:
 
 def test_readers_in_float_see_the_exact_values() -> None:
     compiled = quick(Stream, "weight_bits=8")
-    batch = compiled.session.study.batches[0]
+    batch = compiled.session.context.batches[0]
     graph = compiled.program.graph.graph
     copy = next(node for node in graph.nodes if node.target is torch.ops.aten.alias.default)
     norm = copy.args[0]
@@ -161,7 +161,7 @@ def test_the_network_computes_the_same_in_onnxruntime(make: type[nn.Module], tmp
 
     compiled = quick(make, "weight_bits=6")
     compiled.export(tmp_path / "m.onnx")
-    found = parity.compare(compiled.program, tmp_path / "m.onnx", compiled.session.study.batches[0])
+    found = parity.compare(compiled.program, tmp_path / "m.onnx", compiled.session.context.batches[0])
     # ties, where float sums in another order fall to the other side: rare, but for a linear resize of integers, which
     # has quarters of a step
     assert found.flips <= (0.01 if make is Resized else 2e-5) * found.codes + 1
@@ -199,7 +199,7 @@ def test_tables_are_packed_and_rows_gathered_from_their_codes(tmp_path: Any) -> 
         }  # fmt: skip
         assert [product.operator for product in compiled.planned.products] == ["matmul", "matmul"]
         compiled.export(tmp_path / "m.onnx", packing)
-        found = parity.compare(compiled.program, tmp_path / "m.onnx", compiled.session.study.batches[0])
+        found = parity.compare(compiled.program, tmp_path / "m.onnx", compiled.session.context.batches[0])
         assert found.flips <= 1
         assert found.worst < 1e-5
         kernels = parity.kernels(tmp_path / "m.onnx")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hawqfx.analysis.pointwise import function_of, nonlinearity, square_slope
-from hawqfx.ir.facts import Perturbation
+from hawqfx.ir.facts import QuantizationError
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at
 from hawqfx.pass_manager.manager import run
@@ -16,9 +16,9 @@ from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.decompose import Decompose
 from hawqfx.passes.find_sites import FindSites
 from hawqfx.passes.insert_copies import InsertCopies
-from hawqfx.passes.perturbation import Perturbation as PerturbationPass
+from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
-from tests.tools import captured, study, tensor_at
+from tests.tools import captured, context, tensor_at
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "tanh gelu": lambda x: F.gelu(x, approximate="tanh"), "hardswish": F.hardswish,
@@ -41,7 +41,7 @@ class Between(nn.Module):
 
 
 def found(make: Callable[[], nn.Module]) -> Program:
-    return run([Decompose(), InsertCopies(), FindSites()], captured(make), study())
+    return run([Decompose(), InsertCopies(), FindSites()], captured(make), context())
 
 
 def source(program: Program) -> torch.fx.Node:
@@ -89,13 +89,13 @@ def test_a_sum_over_values_is_no_function_of_each() -> None:
 def test_errors_count_after_the_function(bits: int) -> None:
     """||f(Q(x)) - f(x)||^2 / E[f'(x)^2], which is less than that of the quantizer for x itself."""
     program = found(lambda: Between(F.gelu))
-    program = run([Calibration(), Rounding("nearest"), PerturbationPass()], program, study())
+    program = run([Calibration(), Rounding("nearest"), Perturbation()], program, context())
     key = source(program).name
-    x = torch.cat([tensor_at(program, batch, key) for batch in study().batches])
+    x = torch.cat([tensor_at(program, batch, key) for batch in context().batches])
     became = activation_at(program, key, bits, x)
     error = (F.gelu(became.double()) - F.gelu(x.double())).square().sum() / len(x)
     slope = torch.func.vmap(torch.func.grad(F.gelu))(x.double().flatten()).square().mean()
-    fact = program.facts.get(key, Perturbation)
+    fact = program.facts.get(key, QuantizationError)
     assert fact.squared_error[bits] == pytest.approx(float(error / slope), rel=1e-4)  # float32 values in float64 sums
     low, high = float(x.min()), float(x.max())
     plain = torch.round((x - low) / (high - low) * (2**bits - 1)) / (2**bits - 1) * (high - low) + low

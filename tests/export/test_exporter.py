@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 import hawqfx
 from hawqfx.errors import ExportError
-from hawqfx.ir.facts import Bits, Rounding
+from hawqfx.ir.facts import ChosenFormat, RoundedWeights
 from hawqfx.runtime import ort, parity
 from tests.nets import IMAGES, KeywordInputs, Plain, Recurrent, Residual, build, images
 from tests.tools import quick
@@ -50,7 +50,7 @@ def test_unpacked_weights_are_bit_exact(tmp_path: Path, packing: Any, bits: int,
     model.graph.output.append(onnx.helper.make_tensor_value_info(call.output[0], onnx.TensorProto.FLOAT, None))
     session = ort.session(model.SerializeToString(), optimize=False)
     weight = np.asarray(ort.run(session, [data[0].numpy()])[-1])
-    codes = compiled.planned.facts.get("layer.weight", Rounding).codes[bits].numpy()
+    codes = compiled.planned.facts.get("layer.weight", RoundedWeights).codes[bits].numpy()
     quantizer = compiled.plan.quantizers["layer.weight"]
     assert quantizer is not None
     scale = np.array(quantizer.scale, np.float32)[:, None]
@@ -82,7 +82,7 @@ def test_lowered_layers_run_on_integer_kernels_and_agree(tmp_path: Path, name: s
     assert not FLOAT_KERNELS & set(found), found
     layers = sum(layer.operator.startswith("conv") for layer in compiled.planned.layers)
     assert found.get("QLinearConv", 0) == layers
-    result = parity.compare(compiled.program, path, compiled.session.study.batches[0])
+    result = parity.compare(compiled.program, path, compiled.session.context.batches[0])
     assert result.codes > 0
     assert result.flips <= 1e-3 * result.codes
     assert result.worst <= 1e-4
@@ -105,7 +105,7 @@ def test_what_stays_in_float_still_computes_the_same(tmp_path: Path, make: type[
     compiled = quick(make, "weight_bits=5")
     assert compiled.planned.left_float
     compiled.export(tmp_path / "model.onnx")
-    x = compiled.session.study.batches[0].tensors[0]
+    x = compiled.session.context.batches[0].tensors[0]
     theirs = torch.from_numpy(np.asarray(ort.run(ort.session(tmp_path / "model.onnx", optimize=False), [x.numpy()])[0]))
     # float32 in another order, and a code flipped by it here and there
     assert (compiled.model(x) - theirs).abs().mean() < 1e-3 * theirs.abs().max()
@@ -253,7 +253,7 @@ def test_a_strided_layer_of_an_image_reads_blocks_of_pixels(
     assert ("SpaceToDepth" in kernels) == parted
     assert kernels["QLinearConv"] == 2
     assert {*kernels}.isdisjoint({"Conv", "DequantizeLinear"})
-    same = parity.compare(compiled.program, path, compiled.session.study.batches[0])
+    same = parity.compare(compiled.program, path, compiled.session.context.batches[0])
     assert same.codes > 0
     assert same.flips == 0
     # float32 sums of 8 products in the head; everything before it is integers
@@ -273,7 +273,7 @@ def test_other_strided_layers_stay_as_they_are(tmp_path: Path, more: Any) -> Non
     compiled = quick(lambda: Strided(3, 2, 1, **more), "weight_bits=5", data=data)
     compiled.export(tmp_path / "model.onnx")
     assert "SpaceToDepth" not in parity.kernels(tmp_path / "model.onnx")
-    assert parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.study.batches[0]).flips == 0
+    assert parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.context.batches[0]).flips == 0
 
 
 class Answer(NamedTuple):
@@ -379,5 +379,5 @@ def test_bits_of_the_plan_are_those_of_the_file(tmp_path: Path) -> None:
     called = {
         node.input[0]: int(node.op_type.removeprefix("Weight")) for node in model.graph.node if node.domain == "hawqfx"
     }
-    chosen = {site.key: compiled.planned.facts.get(site.key, Bits).bits for site in compiled.planned.weights}
+    chosen = {site.key: compiled.planned.facts.get(site.key, ChosenFormat).bits for site in compiled.planned.weights}
     assert called == chosen

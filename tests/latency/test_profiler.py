@@ -15,10 +15,10 @@ from torch import nn
 import hawqfx
 from hawqfx import Compiled
 from hawqfx.errors import HawqfxError, InfeasibleBudget
-from hawqfx.ir.facts import Bits, Fact, Quantizers
+from hawqfx.ir.facts import ChosenFormat, Fact, Quantizers
 from hawqfx.ir.program import WeightSite
 from hawqfx.latency import profiler
-from hawqfx.maths.latency_model import Timetable
+from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.runtime import ort, parity
 from tests.nets import Concat, Plain, Residual, build, images
 from tests.tools import quick
@@ -53,11 +53,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "timings"
 
 
-def table_of(compiled: Compiled, **options: Any) -> Timetable:
-    return profiler.measure(compiled.session.measured, compiled.session.study.batches[0], **options)
+def table_of(compiled: Compiled, **options: Any) -> LatencyModel:
+    return profiler.measure(compiled.session.measured, compiled.session.context.batches[0], **options)
 
 
-def integers(compiled: Compiled, table: Timetable, bits: dict[str, int]) -> int:
+def integers(compiled: Compiled, table: LatencyModel, bits: dict[str, int]) -> int:
     """How many layers, additions and averages the rule takes for integer kernels."""
     nodes = {node.name: node for node in compiled.session.measured.graph.graph.nodes}
 
@@ -78,7 +78,7 @@ def test_onnxruntime_runs_the_integer_kernels_that_the_rule_says(make: type[nn.M
     plans += [{key: draw.choice((8, 8, 4, 32)) for key in keys} for _ in range(6)]
     found = []
     for bits in plans:
-        facts: dict[str, Fact] = {key: Bits(width, 0.0) for key, width in bits.items()}
+        facts: dict[str, Fact] = {key: ChosenFormat(width, 0.0) for key, width in bits.items()}
         compiled.session.lowered(compiled.session.measured.learn(facts), "").export(tmp_path / "m.onnx")
         kernels = parity.kernels(tmp_path / "m.onnx")
         found.append(sum(kernels.get(name, 0) for name in INTEGER))
@@ -205,4 +205,4 @@ def test_what_cannot_be_timed_is_refused() -> None:
         table_of(compiled, batch=17)
     four: dict[str, Fact] = {"conv1.weight": Quantizers({})}
     with pytest.raises(HawqfxError, match=r"'conv1\.weight' was not measured there: let it have 8"):
-        profiler.measure(compiled.session.measured.learn(four), compiled.session.study.batches[0])
+        profiler.measure(compiled.session.measured.learn(four), compiled.session.context.batches[0])

@@ -15,16 +15,16 @@ import hawqfx
 from hawqfx import Compiled
 from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError, InfeasibleBudget
-from hawqfx.ir.facts import Bits, Cost, Fact, LossIncrease, Quantizers, Rounding
+from hawqfx.ir.facts import ByteCost, ChosenFormat, Fact, LossIncrease, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths import affine, packing
 from hawqfx.maths.formats import BLOCK, BLOCKWISE, DYNAMIC, Scheme, bits_of, described, layer_scheme, scheme, width_of
-from hawqfx.maths.latency_model import Converted, Timed, Timetable
+from hawqfx.maths.latency_model import ConversionTimes, KernelTimes, LatencyModel
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation, increases
 from hawqfx.runtime import ort, parity
 from hawqfx.session.plan import Plan
-from tests.tools import study
+from tests.tools import context
 
 EVERY: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
 WIDTHS = (*range(2, 9), BLOCKWISE, DYNAMIC, 32)
@@ -132,7 +132,7 @@ def test_the_file_computes_what_the_graph_computes(
     compiled.export(path, packing)  # type: ignore[arg-type]
     model = onnx.load(path)
     assert sum(node.op_type.startswith(kernel) for node in model.graph.node) == count
-    for batch in compiled.session.study.batches:
+    for batch in compiled.session.context.batches:
         same = parity.compare(compiled.program, path, batch)
         assert same.flips <= 2  # ties, where sums in another order cross them
         # sums of floats in another order; an activation at a tie of the kernel's own rounding moves one code of 127
@@ -154,7 +154,7 @@ def test_a_weight_only_layer_in_exact_integers(tmp_path: Path) -> None:
     compiled = hawqfx.compile(model, "size=100%", [x], schemes=("weight-only",), sensitivity="mse")
     (site,) = compiled.planned.weights
     quantizer = compiled.planned.facts.get(site.key, Quantizers).by_bits[BLOCKWISE]
-    codes = compiled.planned.facts.get(site.key, Rounding).codes[BLOCKWISE].double()
+    codes = compiled.planned.facts.get(site.key, RoundedWeights).codes[BLOCKWISE].double()
     scale = torch.tensor(quantizer.scale).double().reshape(7, 3)
     parts = [(x.double()[:, at : at + BLOCK] @ codes[:, at : at + BLOCK].T) for at in range(0, 300, BLOCK)]
     exact = sum(part * scale[:, number] for number, part in enumerate(parts))
@@ -174,7 +174,7 @@ def test_blocks_lose_less_than_channels() -> None:
     for key in ("wide.weight", "narrow.weight"):
         increase = facts.get(key, LossIncrease).by_bits
         assert increase[8] < increase[BLOCKWISE] < increase[4]
-        rounding = facts.get(key, Rounding)
+        rounding = facts.get(key, RoundedWeights)
         assert rounding.codes[BLOCKWISE].abs().max() <= 8
 
 
@@ -228,7 +228,7 @@ def test_memory_of_weights_is_traded_for_loss() -> None:
     losses = []
     for most in (4 * whole, whole, int(0.7 * whole)):
         found = session.at(f"weight_memory={most}B", against_uniform=False)
-        costs = {s.key: found.planned.facts.get(s.key, Cost).bytes for s in found.planned.weights}
+        costs = {s.key: found.planned.facts.get(s.key, ByteCost).bytes for s in found.planned.weights}
         schemes, bits = found.plan.schemes, found.planned.bits()
         taken = sum(
             costs[key][BLOCKWISE] if schemes[key] == "weight-only" else sizes[key] * (4 if bits[key] == 32 else 1)
@@ -265,14 +265,14 @@ def _invented(program: Program, seed: int) -> Program:
         linear = layer.operator == "linear"
         ways = [seconds(1e-3) if linear else float("inf") for _ in range(2)]
         sites = tuple(dict.fromkeys((layer.input, layer.weight, *made)))
-        timed.append(Timed(layer.node, sites, layer.weight, seconds(1e-3), seconds(3e-3), seconds(3e-3), *ways))
+        timed.append(KernelTimes(layer.node, sites, layer.weight, seconds(1e-3), seconds(3e-3), seconds(3e-3), *ways))
     converted = []
     for site in program.activations:
         maker = next((t.node for t in timed if t.node in site.nodes), None)
         readers = tuple(layer.node for layer in program.layers if layer.input == site.key)
-        converted.append(Converted(site.key, maker, readers, *(seconds(1e-3) for _ in range(3))))
-    table = Timetable(seconds(1e-3), tuple(timed), tuple(converted), "invented")
-    return replace(program.learn(facts), timetable=table)
+        converted.append(ConversionTimes(site.key, maker, readers, *(seconds(1e-3) for _ in range(3))))
+    table = LatencyModel(seconds(1e-3), tuple(timed), tuple(converted), "invented")
+    return replace(program.learn(facts), latency_model=table)
 
 
 @pytest.mark.parametrize("floats", [False, True])
@@ -280,7 +280,7 @@ def _invented(program: Program, seed: int) -> Program:
 def test_the_choice_of_schemes_equals_brute_force(seed: int, floats: bool) -> None:
     """Mixed has three weights and three activations: every plan that the schemes allow, under a latency."""
     program = _invented(compiled_by(EVERY, net=Mixed).session.measured, seed)
-    assert program.timetable is not None
+    assert program.latency_model is not None
     options = [[*program.facts.get(site.key, LossIncrease).by_bits, 32] for site in program.sites]
     losses = {site.key: increases(program, site) for site in program.sites}
     plans = []
@@ -297,16 +297,16 @@ def test_the_choice_of_schemes_equals_brute_force(seed: int, floats: bool) -> No
                 continue
             if any(layer_scheme(*pair) == "float" for pair in pairs):
                 continue
-        plans.append((sum(losses[key][width] for key, width in bits.items()), program.timetable.seconds(bits)))
+        plans.append((sum(losses[key][width] for key, width in bits.items()), program.latency_model.seconds(bits)))
     latencies = sorted(seconds for _, seconds in plans)
     most = round(latencies[len(latencies) // 20], 9)
     every = (4, 8, 32) if floats else None
     allocation = Allocation(Budget.parse(f"latency={most:.9f}s"), every, every)
-    planned = run([allocation], program, study())
+    planned = run([allocation], program, context())
     best = min(loss for loss, seconds in plans if seconds <= most * (1 + 1e-12))
-    assert program.timetable.seconds(planned.bits()) <= most * (1 + 1e-12)
+    assert program.latency_model.seconds(planned.bits()) <= most * (1 + 1e-12)
     # sums of 7 floats in another order
-    assert sum(planned.facts.get(s.key, Bits).increase for s in planned.sites) == pytest.approx(best, rel=1e-12)
+    assert sum(planned.facts.get(s.key, ChosenFormat).increase for s in planned.sites) == pytest.approx(best, rel=1e-12)
 
 
 def test_schemes_that_there_are_not_are_refused() -> None:

@@ -10,8 +10,8 @@ import torch
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.errors import PassError
-from hawqfx.frontend.context import Study
-from hawqfx.ir.facts import Bits, Cost, Fact, FactTable, Sensitivity
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import ByteCost, ChosenFormat, Fact, FactTable, Sensitivity
 from hawqfx.ir.program import Program, copy_graph
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.manager import run
@@ -19,7 +19,7 @@ from hawqfx.pass_manager.verify import verify
 from hawqfx.passes.lowering import Lowering
 from hawqfx.pipeline import METRICS, OPTIONAL, recipe
 from tests.nets import Plain
-from tests.tools import after, captured, study
+from tests.tools import after, captured, context
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,14 +47,14 @@ class Liar(Analysis):
 
     gives: ClassVar[tuple[Kind, ...]] = (Sensitivity,)
 
-    def learn(self, program: Program, study: Study) -> Mapping[str, Fact]:
+    def learn(self, program: Program, context: Context) -> Mapping[str, Fact]:
         return {}
 
 
 class Meddler(Analysis):
     """An analysis that changes the graph."""
 
-    def learn(self, program: Program, study: Study) -> Program:
+    def learn(self, program: Program, context: Context) -> Program:
         return replace(program, graph=copy_graph(program.graph))
 
 
@@ -77,11 +77,11 @@ class Spoiler(Rewrite):
 def test_the_runner_holds_passes_to_their_promises() -> None:
     program = after("find_sites", Plain)
     with pytest.raises(PassError, match=r"liar promised Sensitivity and gave none for conv1\.weight"):
-        run([Liar()], program, study())
+        run([Liar()], program, context())
     with pytest.raises(PassError, match="meddler is an analysis and changed the graph"):
-        run([Meddler()], program, study())
+        run([Meddler()], program, context())
     with pytest.raises(PassError, match=r"spoiler changed output 0 by 1.0e-03, over its tolerance 1e-04") as caught:
-        run([Spoiler()], program, study())
+        run([Spoiler()], program, context())
     assert (
         "in pass spoiler, after ['fold_constants', 'fold_batchnorm', 'decompose', 'equalize', 'insert_copies', "
         "'find_sites']" in caught.value.__notes__[0]
@@ -96,9 +96,9 @@ def test_the_order_is_checked_before_anything_runs() -> None:
             seen.append(step.name)
 
     with pytest.raises(
-        PassError, match="lowering needs Bits, Quantizers, Rounding, which no pass up to the program given"
+        PassError, match="lowering needs ChosenFormat, Quantizers, RoundedWeights, which no pass up to the program given"
     ):
-        run([Lowering()], captured(Plain), study(), [Watch()])
+        run([Lowering()], captured(Plain), context(), [Watch()])
     assert seen == []
 
 
@@ -141,8 +141,8 @@ def test_the_law_of_the_graph() -> None:
 
 
 def test_facts_are_typed_and_immutable() -> None:
-    table = FactTable().with_facts({"a": Bits(4, 0.0)})
-    more = table.with_facts({"a": Cost({4: 2})})
-    assert (table.has("a", Cost), more.has("a", Cost), more.get("a", Bits).bits) == (False, True, 4)
-    with pytest.raises(PassError, match="nothing is known about the Cost of 'b'"):
-        more.get("b", Cost)
+    table = FactTable().with_facts({"a": ChosenFormat(4, 0.0)})
+    more = table.with_facts({"a": ByteCost({4: 2})})
+    assert (table.has("a", ByteCost), more.has("a", ByteCost), more.get("a", ChosenFormat).bits) == (False, True, 4)
+    with pytest.raises(PassError, match="nothing is known about the ByteCost of 'b'"):
+        more.get("b", ByteCost)

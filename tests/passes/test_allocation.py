@@ -12,14 +12,14 @@ import pytest
 from hawqfx.allocation.budget import Budget
 from hawqfx.analysis.liveness import live
 from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
-from hawqfx.ir.facts import Bits, Cost, Fact, LossIncrease, Perturbation, Sensitivity
+from hawqfx.ir.facts import ByteCost, ChosenFormat, Fact, LossIncrease, QuantizationError, Sensitivity
 from hawqfx.ir.program import Program, Site, WeightSite
-from hawqfx.maths.latency_model import Converted, Timed, Timetable
+from hawqfx.maths.latency_model import ConversionTimes, KernelTimes, LatencyModel
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation, increases
 from tests.nets import Plain, Residual, SharedLayer
-from tests.tools import after, study
+from tests.tools import after, context
 
 WIDTHS = range(2, 9)
 MEASURED: dict[type, Program] = {}
@@ -31,7 +31,7 @@ def measured(make: type) -> Program:
     return MEASURED[make]
 
 
-def timetable(program: Program, draw: random.Random) -> Timetable:
+def latency_model(program: Program, draw: random.Random) -> LatencyModel:
     """Invented seconds of every kernel and conversion, in whole nanoseconds."""
 
     def seconds(most: float) -> float:
@@ -42,14 +42,14 @@ def timetable(program: Program, draw: random.Random) -> Timetable:
     for layer in program.layers:
         made = next((key for node, key in makers.items() if layer.node == node), None)
         sites = tuple(dict.fromkeys((layer.input, layer.weight, *((made,) if made else ()))))
-        timed.append(Timed(layer.node, sites, layer.weight, seconds(1e-3), seconds(4e-3), seconds(5e-3)))
+        timed.append(KernelTimes(layer.node, sites, layer.weight, seconds(1e-3), seconds(4e-3), seconds(5e-3)))
     converted = []
     for site in program.activations:
         maker = next((timed.node for timed in timed if timed.node in site.nodes), None)
         readers: list[str | None] = [layer.node for layer in program.layers if layer.input == site.key]
         readers += [None] * (draw.random() < 0.3)
-        converted.append(Converted(site.key, maker, tuple(readers), *(seconds(1e-3) for _ in range(3))))
-    return Timetable(seconds(1e-3), tuple(timed), tuple(converted), "invented")
+        converted.append(ConversionTimes(site.key, maker, tuple(readers), *(seconds(1e-3) for _ in range(3))))
+    return LatencyModel(seconds(1e-3), tuple(timed), tuple(converted), "invented")
 
 
 def narrowed(program: Program, seed: int) -> Program:
@@ -58,16 +58,17 @@ def narrowed(program: Program, seed: int) -> Program:
     facts: dict[str, Fact] = {}
     for site in program.sites:
         kept = (2, 4, 8) if isinstance(site, WeightSite) else (4, 8)
-        errors = {b: program.facts.get(site.key, Perturbation).squared_error[b] for b in kept}
+        errors = {b: program.facts.get(site.key, QuantizationError).squared_error[b] for b in kept}
         facts[site.key] = Sensitivity(draw.lognormvariate(0, 2), 0.0, 8).times(errors)
-    return replace(program.learn(facts), timetable=timetable(program, draw))
+    return replace(program.learn(facts), latency_model=latency_model(program, draw))
 
 
 def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
     """What a plan takes of every limit, counted in the plainest way."""
     weights = sum(site.numel for site in program.weights)
     return {
-        "size": program.fixed_bytes() + sum(program.facts.get(s.key, Cost).bytes[bits[s.key]] for s in program.weights),
+        "size": program.fixed_bytes()
+        + sum(program.facts.get(s.key, ByteCost).bytes[bits[s.key]] for s in program.weights),
         "weight_bits": sum(bits[site.key] * site.numel for site in program.weights) / weights,
         "bops": sum(layer.macs * bits[layer.weight] * bits[layer.input] for layer in program.layers),
         "activation_memory": max(
@@ -75,7 +76,7 @@ def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
             + sum(packed_bytes(count, bits[key]) for key, counts in step.elements.items() for count in counts)
             for step in live(program)
         ),
-        "latency": program.timetable.seconds(bits) if program.timetable is not None else math.nan,
+        "latency": program.latency_model.seconds(bits) if program.latency_model is not None else math.nan,
     }
 
 
@@ -97,8 +98,8 @@ def bounded(program: Program, limits: tuple[str, ...], seed: int) -> tuple[dict[
     narrow, wide = (totals(program, {key: pick(by_bits) for key, by_bits in facts.items()}) for pick in (min, max))
     draw = random.Random(seed)
     bounds = {name: narrow[name] + (wide[name] - narrow[name]) * draw.uniform(0.1, 0.8) for name in limits}
-    if "latency" in limits and program.timetable is not None:
-        ends = [program.timetable.seconds(dict.fromkeys(facts, bits)) for bits in (8, 32)]
+    if "latency" in limits and program.latency_model is not None:
+        ends = [program.latency_model.seconds(dict.fromkeys(facts, bits)) for bits in (8, 32)]
         bounds["latency"] = round(min(ends) + abs(ends[1] - ends[0]) * draw.uniform(0.3, 0.9), 9)
     units = {"latency": "s"}
     return bounds, ", ".join(f"{name}={bound:.9f}{units.get(name, '')}" for name, bound in bounds.items())
@@ -113,10 +114,10 @@ def test_equals_brute_force(make: type, limits: tuple[str, ...], seed: int) -> N
     """Plain, Residual and SharedLayer have 7 or 8 sites: 3^3 x 2^5 plans."""
     program = narrowed(measured(make), seed)
     bounds, text = bounded(program, limits, seed)
-    planned = run([Allocation(Budget.parse(text))], program, study())
+    planned = run([Allocation(Budget.parse(text))], program, context())
     # the text has 9 decimals, and every total is a multiple of more than that
     assert all(totals(program, planned.bits())[name] <= bound + 1e-6 for name, bound in bounds.items())
-    found = sum(planned.facts.get(site.key, Bits).increase for site in planned.sites)
+    found = sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
     # sums of 8 floats in another order
     assert found == pytest.approx(brute_force(program, bounds), rel=1e-12)
     account = planned.account
@@ -136,11 +137,13 @@ def test_a_latency_with_boundaries_equals_brute_force(limits: tuple[str, ...], s
     best = brute_force(program, bounds, floats=True)
     if math.isinf(best):
         with pytest.raises(InfeasibleBudget, match=r"latency=.* cannot be met"):
-            run([allocation], program, study())
+            run([allocation], program, context())
         return
-    planned = run([allocation], program, study())
+    planned = run([allocation], program, context())
     assert all(totals(program, planned.bits())[name] <= bound * (1 + 1e-12) for name, bound in bounds.items())
-    assert sum(planned.facts.get(site.key, Bits).increase for site in planned.sites) == pytest.approx(best, rel=1e-12)
+    assert sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites) == pytest.approx(
+        best, rel=1e-12
+    )
     assert planned.account is not None
     assert planned.account.limits["latency"].amount == pytest.approx(totals(program, planned.bits())["latency"])
 
@@ -164,9 +167,11 @@ def test_the_papers_rule_is_the_best_monotone_setting(seed: int) -> None:
         falling = all(bits[one.key] >= bits[other.key] for group in groups for one, other in itertools.pairwise(group))
         if falling and totals(program, bits)["size"] <= bounds["size"]:
             best = min(best, sum(losses[key][width] for key, width in bits.items()))
-    planned = run([Allocation(Budget.parse(text), rule="hawq-v2")], program, study())
-    assert sum(planned.facts.get(site.key, Bits).increase for site in planned.sites) == pytest.approx(best, rel=1e-12)
-    exact = run([Allocation(Budget.parse(text))], program, study())
+    planned = run([Allocation(Budget.parse(text), rule="hawq-v2")], program, context())
+    assert sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites) == pytest.approx(
+        best, rel=1e-12
+    )
+    exact = run([Allocation(Budget.parse(text))], program, context())
     assert exact.account is not None
     assert exact.account.loss <= best
 
@@ -174,12 +179,12 @@ def test_the_papers_rule_is_the_best_monotone_setting(seed: int) -> None:
 def test_every_move_is_what_it_would_do() -> None:
     program = narrowed(measured(Residual), 1)
     bounds, text = bounded(program, ("size", "bops", "activation_memory"), 1)
-    planned = run([Allocation(Budget.parse(text))], program, study())
+    planned = run([Allocation(Budget.parse(text))], program, context())
     bits, losses = planned.bits(), {site.key: increases(program, site) for site in program.sites}
     before = totals(program, bits)
     moves = 0
     for site in planned.sites:
-        why = planned.facts.get(site.key, Bits).why
+        why = planned.facts.get(site.key, ChosenFormat).why
         assert why is not None
         for move in filter(None, (why.wider, why.narrower)):
             after = totals(program, {**bits, site.key: move.bits})
@@ -189,7 +194,7 @@ def test_every_move_is_what_it_would_do() -> None:
             assert move.loss >= 0 or any(after[name] > bound for name, bound in bounds.items())
             moves += 1
     assert moves >= len(planned.sites)
-    whys = {site.key: planned.facts.get(site.key, Bits).why for site in planned.sites}
+    whys = {site.key: planned.facts.get(site.key, ChosenFormat).why for site in planned.sites}
     assert sum(why.loss_share for why in whys.values() if why) == pytest.approx(1)
     weights = [whys[site.key] for site in planned.weights]
     assert sum(why.shares["size"] for why in weights if why) == pytest.approx(
@@ -199,14 +204,14 @@ def test_every_move_is_what_it_would_do() -> None:
 
 def test_fixed_widths_are_kept_and_named_where_they_stand_in_the_way() -> None:
     program = measured(Plain)
-    planned = run([Allocation(Budget.parse("size=40%"), fix=(("conv1*", 7), ("head.*", 32)))], program, study())
+    planned = run([Allocation(Budget.parse("size=40%"), fix=(("conv1*", 7), ("head.*", 32)))], program, context())
     assert (planned.bits()["conv1.weight"], planned.bits()["head.weight"]) == (7, 32)
-    least = run([Allocation(Budget.parse("size=100%"), fix=(("*.weight", 2),))], program, study()).account
+    least = run([Allocation(Budget.parse("size=100%"), fix=(("*.weight", 2),))], program, context()).account
     assert least is not None
     tight = f"size={least.limits['size'].amount + 1:.0f}"
-    run([Allocation(Budget.parse(tight))], program, study())
+    run([Allocation(Budget.parse(tight))], program, context())
     with pytest.raises(InfeasibleBudget, match=r"fix 'conv2\*': 8 stands in the way, without it the budget can be met"):
-        run([Allocation(Budget.parse(tight), fix=(("conv2*", 8),))], program, study())
+        run([Allocation(Budget.parse(tight), fix=(("conv2*", 8),))], program, context())
 
 
 @pytest.mark.parametrize(
@@ -219,7 +224,7 @@ def test_fixed_widths_are_kept_and_named_where_they_stand_in_the_way() -> None:
 )
 def test_rules_that_cannot_be_kept_are_refused(fix: tuple[tuple[str, int], ...], message: str) -> None:
     with pytest.raises(HawqfxError, match=message):
-        run([Allocation(Budget.parse("size=50%"), fix=fix)], measured(Plain), study())
+        run([Allocation(Budget.parse("size=50%"), fix=fix)], measured(Plain), context())
 
 
 def test_omega_is_the_mean_trace_times_the_sum_of_squares() -> None:
@@ -238,7 +243,7 @@ def test_a_trace_that_noise_hides_enters_by_its_upper_bound(mean: float, stderr:
 
 def test_a_percentage_is_of_float32() -> None:
     program = measured(Plain)
-    planned = run([Allocation(Budget.parse("size=40%"))], program, study())
+    planned = run([Allocation(Budget.parse("size=40%"))], program, context())
     assert totals(program, planned.bits())["size"] <= 0.4 * program.float_bytes()
     parameters = 4 * 9 + 4 + 6 * 4 * 9 + 6 + 6 * 3 + 3
     assert program.float_bytes() == 4 * parameters
@@ -247,8 +252,8 @@ def test_a_percentage_is_of_float32() -> None:
 def test_more_budget_never_predicts_more_loss() -> None:
     losses = []
     for percent in range(26, 60, 3):
-        planned = run([Allocation(Budget.parse(f"size={percent}%"))], measured(Residual), study())
-        losses.append(sum(planned.facts.get(site.key, Bits).increase for site in planned.sites))
+        planned = run([Allocation(Budget.parse(f"size={percent}%"))], measured(Residual), context())
+        losses.append(sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites))
     assert losses == sorted(losses, reverse=True)
 
 
@@ -256,7 +261,7 @@ def test_a_site_without_sensitivity_takes_the_fewest_bits() -> None:
     program = measured(Plain).learn(
         {"conv2.weight": LossIncrease(dict.fromkeys(WIDTHS, 0.0), dict.fromkeys(WIDTHS, 0.0))}
     )
-    assert run([Allocation(Budget.parse("size=90%"))], program, study()).bits()["conv2.weight"] == 2
+    assert run([Allocation(Budget.parse("size=90%"))], program, context()).bits()["conv2.weight"] == 2
 
 
 @pytest.mark.parametrize(
@@ -265,14 +270,14 @@ def test_a_site_without_sensitivity_takes_the_fewest_bits() -> None:
 def test_an_infeasible_limit_names_the_least_that_can_be_reached(name: str, unit: str) -> None:
     program = measured(Plain)
     with pytest.raises(InfeasibleBudget, match=f"{name}=0.5% cannot be met: the least is .* {unit}") as caught:
-        run([Allocation(Budget.parse(f"{name}=0.5%"))], program, study())
+        run([Allocation(Budget.parse(f"{name}=0.5%"))], program, context())
     match = re.search(r"the least is ([\d.]+)", str(caught.value))
     assert match is not None
     least = float(match[1])
-    assert least == totals(program, {s.key: min(program.facts.get(s.key, Cost).bytes) for s in program.sites})[name]
-    run([Allocation(Budget.parse(f"{name}={least}"))], program, study())
+    assert least == totals(program, {s.key: min(program.facts.get(s.key, ByteCost).bytes) for s in program.sites})[name]
+    run([Allocation(Budget.parse(f"{name}={least}"))], program, context())
     with pytest.raises(InfeasibleBudget):
-        run([Allocation(Budget.parse(f"{name}={least * 0.999}"))], program, study())
+        run([Allocation(Budget.parse(f"{name}={least * 0.999}"))], program, context())
 
 
 def test_a_sensitivity_that_is_not_finite_never_reaches_the_solver() -> None:
@@ -280,4 +285,4 @@ def test_a_sensitivity_that_is_not_finite_never_reaches_the_solver() -> None:
         {"conv2.weight": LossIncrease(dict.fromkeys(WIDTHS, math.nan), dict.fromkeys(WIDTHS, 0.0))}
     )
     with pytest.raises(PassError, match=r"sensitivity of 'conv2\.weight' is not finite"):
-        run([Allocation(Budget.parse("size=50%"))], program, study())
+        run([Allocation(Budget.parse("size=50%"))], program, context())

@@ -14,7 +14,7 @@ from hawqfx.pass_manager.manager import run
 from hawqfx.passes.decompose import Decompose
 from hawqfx.passes.equalize import Equalize
 from tests.nets import build, images
-from tests.tools import captured, quick, study, tensor_at
+from tests.tools import captured, context, quick, tensor_at
 
 CHANNELS = torch.tensor([1.0, 1e-3, 0.1, 2e-3, 7e-4, 1e-2])
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,12 +47,12 @@ class Unequal(nn.Module):
 
 
 def equalized(model: nn.Module, **options: Any) -> tuple[Program, Program]:
-    before = run([Decompose()], capture(model, study().batches[0]), study())
-    return before, run([Equalize(**options)], before, study())
+    before = run([Decompose()], capture(model, context().batches[0]), context())
+    return before, run([Equalize(**options)], before, context())
 
 
 def ranges(program: Program) -> Tensor:
-    made = tensor_at(program, study().batches[0], "conv2d")
+    made = tensor_at(program, context().batches[0], "conv2d")
     return made.abs().amax((0, 2, 3))
 
 

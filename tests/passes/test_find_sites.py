@@ -9,7 +9,7 @@ from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.find_sites import FindSites
 from tests.nets import Concat, Depthwise, Flattened, Plain, Recurrent, Residual, SharedLayer, TiedWeights
-from tests.tools import after, captured, study
+from tests.tools import after, captured, context
 
 
 def find(make: type[nn.Module]) -> Program:
@@ -49,13 +49,13 @@ def test_both_operands_and_the_sum_of_a_residual_are_sites() -> None:
 def test_concat_ties_its_inputs_and_maxpool_carries_on() -> None:
     site = next(site for site in find(Concat).activations if len(site.nodes) > 1)
     assert site.nodes == ("relu", "relu_1")
-    assert site.carriers == ("cat", "max_pool2d")
+    assert site.data_movement == ("cat", "max_pool2d")
     assert site.numel == 2 * 3 * 8 * 8
 
 
 def test_a_reshape_carries_the_quantizer() -> None:
     site = find(Flattened).activations[1]
-    assert (site.key, site.carriers) == ("relu", ("flatten",))
+    assert (site.key, site.data_movement) == ("relu", ("flatten",))
 
 
 @pytest.mark.parametrize(("make", "key"), [(SharedLayer, "twice.weight"), (TiedWeights, "first.weight")])
@@ -72,7 +72,7 @@ def test_what_stays_in_float_is_named() -> None:
 
 def test_keep_float_takes_patterns() -> None:
     folded = after("fold_batchnorm", Plain)
-    program = run([FindSites(keep_float=("conv*",))], folded, study())
+    program = run([FindSites(keep_float=("conv*",))], folded, context())
     assert [site.key for site in program.weights] == ["head.weight"]
     assert program.left_float == dict.fromkeys(("conv2d", "conv2d_1"), "kept in float by the user")
 
@@ -102,4 +102,4 @@ def test_nothing_to_quantize() -> None:
 
 def test_sites_do_not_change_the_graph() -> None:
     program = captured(Residual)
-    assert run([FindSites()], program, study()).graph is program.graph
+    assert run([FindSites()], program, context()).graph is program.graph

@@ -11,7 +11,7 @@ from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from tests.nets import IMAGES, Plain, SharedLayer, SharedWeightTwoNorms, build, images
-from tests.tools import after, captured, study
+from tests.tools import after, captured, context
 
 
 def norms(program: Program) -> int:
@@ -55,5 +55,5 @@ def test_leaves_a_weight_under_two_batchnorms() -> None:
 def test_leaves_the_users_model_as_it_was() -> None:
     model = build(Plain)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    run([FoldBatchnorm()], capture(model, study().batches[0]), study())
+    run([FoldBatchnorm()], capture(model, context().batches[0]), context())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

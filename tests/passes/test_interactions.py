@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
-from hawqfx.ir.facts import Interactions as Pairs
-from hawqfx.ir.facts import LossIncrease
+from hawqfx.ir.facts import ErrorProducts, LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import weight_at
 from hawqfx.pass_manager.manager import run
@@ -79,7 +78,9 @@ def test_the_allocation_with_interactions_equals_brute_force(seed: int) -> None:
         for widths in [(2, 4, 8)]
         for noise in [torch.rand(3, generator=draw).mul(4).tolist()]
     }
-    program = replace(program.learn(facts), interactions=Pairs(choices, tuple(tuple(row) for row in gram.tolist())))
+    program = replace(
+        program.learn(facts), interactions=ErrorProducts(choices, tuple(tuple(row) for row in gram.tolist()))
+    )
     number = {choice: row for row, choice in enumerate(choices)}
     losses = {site.key: increases(program, site) for site in program.sites}
     weights = sum(site.numel for site in program.weights)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hawqfx.ir.custom_ops import FAKE_QUANTIZE
-from hawqfx.ir.facts import Bits, Quantizers, Rounding
+from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.pass_manager.observers import graph_text
 from tests.nets import IMAGES, Concat, Plain, Residual, SharedLayer, images
 from tests.tools import quick
@@ -26,8 +26,8 @@ def test_every_site_is_quantized_by_its_own_quantizer(name: str) -> None:
     planned, x = compiled.planned, images()[0][0]
     tensors = {}
     for site in planned.weights:
-        q = planned.facts.get(site.key, Quantizers).by_bits[planned.facts.get(site.key, Bits).bits]
-        codes = planned.facts.get(site.key, Rounding).codes[q.bits]
+        q = planned.facts.get(site.key, Quantizers).by_bits[planned.facts.get(site.key, ChosenFormat).bits]
+        codes = planned.facts.get(site.key, RoundedWeights).codes[q.bits]
         tensors[site.key] = codes.float() * torch.tensor(q.scale).reshape(-1, *[1] * (codes.ndim - 1))
         assert torch.equal(compiled.program.tensor(site.key), tensors[site.key])
     owner = {node: site.key for site in planned.activations for node in site.nodes}

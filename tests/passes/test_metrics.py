@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from hawqfx.errors import LossError
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.context import Batch, Study, cross_entropy
-from hawqfx.ir.facts import LossIncrease, Perturbation, Sensitivity
+from hawqfx.frontend.context import Batch, Context, cross_entropy
+from hawqfx.ir.facts import LossIncrease, QuantizationError, Sensitivity
 from hawqfx.ir.program import ActivationSite, Program
 from hawqfx.ir.quantizers import activation_at, weight_at
 from hawqfx.pass_manager.manager import run
@@ -22,11 +22,11 @@ from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
 from tests.nets import Attention, Mlp, Plain, SharedLayer, TiedWeights, build, images
-from tests.tools import after, measuring, study, tensor_at
+from tests.tools import after, context, measuring, tensor_at
 
 
-def double_study() -> Study:
-    return study([(x.double(), y) for x, y in images(count=2, batch=6)])
+def double_study() -> Context:
+    return context([(x.double(), y) for x, y in images(count=2, batch=6)])
 
 
 def double_program(make: type[nn.Module]) -> Program:
@@ -34,7 +34,7 @@ def double_program(make: type[nn.Module]) -> Program:
     return run(measuring()[1:-1], program, double_study())  # nothing to fold; all but the metric
 
 
-def dense_trace(program: Program, work: Study, site: str) -> float:
+def dense_trace(program: Program, work: Context, site: str) -> float:
     """Mean trace of the Hessian of the mean loss: column by column in float64, no probes and no sharing."""
     total = 0.0
     for batch in work.batches:
@@ -134,7 +134,7 @@ def test_batchnorm_is_in_eval_mode_so_that_samples_are_independent() -> None:
     program, data = after("cost", Plain), images(count=2, batch=8)
 
     def exact(batches: list[tuple[Tensor, Tensor]]) -> float:
-        return dense_trace(program, study(batches), "head.weight")
+        return dense_trace(program, context(batches), "head.weight")
 
     joined = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
     assert exact(joined) == pytest.approx(exact(data), rel=1e-4)  # float32 Hessian entries
@@ -149,7 +149,7 @@ def test_labels_are_sampled_where_none_are_given() -> None:
     """With labels from the model's own distribution the expected Hessian of the head is the Fisher block, p(1-p) x^2:
     positive, and the same for the same seed."""
     program = double_program(Mlp)
-    unlabelled = study([x.double() for x, _ in images(count=2, batch=6)])
+    unlabelled = context([x.double() for x, _ in images(count=2, batch=6)])
     measured = run([HawqV2(64, tolerance=0)], program, unlabelled)
     batch = unlabelled.batches
     total = 0.0
@@ -191,14 +191,14 @@ def test_a_gradient_that_is_not_finite_names_the_site() -> None:
 
 def test_a_shared_layer_has_one_trace_over_all_its_uses() -> None:
     program = after("cost", SharedLayer)
-    work = study()
+    work = context()
     fact = run([HawqV2(256, tolerance=0)], program, work).facts.get("twice.weight", Sensitivity)
     exact = dense_trace(program, work, "twice.weight") / 144
     assert abs(fact.curvature - exact) <= 5 * fact.stderr
     assert isinstance(program.activations[0], ActivationSite)
 
 
-def dense_fisher(program: Program, work: Study, site: str) -> float:
+def dense_fisher(program: Program, work: Context, site: str) -> float:
     """Tr(J^T (diag(p) - p p^T) J), mean over samples: the Gauss-Newton matrix by its definition, from Jacobians."""
     total = 0.0
     for batch in work.batches:
@@ -264,7 +264,7 @@ def test_fisher_refuses_a_loss_whose_distribution_it_does_not_know() -> None:
         run([Fisher(2)], double_program(Mlp), work)
 
 
-def second_order_loss(program: Program, work: Study, site: str, bits: int) -> float:
+def second_order_loss(program: Program, work: Context, site: str, bits: int) -> float:
     """g.d + 1/2 d^T H d along the quantizer's error, by autograd's own derivatives along a line."""
     total = 0.0
     for batch in work.batches:
@@ -324,7 +324,7 @@ def test_mse_is_the_squared_error_alone() -> None:
     program = double_program(Mlp)
     facts = run([Mse()], program, double_study()).facts
     for site in program.sites:
-        assert facts.get(site.key, LossIncrease).by_bits == facts.get(site.key, Perturbation).squared_error
+        assert facts.get(site.key, LossIncrease).by_bits == facts.get(site.key, QuantizationError).squared_error
 
 
 def test_hawq_v1_is_the_top_eigenvalue_of_every_block() -> None:

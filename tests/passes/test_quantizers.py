@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from hawqfx.ir.facts import Cost, Perturbation, Quantizers, QuantParams, Rounding
+from hawqfx.ir.facts import ByteCost, QuantizationError, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths import affine
 from hawqfx.pass_manager.manager import run
-from hawqfx.passes.perturbation import Perturbation as PerturbationPass
-from hawqfx.passes.rounding import Rounding as RoundingPass
+from hawqfx.passes.perturbation import Perturbation
+from hawqfx.passes.rounding import Rounding
 from tests.nets import IMAGES, Concat, Depthwise, Flattened, Plain, Residual, SharedLayer
-from tests.tools import after, study, tensor_at
+from tests.tools import after, context, tensor_at
 
 
 def quantized(x: Tensor, q: QuantParams) -> Tensor:
@@ -24,7 +24,7 @@ def quantized(x: Tensor, q: QuantParams) -> Tensor:
 
 def activation(program: Program, node: str) -> Tensor:
     """A tensor of the float network over all calibration data."""
-    return torch.cat([tensor_at(program, batch, node) for batch in study().batches])
+    return torch.cat([tensor_at(program, batch, node) for batch in context().batches])
 
 
 @pytest.mark.parametrize("make", [Plain, Residual, Concat])
@@ -34,7 +34,7 @@ def test_activation_errors_are_those_of_one_sample(make: type[nn.Module]) -> Non
         values = [activation(program, node) for node in site.nodes]
         for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
             exact = sum(float((quantized(x, q) - x).double().square().sum()) / len(x) for x in values)
-            found = program.facts.get(site.key, Perturbation).squared_error[bits]
+            found = program.facts.get(site.key, QuantizationError).squared_error[bits]
             assert found == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
 
 
@@ -59,21 +59,21 @@ def test_errors_fall_with_every_bit(name: str) -> None:
     """For rounding to the nearest; compensated rounding is a heuristic, and falls from 2 bits to 8 all the same."""
     compensated = after("perturbation", IMAGES[name])
     for weight in compensated.weights:
-        by_bits = compensated.facts.get(weight.key, Perturbation).squared_error
+        by_bits = compensated.facts.get(weight.key, QuantizationError).squared_error
         assert by_bits[8] <= by_bits[2] + 1e-13
-    program = run([RoundingPass("nearest"), PerturbationPass()], compensated, study())
+    program = run([Rounding("nearest"), Perturbation()], compensated, context())
     for site in program.sites:
-        errors = [error for _, error in sorted(program.facts.get(site.key, Perturbation).squared_error.items())]
+        errors = [error for _, error in sorted(program.facts.get(site.key, QuantizationError).squared_error.items())]
         # a weight with one element per channel is exact at every width, but for float32 rounding of its scale
         assert all(wide <= narrow + 1e-13 for narrow, wide in itertools.pairwise(errors)), site.key
 
 
 def test_nearest_rounding_leaves_the_plain_sum_of_squares() -> None:
     """Omega's error is the sum of squares over the weight, not its mean."""
-    program = run([RoundingPass("nearest")], after("calibration", Plain), study())
+    program = run([Rounding("nearest")], after("calibration", Plain), context())
     for site in program.weights:
         weight = program.tensor(site.key).detach()
-        fact = program.facts.get(site.key, Rounding)
+        fact = program.facts.get(site.key, RoundedWeights)
         for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
             exact = float((quantized(weight, q) - weight).double().square().sum())
             assert fact.squared_error[bits] == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
@@ -91,7 +91,7 @@ def output_error(node: fx.Node, inputs: Tensor, difference: Tensor) -> float:
 def test_compensated_rounding_keeps_the_layers_output_closer(make: type[nn.Module]) -> None:
     """Over all layers and 2 to 4 bits, the error at the output is below nearest rounding's."""
     compensated = after("rounding", make)
-    nearest = run([RoundingPass("nearest")], compensated, study())
+    nearest = run([Rounding("nearest")], compensated, context())
     nodes = {node.name: node for node in compensated.graph.graph.nodes}
     ratios = []
     for layer in compensated.layers:
@@ -101,7 +101,7 @@ def test_compensated_rounding_keeps_the_layers_output_closer(make: type[nn.Modul
             q = compensated.facts.get(layer.weight, Quantizers).by_bits[bits]
             scale = torch.tensor(q.scale).reshape(-1, *[1] * (weight.ndim - 1))
             plain, kept = (
-                output_error(node, inputs, p.facts.get(layer.weight, Rounding).codes[bits] * scale - weight)
+                output_error(node, inputs, p.facts.get(layer.weight, RoundedWeights).codes[bits] * scale - weight)
                 for p in (nearest, compensated)
             )
             if plain > 1e-9:  # a weight with one element per channel is exact however it is rounded
@@ -112,15 +112,15 @@ def test_compensated_rounding_keeps_the_layers_output_closer(make: type[nn.Modul
 
 def test_cost_counts_what_the_file_holds() -> None:
     program = after("cost", Plain)
-    cost = program.facts.get("conv2.weight", Cost).bytes
+    cost = program.facts.get("conv2.weight", ByteCost).bytes
     assert cost[3] == -(-6 * 4 * 9 * 3 // 8) + 6 * 4 + 6 * 4  # codes, scales, bias
-    assert program.facts.get("relu", Cost).bytes[4] == 4 * 8 * 8 // 2
+    assert program.facts.get("relu", ByteCost).bytes[4] == 4 * 8 * 8 // 2
 
 
 def test_cost_of_a_shared_weight_has_a_bias_for_each_use() -> None:
     program = after("cost", SharedLayer)
-    assert program.facts.get("twice.weight", Cost).bytes[8] == 4 * 4 * 9 + 4 * 4 + 2 * 4 * 4
+    assert program.facts.get("twice.weight", ByteCost).bytes[8] == 4 * 4 * 9 + 4 * 4 + 2 * 4 * 4
 
 
 def test_cost_without_bias() -> None:
-    assert after("cost", Flattened).facts.get("head.weight", Cost).bytes[2] == 72 * 3 // 4 + 3 * 4
+    assert after("cost", Flattened).facts.get("head.weight", ByteCost).bytes[2] == 72 * 3 // 4 + 3 * 4

@@ -61,7 +61,7 @@ def test_what_is_not_installed_is_said(made: tuple[Path, Path]) -> None:
     found = benchmark(made[0], missing)
     assert all(isinstance(result, str) and result.startswith("not here: ") for result in found.values())
     for name in missing:
-        inputs, batch = file_inputs(made[0]), quick(Plain).session.study.batches[0]
+        inputs, batch = file_inputs(made[0]), quick(Plain).session.context.batches[0]
         with pytest.raises(BackendError, match=f"{name} is not here: "):
             _ = run_file(made[0], name, inputs) if name in PROVIDERS else run_graph(model(), name, batch)
 
@@ -94,7 +94,7 @@ def test_bad_input_is_refused(made: tuple[Path, Path]) -> None:
 
 def test_the_command_prints_a_line_each_and_writes_json(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    here = "tests.test_backends"
+    here = "tests.runtime.test_backends"
     command = ["bench", str(made[0]), "--backend", "ort-cpu", "--backend", "ort-tensorrt", "--rounds", "3"]
     command += ["--model", f"{here}:model", "--data", f"{here}:loader", "--out", str(out)]
     result = CliRunner().invoke(cli.app, command)

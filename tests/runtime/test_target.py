@@ -57,9 +57,9 @@ def test_a_layer_on_a_processor_that_saturates(target: str, bits: int, exact: bo
     metadata = {each.key: each.value for each in onnx.load(path).metadata_props}
     assert metadata["hawqfx_target"] == target
     layer, program = compiled.planned.layers[0], compiled.planned
-    from hawqfx.ir.facts import Quantizers, Rounding
+    from hawqfx.ir.facts import Quantizers, RoundedWeights
 
-    weight = program.facts.get("head.weight", Rounding).codes[bits].numpy()
+    weight = program.facts.get("head.weight", RoundedWeights).codes[bits].numpy()
     quantizer = program.facts.get(layer.input, Quantizers).by_bits[8]
     x = torch.full((1, 1, 8, 8), 10.0)
     codes = (torch.relu(x.flatten(1)) / quantizer.scale[0]).round().clamp(0, 255).numpy().astype(np.int64)

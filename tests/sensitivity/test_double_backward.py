@@ -13,9 +13,9 @@ import hawqfx
 from hawqfx.errors import DerivativeError
 from hawqfx.ir.facts import Sensitivity
 from hawqfx.passes.hawq_v2 import HawqV2
-from hawqfx.sensitivity.double_backward import stand_ins
+from hawqfx.sensitivity.double_backward import twice_differentiable
 from tests.nets import Recurrent, build, images
-from tests.tools import captured, quick, study
+from tests.tools import captured, context, quick
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -132,8 +132,8 @@ def test_hessians_of_every_network(make: Callable[[], nn.Module]) -> None:
     ],
 )
 def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operators: set[str]) -> None:
-    program, batch = captured(make), study().batches[0]
-    found = stand_ins(program, batch)
+    program, batch = captured(make), context().batches[0]
+    found = twice_differentiable(program, batch)
     convolutions = {f"aten.conv{dimensions}d.default" for dimensions in (1, 2, 3)}
     assert {str(operator) for operator in found} == operators | convolutions
     plain, replaced = (program.run(batch.args, {}, operators=table) for table in ({}, found))
@@ -144,7 +144,9 @@ def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operato
 def test_nothing_stands_in_where_nothing_need() -> None:
     for make in (bert, vit):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            assert all("conv" in str(operator) for operator in stand_ins(captured(make), study().batches[0]))
+            assert all(
+                "conv" in str(operator) for operator in twice_differentiable(captured(make), context().batches[0])
+            )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_the_second_derivatives_of_convolutions_are_torchs_own(dimensions: int, 
     shapes = [(2, 4, *[7] * dimensions), (8, 4 // groups, *[3] * dimensions), (8,)]
     inputs = [torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_() for shape in shapes]
     operator = getattr(torch.ops.aten, f"conv{dimensions}d").default
-    stand_in = stand_ins(captured(InvertedResidual), study().batches[0])[operator]
+    stand_in = twice_differentiable(captured(InvertedResidual), context().batches[0])[operator]
     found = []
     for function in (operator, stand_in):
         y = function(*inputs, **options) if function is stand_in else function(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import hawqfx
 from hawqfx.errors import CacheError, DataError, HawqfxError
-from hawqfx.frontend.context import Study, cross_entropy, gather
+from hawqfx.frontend.context import Context, cross_entropy, gather
 from hawqfx.ir.facts import Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
@@ -27,13 +27,13 @@ from hawqfx.sensitivity import estimation
 from hawqfx.sensitivity.distributed import Team
 from hawqfx.sensitivity.estimation import Quantity
 from tests.nets import Mlp, Plain, build, images
-from tests.tools import after, study
+from tests.tools import after, context
 
 ROOT = Path(__file__).parent.parent.parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def facts(program: Program, work: Study, metric: Any) -> dict[str, tuple[float, float, int]]:
+def facts(program: Program, work: Context, metric: Any) -> dict[str, tuple[float, float, int]]:
     done = run([metric], program, work).facts
     found = {site.key: done.get(site.key, Sensitivity) for site in program.sites}
     return {key: (fact.curvature, fact.stderr, fact.probes) for key, fact in found.items()}
@@ -54,7 +54,7 @@ def plain() -> Program:
 
 def test_probing_stops_when_every_site_is_known_well_enough(plain: Program) -> None:
     """Each standard error is at most the tolerance of the site's own trace, or of the average contribution."""
-    work = study(images(count=4), loss=squares)
+    work = context(images(count=4), loss=squares)
     done = facts(plain, work, HawqV2(probes=400, tolerance=0.1))
     probes = [entry[2] for entry in done.values()]
     assert min(probes) < max(probes) < 400  # sites leave one by one, and nobody needs the cap
@@ -77,26 +77,26 @@ def test_a_site_that_is_known_leaves_the_probe(plain: Program, monkeypatch: pyte
         return original(self, probe, wanted)
 
     monkeypatch.setattr(_Hutchinson, "sample", watched)
-    run([HawqV2(probes=200, tolerance=0.1)], plain, study(images(count=1), loss=squares))
+    run([HawqV2(probes=200, tolerance=0.1)], plain, context(images(count=1), loss=squares))
     assert asked[: estimation.LEAST] == [len(plain.sites)] * estimation.LEAST
     assert asked == sorted(asked, reverse=True)
     assert asked[-1] < asked[0]
 
 
 def test_the_cap_is_said_aloud(plain: Program, caplog: pytest.LogCaptureFixture) -> None:
-    run([HawqV2(probes=8, tolerance=0.01)], plain, study())
+    run([HawqV2(probes=8, tolerance=0.01)], plain, context())
     assert "quantities have a standard error over 1% after 8 probes a batch, the worst" in caplog.text
 
 
 def test_without_tolerance_all_probes_are_drawn(plain: Program) -> None:
-    assert {entry[2] for entry in facts(plain, study(), HawqV2(probes=12, tolerance=0)).values()} == {12}
+    assert {entry[2] for entry in facts(plain, context(), HawqV2(probes=12, tolerance=0)).values()} == {12}
 
 
 # --- batches, seeds, memory
 
 
 def test_the_result_does_not_depend_on_the_order_of_work(plain: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, metric = study(images(count=3)), HawqV2(probes=12, tolerance=0.3)
+    work, metric = context(images(count=3)), HawqV2(probes=12, tolerance=0.3)
     forwards = facts(plain, work, metric)
     monkeypatch.setattr(
         "hawqfx.sensitivity.distributed.Workers.share", lambda self, batches: (list(batches)[::-1], Team(0, 1))
@@ -105,8 +105,8 @@ def test_the_result_does_not_depend_on_the_order_of_work(plain: Program, monkeyp
 
 
 def test_parts_of_batches_estimate_the_same(plain: Program) -> None:
-    whole = facts(plain, study(), HawqV2(probes=100, tolerance=0))
-    parts = facts(plain, replace(study(), batch=5), HawqV2(probes=100, tolerance=0))
+    whole = facts(plain, context(), HawqV2(probes=100, tolerance=0))
+    parts = facts(plain, replace(context(), batch=5), HawqV2(probes=100, tolerance=0))
     for key, (mean, stderr, _) in whole.items():
         other, error, _ = parts[key]
         assert other != mean
@@ -124,11 +124,11 @@ def test_batches_are_parted_until_they_fit_into_memory(plain: Program, monkeypat
     monkeypatch.setattr("hawqfx.passes.hawq_v2.forward", watched)
     sample = plain.forward_bytes() * estimation._ALIVE[True]
     monkeypatch.setattr(estimation, "_free_memory", lambda device: 2 * 4 * sample)
-    run([HawqV2(2)], plain, study(images(count=2)))
+    run([HawqV2(2)], plain, context(images(count=2)))
     assert sizes == [4] * 8
     monkeypatch.setattr(estimation, "_free_memory", lambda device: None)
     sizes.clear()
-    run([HawqV2(2)], plain, study(images(count=2)))
+    run([HawqV2(2)], plain, context(images(count=2)))
     assert sizes == [16, 16]
 
 
@@ -194,19 +194,19 @@ def interrupted_loss(folder: Path, calls: int) -> Any:
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from tests.test_measure import facts, interrupted_loss
+from tests.sensitivity.test_estimation import facts, interrupted_loss
 from dataclasses import replace
 from hawqfx.passes.hawq_v2 import HawqV2
 from tests.nets import Plain, images
-from tests.tools import after, study
+from tests.tools import after, context
 cache, marks, calls, out = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-work = replace(study(images(count=5)), cache=cache, loss=interrupted_loss(marks, calls))
+work = replace(context(images(count=5)), cache=cache, loss=interrupted_loss(marks, calls))
 out.write_text(json.dumps(facts(after("cost", Plain), work, HawqV2(probes=12))))
 """
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = facts(after("cost", Plain), study(images(count=5)), HawqV2(probes=12))
+    expected = facts(after("cost", Plain), context(images(count=5)), HawqV2(probes=12))
     marks, out = tmp_path / "marks", tmp_path / "out.json"
     marks.mkdir()
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache"), str(marks), "4", str(out)]
@@ -299,11 +299,11 @@ import torch
 from hawqfx.sensitivity.distributed import launched
 from hawqfx.passes.hawq_v2 import HawqV2
 from tests.nets import Plain, images
-from tests.test_measure import facts
-from tests.tools import after, study
+from tests.sensitivity.test_estimation import facts
+from tests.tools import after, context
 out, mode = Path(sys.argv[1]), sys.argv[2]
 with launched(torch.device("cpu")) as rank:
-    work = study(images(count=3), seed=rank if mode == "different" else 0)
+    work = context(images(count=3), seed=rank if mode == "different" else 0)
     if mode == "dies" and rank == 1:
         work = replace(work, progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     found = facts(after("cost", Plain), work, HawqV2(probes=12, tolerance=0.3))
@@ -328,7 +328,7 @@ def torchrun(processes: int, folder: Path, mode: str) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("processes", [2, 6])  # fewer than batches, and two to a batch
 def test_processes_together_give_what_one_gives(tmp_path: Path, processes: int) -> None:
-    expected = facts(after("cost", Plain), study(images(count=3)), HawqV2(probes=12, tolerance=0.3))
+    expected = facts(after("cost", Plain), context(images(count=3)), HawqV2(probes=12, tolerance=0.3))
     done = torchrun(processes, tmp_path, "same")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())

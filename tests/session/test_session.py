@@ -56,7 +56,7 @@ def test_a_drop_gives_the_smallest_network_that_keeps_the_metric(trained: Compil
     assert loose.weight_bytes < tight.weight_bytes < trained.planned.float_bytes()
     # the next size down, a sixteenth of the way to float in 63 steps, would not keep it on the calibration data
     size = int(tight.budget.rpartition("=")[2]) / 16 ** (1 / 63)
-    planned = run([Allocation(Budget.parse(f"size={size:.0f}"))], tight.session.measured, tight.session.study)
+    planned = run([Allocation(Budget.parse(f"size={size:.0f}"))], tight.session.measured, tight.session.context)
     assert score(tight.session.lowered(planned, ""), calibrating) < 0.98 * score(None, calibrating)
 
 
@@ -78,7 +78,7 @@ def test_a_drop_holds_out_a_quarter_of_the_data() -> None:
     data = [(images, torch.zeros(16, dtype=torch.long)) for images, _ in images()]
     compiled = quick(Plain, "drop=50%", data=data, metric=lambda output, target: 1.0)
     assert compiled.session.scoring is not None
-    assert compiled.session.study.samples == 24
+    assert compiled.session.context.samples == 24
     assert sum(batch.size for batch in compiled.session.scoring.holdout) == 8
 
 
@@ -119,7 +119,7 @@ def test_the_frontier_is_a_curve_of_plans() -> None:
     assert frontier.points[0].measured
     assert frontier.points[-1].measured
     for point in frontier.points:
-        alone = run([Allocation(Budget.parse(point.budget))], compiled.session.measured, compiled.session.study)
+        alone = run([Allocation(Budget.parse(point.budget))], compiled.session.measured, compiled.session.context)
         assert alone.account is not None
         assert alone.account.loss == pytest.approx(point.account.loss, rel=1e-12)
     assert "predicted only" in str([column._cells for column in frontier.table().columns])
@@ -161,7 +161,7 @@ def test_a_plan_explains_itself_also_from_json() -> None:
     budget = "size=30%, bops=3%"
     compiled = quick(Residual, budget)
     session = compiled.session
-    found = Plan.of(run([Allocation(Budget.parse(budget))], session.measured, session.study), budget)
+    found = Plan.of(run([Allocation(Budget.parse(budget))], session.measured, session.context), budget)
     plan = Plan.from_json(found.to_json())
     assert plan == found
     text = plan.explain("stem.weight")
@@ -188,7 +188,7 @@ def test_sites_in_float_are_lowered_saved_and_exported(tmp_path: Any) -> None:
     batch = images()[0][0]
     assert torch.equal(compiled.model(batch), again.model(batch))
     compiled.export(tmp_path / "model.onnx")
-    found = parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.study.batches[0])
+    found = parity.compare(compiled.program, tmp_path / "model.onnx", compiled.session.context.batches[0])
     assert found.flips <= found.codes // 1000  # only ties flip
     assert found.worst < 1e-5  # float32 sums in another order
     output = ort.run(ort.session(tmp_path / "model.onnx"), [batch.numpy()])[0]

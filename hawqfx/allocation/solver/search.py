@@ -49,7 +49,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Limit:
+class LinearConstraint:
     """Terms in integers, whose sum must not exceed the bound.  Names tell limits apart."""
 
     name: str
@@ -62,7 +62,7 @@ class Problem:
     """`losses`: by item and option.  `interactions`: losses by pair of items and of options, of either sign."""
 
     losses: Sequence[Sequence[float]]
-    limits: Sequence[Limit] = ()
+    limits: Sequence[LinearConstraint] = ()
     nogoods: Sequence[Nogood] = ()
     interactions: Mapping[Pair, Table] = field(default_factory=dict)
 
@@ -265,7 +265,7 @@ class _Program:
         self.rows.append(_Row(list(columns), list(amounts), low, high))
         return len(self.rows) - 1
 
-    def _limit(self, limit: Limit) -> int | None:
+    def _limit(self, limit: LinearConstraint) -> int | None:
         """The number of the row; None if every choice keeps it."""
         constant, terms = self._sum(limit.terms)
         slack = limit.bound - constant
@@ -529,7 +529,7 @@ def _what_stands_in_the_way(problem: Problem, deadline: float) -> Infeasible:
     raise ValueError("the nogoods exclude every choice")
 
 
-def _least(problem: Problem, limit: Limit, others: Sequence[Limit], deadline: float) -> int:
+def _least(problem: Problem, limit: LinearConstraint, others: Sequence[LinearConstraint], deadline: float) -> int:
     """The least sum of `limit` with the `others` kept, which is known to be possible."""
     losses = [limit.terms.single.get(i, [0] * len(options)) for i, options in enumerate(problem.losses)]
     alone = Problem(losses, others, problem.nogoods, limit.terms.pairs)

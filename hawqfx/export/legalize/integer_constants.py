@@ -17,9 +17,9 @@ from hawqfx.ir.custom_ops import (
     FAKE_QUANTIZE_BLOCKS,
     FAKE_QUANTIZE_DYNAMIC,
     GLOBAL_AVERAGE,
-    PHASES,
+    SPACE_TO_DEPTH,
 )
-from hawqfx.ir.operators import EMBEDDING, PADS, WEIGHTED, is_carrier, operands, spatial_mean
+from hawqfx.ir.operators import EMBEDDING, PADS, WEIGHTED_LAYERS, is_data_movement, operands, spatial_mean
 from hawqfx.ir.program import Program, copy_graph, set_tensor
 from hawqfx.maths import affine, packing
 
@@ -125,7 +125,7 @@ def _part_images(module: fx.GraphModule, graph: fx.Graph) -> None:
         name = f"{image_scale.target}{OF_BLOCKS}"
         set_tensor(module, name, module.get_buffer(str(image_scale.target)).clone(), parameter=False)
         with graph.inserting_before(node):
-            parted = graph.call_function(PHASES, (image, blocks.pads, blocks.stride))
+            parted = graph.call_function(SPACE_TO_DEPTH, (image, blocks.pads, blocks.stride))
             parted = graph.call_function(FAKE_QUANTIZE, (parted, graph.get_attr(name), *rest))
             kernel = graph.call_function(DEQUANTIZE, (_kernel_of_blocks(graph, codes, shape, blocks), scale))
         node.args = (parted, kernel, *bias)
@@ -136,7 +136,7 @@ def _blocks(node: fx.Node, kernel: Sequence[int]) -> _Blocks | None:
     arguments: tuple[Any, ...] = (*operands(node), *(None, 1, 0, 1, 1)[len(node.args) - 2 :])
     image, _, _, strides, padding, dilation, groups = arguments
     around = [0, 0, 0, 0]
-    if image.target in PADS and is_carrier(image):
+    if image.target in PADS and is_data_movement(image):
         around = [*image.args[1], 0, 0][:4] if len(image.args[1]) <= 4 else []
         image = image.args[0]
     if image.target is not FAKE_QUANTIZE or image.args[0].op != "placeholder":
@@ -197,7 +197,7 @@ def _gather_codes(graph: fx.Graph) -> None:
 def _keep_weights_in_float(module: fx.GraphModule, graph: fx.Graph) -> None:
     """onnxruntime quantizes a constant weight between a DequantizeLinear and a QuantizeLinear by itself, to 8 bits and
     with one scale.  It does not look past a maximum, which here takes the least number there is."""
-    for node in [node for node in graph.nodes if node.target in WEIGHTED]:
+    for node in [node for node in graph.nodes if node.target in WEIGHTED_LAYERS]:
         source, weight = operands(node)[:2]
         if source.target in PADS:
             source = source.args[0]

@@ -12,7 +12,7 @@ from typing import Any
 import networkx
 import pytest
 
-from hawqfx.allocation.solver.search import Choice, Limit, Problem, Terms, choose
+from hawqfx.allocation.solver.search import Choice, LinearConstraint, Problem, Terms, choose
 
 DATA = json.loads((Path(__file__).parents[2] / "data/hawq_v3_allocation.json").read_text())
 CASES = [(name, case) for name, network in DATA["networks"].items() for case in network["released_bits"]]
@@ -55,7 +55,9 @@ def solved(network: dict[str, Any], case: str) -> list[int]:
     low, high = (sum(row[option] for row in cost) for option in range(2))
     bound = round((low + float(ratio) * (high - low)) * UNIT)
     single = {i: [round(amount * UNIT) for amount in summed(cost, members)] for i, members in enumerate(tied)}
-    answer = choose(Problem([summed(loss, members) for members in tied], [Limit(kind, bound, Terms(single, {}))]))
+    answer = choose(
+        Problem([summed(loss, members) for members in tied], [LinearConstraint(kind, bound, Terms(single, {}))])
+    )
     assert isinstance(answer, Choice)
     assert answer.optimal
     bits = [0] * len(loss)

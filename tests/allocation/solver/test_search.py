@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hawqfx.allocation.solver import search
-from hawqfx.allocation.solver.search import Choice, Infeasible, Limit, Nogood, Problem, Terms, choose
+from hawqfx.allocation.solver.search import Choice, Infeasible, LinearConstraint, Nogood, Problem, Terms, choose
 
 Picks = NDArray[np.int64]
 KINDS = ["single", "pairs", "both", "two limits"]
 
 
-def _limit(name: str, losses: list[list[float]], rng: random.Random, kind: str) -> tuple[Limit, Picks, Picks]:
+def _limit(
+    name: str, losses: list[list[float]], rng: random.Random, kind: str
+) -> tuple[LinearConstraint, Picks, Picks]:
     """A limit with its bound within reach, every choice, and the limit's sum for each."""
     sizes = [len(options) for options in losses]
     single, pairs = {}, {}
@@ -29,7 +31,7 @@ def _limit(name: str, losses: list[list[float]], rng: random.Random, kind: str) 
     every = np.array(list(product(*map(range, sizes))), np.int64)
     totals = _totals(single, pairs, every)
     bound = int(np.quantile(totals, rng.choice([0.0, 0.01, 0.1, 0.5])))
-    return Limit(name, bound, Terms(single, pairs)), every, totals
+    return LinearConstraint(name, bound, Terms(single, pairs)), every, totals
 
 
 def _totals(single: dict[int, list[int]], pairs: dict[tuple[int, int], list[list[int]]], every: Picks) -> Picks:
@@ -41,7 +43,7 @@ def _totals(single: dict[int, list[int]], pairs: dict[tuple[int, int], list[list
     return totals
 
 
-def _instance(kind: str, seed: int) -> tuple[list[list[float]], list[Limit], Picks, list[Picks]]:
+def _instance(kind: str, seed: int) -> tuple[list[list[float]], list[LinearConstraint], Picks, list[Picks]]:
     rng = random.Random(f"{kind} {seed}")
     losses = [[rng.random() * 10 ** rng.randint(-4, 2) for _ in range(rng.randint(2, 4))] for _ in range(1 + seed % 8)]
     kinds = ["single", "pairs"] if kind == "two limits" else [kind]
@@ -71,7 +73,7 @@ def test_choice_is_the_best_of_all(kind: str, seed: int) -> None:
     assert answer.bound <= answer.loss
 
 
-def _check_jointly_infeasible(answer: Infeasible, limits: list[Limit], totals: list[Picks]) -> None:
+def _check_jointly_infeasible(answer: Infeasible, limits: list[LinearConstraint], totals: list[Picks]) -> None:
     assert not answer.alone
     at = [limit.name for limit in limits].index(answer.name)
     others = [t <= limit.bound for n, (t, limit) in enumerate(zip(totals, limits, strict=True)) if n != at]
@@ -84,7 +86,7 @@ def test_a_limit_out_of_reach_is_named_with_its_least(kind: str, seed: int) -> N
     losses, limits, _, totals = _instance(kind, seed)
     least = int(totals[-1].min())
     last = limits[-1]
-    limits[-1] = Limit(last.name, least - 1, Terms(last.terms.single, last.terms.pairs))
+    limits[-1] = LinearConstraint(last.name, least - 1, Terms(last.terms.single, last.terms.pairs))
     assert choose(Problem(losses, limits)) == Infeasible(last.name, least, alone=True)
 
 
@@ -98,9 +100,9 @@ def test_limits_that_conflict_are_named_with_the_least_beside_the_others(seed: i
     totals = [_totals(one, {}, every), _totals(other, {}, every), _totals({}, {}, every)]  # the first two make 80
     bound = int(np.median(totals[0]))
     limits = [
-        Limit("one", bound, Terms(one, {})),
-        Limit("other", 79 - bound, Terms(other, {})),
-        Limit("none", 0, Terms({}, {})),
+        LinearConstraint("one", bound, Terms(one, {})),
+        LinearConstraint("other", 79 - bound, Terms(other, {})),
+        LinearConstraint("none", 0, Terms({}, {})),
     ]
     answer = choose(Problem([[1.0] * 3] * 4, limits))
     assert isinstance(answer, Infeasible)
@@ -110,7 +112,9 @@ def test_limits_that_conflict_are_named_with_the_least_beside_the_others(seed: i
 
 def test_three_limits_of_which_no_two_agree_are_infeasible_not_out_of_time() -> None:
     """Limit k allows only option k, so none of them can be kept beside the other two."""
-    limits = [Limit(f"only {k}", 0, Terms({0: [int(option != k) for option in range(3)]}, {})) for k in range(3)]
+    limits = [
+        LinearConstraint(f"only {k}", 0, Terms({0: [int(option != k) for option in range(3)]}, {})) for k in range(3)
+    ]
     answer = choose(Problem([[1.0, 2.0, 3.0]], limits))
     assert isinstance(answer, Infeasible)
     assert not answer.alone
@@ -121,7 +125,7 @@ def test_three_limits_of_which_no_two_agree_are_infeasible_not_out_of_time() -> 
 def test_the_same_inputs_give_the_same_picks_among_equals(kind: str) -> None:
     losses, limits, _, _ = _instance(kind, 7)
     equal = [[1.0] * len(options) for options in losses]
-    limits = [Limit(limit.name, 10**6, Terms(limit.terms.single, limit.terms.pairs)) for limit in limits]
+    limits = [LinearConstraint(limit.name, 10**6, Terms(limit.terms.single, limit.terms.pairs)) for limit in limits]
     first, again = choose(Problem(equal, limits)), choose(Problem(equal, limits))
     assert isinstance(first, Choice)
     assert first == again
@@ -129,7 +133,7 @@ def test_the_same_inputs_give_the_same_picks_among_equals(kind: str) -> None:
 
 
 def test_zero_and_negative_losses() -> None:
-    limit = Limit("size", 3, Terms({0: [2, 1], 1: [2, 1]}, {}))
+    limit = LinearConstraint("size", 3, Terms({0: [2, 1], 1: [2, 1]}, {}))
     free = choose(Problem([[0.0, 0.0], [0.0, 0.0]], [limit]))
     assert isinstance(free, Choice)
     assert (free.loss, free.bound, free.optimal) == (0.0, 0.0, True)
@@ -142,7 +146,7 @@ def test_zero_and_negative_losses() -> None:
 def test_no_limits_and_no_items() -> None:
     assert choose(Problem([[3.0, 1.0, 2.0], [5.0]])) == Choice((1, 0), 6.0, 6.0, True)
     assert choose(Problem([])) == Choice((), 0, 0, True)
-    assert choose(Problem([[1.0]], [Limit("nothing costs", -1, Terms({}, {}))])) == Infeasible(
+    assert choose(Problem([[1.0]], [LinearConstraint("nothing costs", -1, Terms({}, {}))])) == Infeasible(
         "nothing costs", 0, alone=True
     )
 
@@ -169,7 +173,7 @@ def _with_everything(seed: int) -> Problem:
         pairs = {(i, j): table(i, j, 0, 20) for i, j in couples if rng.random() < 0.5}
         terms = Terms(single, pairs)
         some = sorted(terms.total([rng.randrange(n) for n in sizes]) for _ in range(5))
-        limits.append(Limit(f"limit {number}", int(some[rng.choice([0, 2])]), terms))
+        limits.append(LinearConstraint(f"limit {number}", int(some[rng.choice([0, 2])]), terms))
     nogoods: list[Nogood] = []
     for _ in range(rng.randint(0, 4)):
         members = rng.sample(range(len(sizes)), rng.randint(1, min(3, len(sizes))))
@@ -217,7 +221,9 @@ def large(items: int, limits: int, seed: int, tight: float = 0.3) -> Problem:
         cost = np.rint(numel * bits * factor).astype(np.int64)
         low, high = cost.min(1).sum(), cost.max(1).sum()
         rows.append(
-            Limit(f"limit {number}", int(low + tight * (high - low)), Terms(dict(enumerate(cost.tolist())), {}))
+            LinearConstraint(
+                f"limit {number}", int(low + tight * (high - low)), Terms(dict(enumerate(cost.tolist())), {})
+            )
         )
     return Problem(losses.tolist(), rows)
 
@@ -238,13 +244,15 @@ def test_what_holds_of_any_instance(problem: Problem) -> None:
     assert choose(problem) == answer
     # monotone: with more of a limit the loss is no larger, beyond the rounding of sums
     first, *rest = problem.limits
-    wider = choose(Problem(problem.losses, [Limit(first.name, round(first.bound * 1.1), first.terms), *rest]))
+    wider = choose(
+        Problem(problem.losses, [LinearConstraint(first.name, round(first.bound * 1.1), first.terms), *rest])
+    )
     assert isinstance(wider, Choice)
     assert wider.loss <= answer.loss * (1 + 1e-12)
     # the order of the items does not matter for the loss, beyond the rounding of sums
     back = [len(problem.losses) - 1 - i for i in range(len(problem.losses))]
     limits = [
-        Limit(limit.name, limit.bound, Terms({back[i]: row for i, row in limit.terms.single.items()}, {}))
+        LinearConstraint(limit.name, limit.bound, Terms({back[i]: row for i, row in limit.terms.single.items()}, {}))
         for limit in problem.limits
     ]
     turned = choose(Problem([problem.losses[i] for i in back], limits))
@@ -279,11 +287,11 @@ def test_a_thousand_items_to_a_proven_gap(limits: int) -> None:
 
 def test_a_price_is_what_a_further_unit_saves() -> None:
     """Of two items with steps of equal worth: 3 for 2 units."""
-    problem = Problem([[9.0, 6.0], [9.0, 6.0]], [Limit("units", 3, Terms({0: [0, 2], 1: [0, 2]}, {}))])
+    problem = Problem([[9.0, 6.0], [9.0, 6.0]], [LinearConstraint("units", 3, Terms({0: [0, 2], 1: [0, 2]}, {}))])
     answer = choose(problem)
     assert isinstance(answer, Choice)
     assert answer.prices["units"] == pytest.approx(1.5)
-    loose = choose(Problem(problem.losses, [Limit("units", 4, problem.limits[0].terms)]))
+    loose = choose(Problem(problem.losses, [LinearConstraint("units", 4, problem.limits[0].terms)]))
     assert isinstance(loose, Choice)
     assert loose.prices["units"] == 0
 
@@ -318,7 +326,7 @@ def test_losses_that_are_not_finite_name_the_item(value: float) -> None:
 
 def test_losses_over_twelve_decades_keep_their_order() -> None:
     losses = [[1e3, 0.0], [2e-9, 1e-9], [3e-9, 0.0]]
-    answer = choose(Problem(losses, [Limit("two", 2, Terms({i: [0, 1] for i in range(3)}, {}))]))
+    answer = choose(Problem(losses, [LinearConstraint("two", 2, Terms({i: [0, 1] for i in range(3)}, {}))]))
     assert isinstance(answer, Choice)
     assert answer.picks == (1, 0, 1)
 
