@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import CaptureError
-from hawqfx.frontend.context import Batch
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.operators import BATCH_NORM, DECOMPOSED_BATCH_NORM, operands, training_argument
 from hawqfx.ir.program import Program
 

@@ -1,36 +1,39 @@
-"""What passes learn about sites: frozen facts, and the typed table that holds them."""
+"""Facts that passes learn, about a site or about the whole network, and the typed table that holds them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from hawqfx.errors import PassError
-from hawqfx.maths.formats import Scheme, width_of
+from hawqfx.maths.formats import Format, Scheme
+from hawqfx.maths.latency_model import LatencyModel
 
 SIGNIFICANT = 2.0  # standard errors: an estimate below this many is not told from zero
+NETWORK = ""  # the key of facts about the whole network; no site has it
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The curvature of the loss at a site, per element squared of the site's tensor: its average Hessian trace
-    Tr(H)/n, or what a metric has in its place.
+    """The curvature of the loss at a site, per squared element of the site's tensor: Tr(H)/n, or a metric's substitute.
 
-    `stderr` is the standard error over the probes, for the batches at hand.  `probes`: the fewest on a batch.  An
-    estimate may be negative; it is kept as it is.
+    Args:
+        curvature: the estimate, which may be negative; it is kept with its sign.
+        stderr: its standard error over the probes, for the batches at hand.
+        probes: the smallest number of probes on a batch.
     """
 
     curvature: float
     stderr: float
     probes: int
 
-    def times(self, squared_error: Mapping[int, float]) -> "LossIncrease":
+    def times(self, squared_error: Mapping[Format, float]) -> "LossIncrease":
         """Omega(b) = Tr(H)/n ||Q_b(x) - x||^2 (HAWQ-V2, equation 8; the Taylor expansion's 1/2 is dropped there)."""
         return LossIncrease(
-            {bits: self.curvature * error for bits, error in squared_error.items()},
-            {bits: self.stderr * error for bits, error in squared_error.items()},
+            {width: self.curvature * error for width, error in squared_error.items()},
+            {width: self.stderr * error for width, error in squared_error.items()},
         )
 
 
@@ -38,8 +41,16 @@ class Sensitivity:
 class QuantParams:
     """One affine quantizer: code = clip(round(x / scale) + zero_point, low, high).
 
-    One scale for the whole tensor, or one per index of dimension 0 (per-channel), or in the scheme "weight-only" one
-    per block of each row, row by row.  A dynamic one has no scale: it comes from the values.
+    Args:
+        bits: bits of a code.
+        scale: one for the whole tensor, one per index of dimension 0 (per-channel), one per block of each row, row by
+            row (scheme "weight-only"), or none (scheme "dynamic").
+        zero_point: the code of the value 0.
+        low: the lowest code.
+        high: the highest code.
+        per_channel: whether there is more than one scale.
+        scheme: see hawqfx.maths.formats.
+        blocks: blocks in a row.
     """
 
     bits: int
@@ -49,81 +60,80 @@ class QuantParams:
     high: int
     per_channel: bool
     scheme: Scheme = "static"
-    blocks: int = 1  # of a row
+    blocks: int = 1
 
     @property
-    def width(self) -> int:
-        return width_of(self.bits, self.scheme)
+    def format(self) -> Format:
+        return Format(self.bits, self.scheme)
 
 
 @dataclass(frozen=True)
 class Quantizers:
-    """The quantizer of a site at each bit width that it may take."""
+    """The quantizer of a site in each format that it may take."""
 
-    by_bits: Mapping[int, QuantParams]
+    by_format: Mapping[Format, QuantParams]
 
 
 @dataclass(frozen=True, eq=False)
 class RoundedWeights:
-    """The int8 codes of a weight at each bit width, and the squared error that they leave (hawqfx.maths.rounding)."""
+    """The int8 codes of a weight in each format, in the weight's shape, and the squared error that they leave."""
 
-    codes: Mapping[int, Tensor]
-    squared_error: Mapping[int, float]
+    codes: Mapping[Format, Tensor]
+    squared_error: Mapping[Format, float]
 
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """||Q_b(x) - x||^2 at each bit width: the sum of squares over a weight, or over one sample of an activation."""
+    """||Q(x) - x||^2 in each format: the sum of squares over a weight, or over one sample of an activation."""
 
-    squared_error: Mapping[int, float]
+    squared_error: Mapping[Format, float]
 
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """By how much the loss is predicted to rise when the site has so many bits, and the standard error of that.
+    """The predicted rise of the loss when a site has a format, and its standard error.
 
-    In the unit of the metric that predicts it: Omega for traces and eigenvalues, the loss itself for `taylor` and
+    The unit is that of the metric that predicts it: Omega for traces and eigenvalues, the loss itself for `taylor` and
     `measured`, the squared error for `mse`.
     """
 
-    by_bits: Mapping[int, float]
-    stderr: Mapping[int, float]
+    by_format: Mapping[Format, float]
+    stderr: Mapping[Format, float]
 
-    def upper(self, bits: int) -> float:
-        """What the allocation uses: the estimate, or its upper confidence bound where noise hides its sign."""
-        mean, noise = self.by_bits[bits], SIGNIFICANT * self.stderr[bits]
+    def upper(self, width: Format) -> float:
+        """The increase that the allocation uses: the estimate, or its upper confidence bound where noise hides its
+        sign."""
+        mean, noise = self.by_format[width], SIGNIFICANT * self.stderr[width]
         return mean if mean > noise else max(0.0, mean + noise)
 
 
 @dataclass(frozen=True)
-class ErrorProducts:
-    """d_i^T F d_j for the errors d of every two choices, each a weight's name and its width; F: Fisher matrix."""
-
-    choices: tuple[tuple[str, int], ...]
-    gram: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
 class ByteCost:
-    """Bytes that a site takes at each bit width: in the exported file (weight), or live for one sample (activation)."""
+    """Bytes of a site in each format: in the exported file (weight), or live for one sample (activation)."""
 
-    bytes: Mapping[int, int]
+    bytes: Mapping[Format, int]
 
 
 @dataclass(frozen=True)
 class Move:
-    """What it would do to change the width of one site alone: the rise of the predicted loss, and of what each limit
-    counts, in its unit.  A fall is negative."""
+    """The effect of another format for one site alone: the rise of the predicted loss, and of the amount of each limit
+    in its unit.  A fall is negative."""
 
-    bits: int
+    format: Format
     loss: float
     amounts: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Reason:
-    """A site's part in a plan: its fraction of the predicted loss (NaN if that is zero), the fraction of what each
-    limit counts that it has a part in (bops count for a weight and for its input), and the moves to its next widths.
+    """A site's part in a plan.
+
+    Args:
+        loss_share: the site's fraction of the predicted loss; NaN if that is zero.
+        shares: by limit, the fraction of its amount that the site has a part in (a weight and its input both have a
+            part in bit operations).
+        wider: the move to the next format that loses less, if there is one.
+        narrower: the move to the next format that loses more, if there is one.
     """
 
     loss_share: float
@@ -134,20 +144,26 @@ class Reason:
 
 @dataclass(frozen=True)
 class ChosenFormat:
-    """The width that the allocation chose (hawqfx.maths.formats), the loss increase that is predicted for the site, and
-    why."""
+    """The format that the allocation chose for a site, the loss increase predicted for it, and the reason."""
 
-    bits: int
+    format: Format
     increase: float
-    why: Reason | None = None
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True)
 class LimitUse:
-    """What a plan takes of a limit: `amount` of `bound`, in `unit`; float32 takes `reference`.
+    """The amount of a limit that a plan takes.
 
-    `price`: by how much the predicted loss would fall per further unit, by the linear relaxation; zero where the limit
-    does not bind.  `measured`: what the finished network takes, where that was measured."""
+    Args:
+        unit: of the amounts.
+        amount: taken by the plan.
+        bound: allowed by the budget.
+        reference: taken by the float32 network.
+        price: the fall of the predicted loss per further unit, by the linear relaxation; zero where the limit does not
+            bind.
+        measured: taken by the finished network, where that was measured.
+    """
 
     unit: str
     amount: float
@@ -159,8 +175,14 @@ class LimitUse:
 
 @dataclass(frozen=True)
 class Account:
-    """A plan as a whole: what it takes of each limit, its predicted loss increase, a proven lower bound on that of any
-    plan within the limits (-infinity where nothing was proven), and whether it is proven to be the least."""
+    """A plan as a whole.
+
+    Args:
+        limits: by name, the amount that the plan takes.
+        loss: the predicted loss increase.
+        bound: a proven lower bound on the loss of every plan within the limits; -infinity where nothing was proven.
+        optimal: whether the plan is proven to have the least loss.
+    """
 
     limits: Mapping[str, LimitUse]
     loss: float
@@ -168,12 +190,46 @@ class Account:
     optimal: bool
 
 
-Fact = Sensitivity | Quantizers | RoundedWeights | QuantizationError | LossIncrease | ByteCost | ChosenFormat
-F = TypeVar("F", Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost, ChosenFormat)
+@dataclass(frozen=True)
+class ErrorProducts:
+    """d_i^T F d_j for the rounding errors d of every two choices; F is the Fisher matrix.
+
+    Args:
+        choices: pairs of a weight's name and a format.
+        gram: the products, (choices, choices).
+    """
+
+    choices: tuple[tuple[str, Format], ...]
+    gram: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FloatNetwork:
+    """The float network before its operators were rewritten for integer kernels: 100% of a size, and the float file."""
+
+    graph: fx.GraphModule
+
+
+@dataclass(frozen=True)
+class StoredBits:
+    """Bits of each weight that is stored as integer codes, by the name of the constant."""
+
+    bits: Mapping[str, int]
+
+
+SiteFact = Sensitivity | Quantizers | RoundedWeights | QuantizationError | LossIncrease | ByteCost | ChosenFormat
+NetworkFact = Account | ErrorProducts | FloatNetwork | StoredBits | LatencyModel
+Fact = SiteFact | NetworkFact
+F = TypeVar(
+    "F",
+    Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost, ChosenFormat,
+    Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel,
+)  # fmt: skip
+NETWORK_FACTS: tuple[type[NetworkFact], ...] = (Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel)
 
 
 class FactTable:
-    """An immutable map from (site key, fact class) to a fact."""
+    """An immutable map from (site key, fact class) to a fact; facts about the whole network have the key NETWORK."""
 
     def __init__(self, facts: Mapping[tuple[str, type], Fact] = MappingProxyType({})) -> None:
         self._facts = dict(facts)
@@ -183,9 +239,15 @@ class FactTable:
         return FactTable(self._facts | {(key, type(fact)): fact for key, fact in learned.items()})
 
     def get(self, key: str, kind: type[F]) -> F:
+        """The fact of this class about a site.
+
+        Raises:
+            PassError: if no pass has given it.
+        """
         fact = self._facts.get((key, kind))
         if not isinstance(fact, kind):
-            raise PassError(f"nothing is known about the {kind.__name__} of {key!r}: run the pass that gives it first")
+            about = repr(key) if key else "the network"
+            raise PassError(f"nothing is known about the {kind.__name__} of {about}: run the pass that gives it first")
         return fact
 
     def has(self, key: str, kind: type[Fact]) -> bool:

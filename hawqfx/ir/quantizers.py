@@ -1,4 +1,4 @@
-"""What a site's tensor becomes at a width: the very values that the lowered graph computes with."""
+"""A site's tensor in a format: the very values that the lowered graph computes with."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,13 @@ from hawqfx.ir.custom_ops import dequantize
 from hawqfx.ir.facts import Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths import affine
+from hawqfx.maths.formats import Format
 
 
-def weight_at(program: Program, key: str, bits: int) -> Tensor:
+def weight_at(program: Program, key: str, width: Format) -> Tensor:
     """The weight as its rounding left it, in its own type."""
-    codes = program.facts.get(key, RoundedWeights).codes[bits]
-    quantizer = program.facts.get(key, Quantizers).by_bits[bits]
+    codes = program.facts.get(key, RoundedWeights).codes[width]
+    quantizer = program.facts.get(key, Quantizers).by_format[width]
     return dequantize(codes, scale_of(quantizer).to(codes.device)).to(program.tensor(key).dtype)
 
 
@@ -24,9 +25,9 @@ def scale_of(quantizer: QuantParams) -> Tensor:
     return scale.reshape(-1, quantizer.blocks) if quantizer.scheme == "weight-only" else scale
 
 
-def activation_at(program: Program, key: str, bits: int, x: Tensor) -> Tensor:
+def activation_at(program: Program, key: str, width: Format, x: Tensor) -> Tensor:
     """`x` through the activation's quantizer."""
-    quantizer = program.facts.get(key, Quantizers).by_bits[bits]
+    quantizer = program.facts.get(key, Quantizers).by_format[width]
     if quantizer.scheme == "dynamic":
         return affine.fake_quantize_dynamic(x)
     scale = scale_of(quantizer).to(x.device)

@@ -1,41 +1,108 @@
-"""Puts nodes into a copy of a program's graph."""
+"""The one way to edit a graph: passes write into a copy of the program's graph."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.node import Target
 
-from hawqfx.ir.program import Program, copy_graph, set_tensor, tensor_of
+from hawqfx.ir.graph import copy_graph, set_tensor, tensor_of
+from hawqfx.ir.program import Program
 
 
 class GraphRewriter:
-    """A copy of the graph, and new nodes in it, before the node that is being rewritten."""
+    """A copy of a program's graph that shares its tensors.  New nodes go before or after the node that `before` or
+    `after` names.  A node records its value's shape (`meta["val"]`) where those of all its inputs are recorded."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.module = copy_graph(program.graph)
         self.graph = self.module.graph
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go before this node, in the order in which they are made."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """New nodes go after this node, in the order in which they are made."""
+        with self.graph.inserting_before(node.next):
+            yield
+
+    def calls(self, target: Target | None = None) -> list[fx.Node]:
+        """The nodes that call a function, in the order of the graph; those that call `target`, if it is given."""
+        return [node for node in self.graph.nodes if node.op == "call_function" and target in (None, node.target)]
+
+    def call(self, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """A new node that calls a function.
+
+        Args:
+            target: the function.
+            args: its arguments, nodes among them.
+            like: a node whose value has the same shape and type; it need not be computed then.
+            kwargs: its keyword arguments.
+        """
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = target(*fx.map_arg(args, lambda argument: argument.meta["val"]), **kwargs)
+        if like is not None:
+            node.meta["val"] = like.meta.get("val")
+        elif all(source.meta.get("val") is not None for source in node.all_input_nodes):
+            values = fx.map_arg((args, kwargs), lambda source: source.meta["val"])
+            node.meta["val"] = target(*values[0], **values[1])
         return node
 
-    def constant(self, key: str, value: Tensor, like: fx.Node) -> fx.Node:
-        set_tensor(self.module, key, value, parameter=True)
+    def parameter(self, key: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
+        """A new node that reads a parameter, which is put at this qualified name.
+
+        Args:
+            key: the name; a tensor that was there is replaced.
+            value: of the parameter.
+            like: a node on whose device the graph was captured; without one, no shape is recorded.
+        """
+        self.store(key, value, parameter=True)
+        return self._read(key, value, like)
+
+    def buffer(self, key: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
+        """A new node that reads a buffer; the arguments are those of `parameter`."""
+        self.store(key, value, parameter=False)
+        return self._read(key, value, like)
+
+    def _read(self, key: str, value: Tensor, like: fx.Node | None) -> fx.Node:
         node = self.graph.get_attr(key)
-        node.meta["val"] = like.meta["val"].new_empty(value.shape)
+        if like is not None:
+            node.meta["val"] = like.meta["val"].new_empty(value.shape)
         return node
 
-    def value(self, node: fx.Node) -> Tensor:
-        return tensor_of(self.module, str(node.target)).detach()
+    def store(self, key: str, value: Tensor, *, parameter: bool) -> None:
+        """Put a parameter or a buffer at a qualified name, over the tensor that was there."""
+        set_tensor(self.module, key, value, parameter=parameter)
 
-    def replace(self, constant: fx.Node, value: Tensor) -> None:
-        """Put another value of the same shape where a parameter is read."""
-        set_tensor(self.module, str(constant.target), value, parameter=True)
+    def value(self, constant: fx.Node) -> Tensor:
+        """The tensor that a get_attr node reads."""
+        return tensor_of(self.module, str(constant.target)).detach()
+
+    def replace(self, node: fx.Node, by: fx.Node, *, keep_name: bool = False) -> None:
+        """Let every user of `node` read `by`, and erase `node`.
+
+        Args:
+            node: the node that goes.
+            by: the node that takes its place.
+            keep_name: whether `by` takes over the name, so that sites still know it.
+        """
+        node.replace_all_uses_with(by)
+        self.erase(node)
+        if keep_name:
+            by.name = node.name
+
+    def erase(self, node: fx.Node) -> None:
+        """Take a node out that nothing reads."""
+        self.graph.erase_node(node)
 
     def done(self) -> Program:
-        """The program with the copy, and without what nothing reads any more."""
+        """The program with the copy, without nodes and tensors that nothing reads any more."""
         self.graph.eliminate_dead_code()
         self.module.recompile()
         return replace(self.program, graph=fx.GraphModule(self.module, self.graph))

@@ -8,6 +8,7 @@ A scale is a number, or (C,) for the indices of dimension 0, or (C, B) for B blo
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,42 +16,69 @@ from torch.nn import functional as F
 
 from hawqfx.maths.formats import BLOCK
 
-_COARSE, _REFINE = 80, 6
-CACHED = 1 << 15  # elements of a weight that are looked at together, so that they stay in the processor's cache
+Function = Callable[[Tensor], Tensor]
+
+_COARSE, _REFINE = 80, 6  # clipping points, and steps of least squares, in the search for a symmetric scale
+_ROUNDS, _GRID = 3, 25  # grids, and clipping points at each end of the range, in the search for an affine range
+CACHED = 1 << 15  # elements of a weight that are searched together, so that they stay in the processor's cache
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
-    """The values that quantization leaves of `x`."""
+    """`x` through a quantizer and back.
+
+    Args:
+        x: the tensor.
+        scale: see the module.
+        zero_point: the code of the value 0.
+        low: the lowest code.
+        high: the highest code.
+
+    Returns:
+        A new tensor in the shape of `x`.
+    """
     s = along_channels(scale, x)
     return x.div(s).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(s)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
-    """Integer codes, in the smallest of uint8, int8 and int32 that holds `low` to `high`."""
+    """The codes of `x`, in the smallest of uint8, int8 and int32 that holds `low` to `high`.
+
+    The arguments are those of `fake_quantize`.
+    """
     codes = x.div(along_channels(scale, x)).round_().add_(zero_point).clamp_(low, high)
     return codes.to(code_type(low, high))
 
 
 def code_type(low: int, high: int) -> torch.dtype:
+    """The smallest of uint8, int8 and int32 that holds `low` to `high`."""
     if low >= 0 and high <= 255:
         return torch.uint8
     return torch.int8 if low >= -128 and high <= 127 else torch.int32
 
 
 def signed_range(bits: int) -> tuple[int, int]:
+    """The lowest and the highest signed code."""
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 def unsigned_range(bits: int) -> tuple[int, int]:
+    """The lowest and the highest unsigned code."""
     return 0, (1 << bits) - 1
 
 
 def symmetric_scales(weight: Tensor, bits: int) -> Tensor:
-    """Per-channel scales (C,) float32 with the least ||Q(w) - w||^2 found, for a weight (C, ...).
+    """Per-channel scales with the least ||Q(w) - w||^2 that the search meets.
 
-    The best of a grid of clipping points, then alternating least squares: for fixed codes q the best scale is
-    <q, w> / <q, q>, and for a fixed scale the best codes are the rounded ones, so the error never rises.
-    A channel of zeros gets scale 1.
+    The search takes the best of a grid of clipping points, and improves it by alternating least squares: for fixed
+    codes q the best scale is <q, w> / <q, q>, and for a fixed scale the best codes are the rounded ones, so the error
+    never rises.
+
+    Args:
+        weight: (C, ...).
+        bits: bits of a code.
+
+    Returns:
+        (C,) in float32; a channel of zeros has scale 1.
     """
     rows = weight.detach().reshape(weight.shape[0], -1)
     few = max(1, CACHED // max(1, rows.shape[1]))
@@ -83,13 +111,22 @@ def _error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def affine_range(
-    values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool, after: Callable[[Tensor], Tensor] | None = None
+    values: Tensor, counts: Tensor, bits: int, *, nonnegative: bool, after: Function | None = None
 ) -> tuple[float, int]:
-    """Scale and zero-point of the least mean squared error on a histogram: `counts` (B,) of values near `values` (B,).
+    """Scale and zero-point with the least mean squared error on a histogram.
 
-    Searches clipping points at both ends on a grid, then on a finer one around the best.  Zero is always represented
-    exactly; with `nonnegative` the zero-point is 0, which lets onnxruntime drop a ReLU before the quantizer.  `after`:
-    a function of each value, such as GELU, after which errors count.
+    The search tries clipping points at both ends on a grid, then on finer grids around the best pair.  Zero is always
+    represented exactly.
+
+    Args:
+        values: (B,) a value for each bin.
+        counts: (B,) the number of values in each bin.
+        bits: bits of a code.
+        nonnegative: whether the zero-point must be 0, which lets onnxruntime drop a ReLU before the quantizer.
+        after: a function of each value, such as GELU; errors count after it.
+
+    Returns:
+        The scale, which float32 represents exactly, and the zero-point.
     """
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if nonnegative:
@@ -97,50 +134,83 @@ def affine_range(
     if high == low:
         return 1.0, 0
     levels = unsigned_range(bits)[1]
-    wanted = values.double() if after is None else after(values.double())
-    ends = (0.0, 1.0), (0.0, 1.0)
-    best = (float("inf"), 1.0, 0)
-    for _ in range(3):
-        (low_from, low_to), (high_from, high_to) = ends
-        shrink_high = torch.linspace(high_from, high_to, 25, dtype=torch.float64)
-        shrink_low = torch.linspace(low_from, low_to, 25, dtype=torch.float64) if low < 0 else shrink_high.new_ones(1)
-        bottom, top = (grid.reshape(-1) for grid in torch.meshgrid(low * shrink_low, high * shrink_high, indexing="ij"))
-        keep = top - bottom > 0
-        bottom, top = bottom[keep], top[keep]
-        # float32, as in the file: the search must see the very quantizer that will be lowered
-        scale = ((top - bottom) / levels).float().double().clamp_min(torch.finfo(torch.float32).tiny)
-        zero = (-bottom / scale).round().clamp(0, levels)
-        codes = ((values.double() / scale[:, None]).round() + zero[:, None]).clamp_(0, levels)
-        become = (torch.arange(levels + 1) - zero[:, None]) * scale[:, None]  # of each code
-        become = become if after is None else after(become)
-        errors = ((become.gather(1, codes.long()) - wanted) ** 2 * counts).sum(1)
+    fractions = _Fractions((0.0, 1.0), (0.0, 1.0))
+    least, best = float("inf"), (1.0, 0)
+    for _ in range(_ROUNDS):
+        bottom, top = _clipping_points(low, high, fractions)
+        scale, zero = _quantizers_between(bottom, top, levels)
+        errors = _errors_on_histogram(values.double(), counts, scale, zero, levels, after)
         at = int(errors.argmin())
-        if float(errors[at]) < best[0]:
-            best = (float(errors[at]), float(scale[at]), int(zero[at]))
-        width_low, width_high = (low_to - low_from) / 12, (high_to - high_from) / 12
-        centre_low = float(bottom[at]) / low if low < 0 else 1.0
-        centre_high = float(top[at]) / high if high > 0 else 1.0
-        ends = (
-            (max(0.0, centre_low - width_low), min(1.0, centre_low + width_low)),
-            (max(0.0, centre_high - width_high), min(1.0, centre_high + width_high)),
+        if float(errors[at]) < least:
+            least, best = float(errors[at]), (float(scale[at]), int(zero[at]))
+        fractions = fractions.around(
+            float(bottom[at]) / low if low < 0 else 1.0, float(top[at]) / high if high > 0 else 1.0
         )
-    return best[1], best[2]
+    return best
+
+
+class _Fractions(NamedTuple):
+    """The part of a grid that is searched: clipping points as fractions of the lowest and of the highest value.
+
+    Args:
+        low: from which to which fraction of the lowest value.
+        high: from which to which fraction of the highest value.
+    """
+
+    low: tuple[float, float]
+    high: tuple[float, float]
+
+    def around(self, low: float, high: float) -> "_Fractions":
+        """Finer grids, two steps of the present ones to either side of a pair of fractions."""
+        return _Fractions(_narrowed(self.low, low), _narrowed(self.high, high))
+
+
+def _narrowed(ends: tuple[float, float], centre: float) -> tuple[float, float]:
+    width = (ends[1] - ends[0]) / 12
+    return max(0.0, centre - width), min(1.0, centre + width)
+
+
+def _clipping_points(low: float, high: float, fractions: _Fractions) -> tuple[Tensor, Tensor]:
+    """All pairs (bottom, top) of clipping points on the grid, as two tensors (P,), but for empty ranges."""
+    shrink_high = torch.linspace(*fractions.high, _GRID, dtype=torch.float64)
+    shrink_low = torch.linspace(*fractions.low, _GRID, dtype=torch.float64) if low < 0 else shrink_high.new_ones(1)
+    bottom, top = (grid.reshape(-1) for grid in torch.meshgrid(low * shrink_low, high * shrink_high, indexing="ij"))
+    keep = top - bottom > 0
+    return bottom[keep], top[keep]
+
+
+def _quantizers_between(bottom: Tensor, top: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scales (P,) and zero-points (P,) of quantizers with codes 0 to `levels` over ranges from bottom to top (P,)."""
+    # float32, as in the file: the search must see the very quantizer that will be lowered
+    scale = ((top - bottom) / levels).float().double().clamp_min(torch.finfo(torch.float32).tiny)
+    return scale, (-bottom / scale).round().clamp(0, levels)
+
+
+def _errors_on_histogram(
+    values: Tensor, counts: Tensor, scale: Tensor, zero: Tensor, levels: int, after: Function | None
+) -> Tensor:
+    """The squared errors (P,) of quantizers with scales (P,) and zero-points (P,), summed over a histogram (B,)."""
+    codes = ((values / scale[:, None]).round() + zero[:, None]).clamp_(0, levels)
+    value_of_code = (torch.arange(levels + 1) - zero[:, None]) * scale[:, None]
+    if after is not None:
+        values, value_of_code = after(values), after(value_of_code)
+    return ((value_of_code.gather(1, codes.long()) - values) ** 2 * counts).sum(1)
 
 
 def along_channels(scale: Tensor, x: Tensor) -> Tensor:
-    """A scale that broadcasts over `x`."""
+    """A scale, see the module, in a shape that broadcasts over `x`."""
     if scale.ndim == 2:
         return scale.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
     return scale if scale.ndim == 0 else scale.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def in_blocks(rows: Tensor) -> Tensor:
-    """Rows (..., K) as blocks (..., B, BLOCK), the last one filled up with zeros."""
+    """Rows (..., K) as blocks (..., B, BLOCK); zeros fill up the last block."""
     return F.pad(rows, (0, -rows.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 
 
 def fake_quantize_dynamic(x: Tensor) -> Tensor:
-    """The values that ONNX DynamicQuantizeLinear leaves of `x`: 8 bits unsigned over the range of all values and 0."""
+    """`x` through ONNX DynamicQuantizeLinear and back: 8 bits unsigned, over the range of all values and 0."""
     low, high = x.min().clamp_max(0), x.max().clamp_min(0)
     scale = (high - low) / 255
     scale = torch.where(scale > 0, scale, 1.0)
@@ -149,8 +219,10 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
 
 
 def fake_quantize_blocks(x: Tensor) -> Tensor:
-    """The values that 8 bits leave of the rows (..., K) of `x`, signed, with the range of each block of its own: what
-    onnxruntime's MatMulNBits multiplies by at accuracy_level 4."""
+    """Rows (..., K) through signed 8-bit quantizers and back, with a range for each block of a row.
+
+    onnxruntime's MatMulNBits at accuracy_level 4 multiplies by these values.
+    """
     blocks = in_blocks(x)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(scale > 0, blocks / scale, 0.0).round_()

@@ -25,15 +25,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# returns the vector of a block, a tensor for each tensor of the block
 Vectors = Callable[[], Sequence[Tensor]]
 
-_ROW = 4096  # a dot product is summed in rows of this many in the tensor's type, and over the rows in float64
+_ROW = 4096  # elements of a row: a dot product sums a row in the tensor's type, and the rows in float64
 
 
 def gradient(loss: Tensor, inputs: Sequence[Tensor], *, again: bool = True) -> tuple[Tensor, ...]:
-    """dL/dx for every x, zeros where L does not depend on x; `again`: ready to be differentiated once more.
+    """The gradient of a loss; the graph of the loss is kept.
 
-    The graph of the loss is kept.
+    Args:
+        loss: a scalar.
+        inputs: the tensors to differentiate by.
+        again: whether the gradient will be differentiated once more.
+
+    Returns:
+        dL/dx in the shape of every input x; zeros for inputs that the loss does not depend on.
     """
     return torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=again, materialize_grads=True)
 
@@ -41,9 +48,15 @@ def gradient(loss: Tensor, inputs: Sequence[Tensor], *, again: bool = True) -> t
 def hessian_product(
     gradients: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """sum_j H_ij v_j for every input i (reverse over reverse).
+    """One product of the Hessian with a vector, by reverse over reverse mode.
 
-    `gradients` come from `gradient`, in the order of `inputs`; their graph is kept for further products.
+    Args:
+        gradients: from `gradient`, in the order of `inputs`; their graph is kept for further products.
+        inputs: the tensors x_i.
+        vectors: v_i, in the shapes of the inputs.
+
+    Returns:
+        sum_j H_ij v_j for every input i, in its shape.
     """
     used = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g.requires_grad]
     if not used:  # the loss is linear in every input
@@ -62,14 +75,14 @@ def rademacher(like: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _signs_of_octets(like: Tensor) -> Tensor:
-    """(256, 8): the signs that each octet stands for."""
+    """(256, 8): the eight signs of every octet."""
     shifts = torch.arange(8, device=like.device)
     bits = torch.arange(256, device=like.device)[:, None].bitwise_right_shift(shifts) & 1
     return (2 * bits - 1).to(like.dtype)
 
 
 def dot(x: Tensor, y: Tensor) -> float:
-    """<x, y> over all elements."""
+    """<x, y> over all elements of two tensors with the same number of elements."""
     x, y = x.detach().reshape(-1), y.detach().reshape(-1)
     whole = len(x) // _ROW * _ROW
     rows = torch.linalg.vecdot(x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
@@ -78,19 +91,22 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether every element is."""
-    # a sum is ten times faster than a look at every element, and not finite if one of them is not
+    """Whether every element is finite."""
+    # A sum is ten times faster than a check of every element, and it is not finite if an element is not.
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 class Hessian:
     """The Hessian of a loss by blocks of tensors, for any number of products with it.
 
-    Holds the graph of the gradient, but neither the gradient, nor vectors, nor products: a vector is made when the
-    backward pass comes to its block and once more when its product is there, and both go at once.  Over the
-    activations of a network they would take more memory than everything else.
+    It holds the graph of the gradient, but no gradient, vector or product.  A vector is made when the backward pass
+    comes to its block, and made again when the product of the block is known; both are freed at once.  For the
+    activations of a network, they would take more memory than everything else.
 
-    `look` sees the gradient of every block once, in the order of `blocks`.
+    Args:
+        loss: a scalar.
+        blocks: name of a block -> its tensors.
+        look: is called with every block and the gradients of its tensors once, in the order of `blocks`.
     """
 
     def __init__(
@@ -112,19 +128,24 @@ class Hessian:
             self.roots[key] = [_Pairing.apply(g, self.vectors, key, number) for g, number in parts]  # type: ignore[no-untyped-call]
 
     def forms(self, vectors: "Mapping[str, Vectors]") -> dict[str, float]:
-        """v_i^T (H v)_i for every block i of `vectors`, v being zero elsewhere, from one product.
+        """v_i^T (H v)_i for every block i of `vectors`, from one product; v is zero in the other blocks.
 
-        `vectors`: block -> a function that gives its vector, one tensor for each of the block, always the same.
+        Args:
+            vectors: block -> a function that returns its vector, a tensor for each tensor of the block.  It is called
+                twice and must return the same values.
+
+        Returns:
+            Block -> its quadratic form.
         """
         self.vectors.by_block = vectors
-        found = dict.fromkeys(vectors, 0.0)
+        forms = dict.fromkeys(vectors, 0.0)
         hooks = []
         for key in vectors:
             for number, tensor in enumerate(self.blocks[key]):
-                hooks.append(tensor.register_hook(partial(self._meet, found, key, number)))
+                hooks.append(tensor.register_hook(partial(self._add_product, forms, key, number)))
         try:
             inner = any(not tensor.is_leaf for key in vectors for tensor in self.blocks[key])
-            # an inner tensor is passed only on the way to a leaf, and which ones lie beyond it is not known here
+            # The backward pass meets an inner tensor only on its way to leaves, and these leaves are not known here.
             ends = self.leaves if inner else [tensor for key in vectors for tensor in self.blocks[key]]
             roots = [root for key in vectors for root in self.roots[key]]
             if roots and ends:
@@ -134,21 +155,23 @@ class Hessian:
             self.vectors.by_block = {}
             for hook in hooks:
                 hook.remove()
-        return found
+        return forms
 
-    def _meet(self, found: dict[str, float], key: str, number: int, product: Tensor) -> None:
-        found[key] += dot(self.vectors.by_block[key]()[number], product)
+    def _add_product(self, forms: dict[str, float], key: str, number: int, product: Tensor) -> None:
+        forms[key] += dot(self.vectors.by_block[key]()[number], product)
 
 
 class _Current:
-    """The vectors of the product in work.  The graph refers to this and not to the Hessian, which holds the graph: in
-    such a circle neither would ever go."""
+    """The vectors of the product that is computed now.
+
+    The graph refers to this object and not to the Hessian, which holds the graph: a circle would keep both alive.
+    """
 
     by_block: "Mapping[str, Vectors]" = MappingProxyType({})
 
 
 class _Pairing(torch.autograd.Function):
-    """<g, v> for a vector v that is made only when the derivative by g is asked for; the value is of no use."""
+    """<g, v> for a vector v that is made only in the backward pass; the value itself is a zero that nothing uses."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, vectors: _Current, key: str, number: int) -> Tensor:
@@ -169,17 +192,27 @@ def top_eigenvalues(
     iterations: int,
     tolerance: float,
 ) -> Tensor:
-    """The eigenvalue of largest magnitude of each of the `blocks` that the Hessian of `inputs` consists of.
+    """The eigenvalue of largest magnitude of every diagonal block of a block-diagonal Hessian, by power iteration.
 
-    Block k is that of the k-th equal part of every input along its axis in `axes`; power iteration works on all of
-    them at once, from `start`.  It stops when no Rayleigh quotient changes by more than `tolerance` of itself, or
-    after `iterations` products.
+    Block k belongs to the k-th equal part of every input along its axis.  The iteration works on all blocks at once.
+
+    Args:
+        gradients: from `gradient`, in the order of `inputs`.
+        inputs: the tensors.
+        start: the first vectors, in the shapes of the inputs.
+        axes: for each input, the dimension that consists of the blocks.
+        blocks: the number of blocks.
+        iterations: the largest number of Hessian-vector products.
+        tolerance: the iteration stops when no Rayleigh quotient changes by more than this fraction of itself.
+
+    Returns:
+        (blocks,) in float64.
     """
     vectors = list(start)
     eigenvalues = torch.zeros(blocks, dtype=torch.float64, device=inputs[0].device)
     for _ in range(iterations):
         norms = _block_dots(vectors, vectors, axes, blocks).sqrt()
-        inverse = torch.where(norms > 0, 1 / norms, 0.0)  # a block that is zero stays so
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)  # a block that is zero stays zero
         vectors = [v * _spread(inverse, v, axis) for v, axis in zip(vectors, axes, strict=True)]
         products = hessian_product(gradients, inputs, vectors)
         before, eigenvalues = eigenvalues, _block_dots(vectors, products, axes, blocks)
@@ -190,19 +223,25 @@ def top_eigenvalues(
 
 
 def _block_dots(xs: Sequence[Tensor], ys: Sequence[Tensor], axes: Sequence[int], blocks: int) -> Tensor:
-    """(blocks,): <x, y> within every block."""
+    """(blocks,) in float64: <x, y> within every block."""
     products = [(x.double() * y).movedim(axis, 0).reshape(blocks, -1) for x, y, axis in zip(xs, ys, axes, strict=True)]
     return torch.stack([product.sum(1) for product in products]).sum(0)
 
 
 def _spread(per_block: Tensor, like: Tensor, axis: int) -> Tensor:
-    """One factor per block, to multiply `like` with."""
+    """A factor per block (blocks,), in a shape that broadcasts over `like`."""
     values = per_block.to(like.dtype).repeat_interleave(like.shape[axis] // len(per_block))
     return values.reshape(-1, *[1] * (like.ndim - 1 - axis))
 
 
 class Moments(NamedTuple):
-    """Independent samples of one quantity: their number, their mean, and the sum of squared deviations from it."""
+    """Independent samples of a quantity.
+
+    Args:
+        samples: their number.
+        mean: their mean.
+        squares: the sum of squared deviations from the mean.
+    """
 
     samples: int
     mean: float
@@ -210,19 +249,23 @@ class Moments(NamedTuple):
 
     @staticmethod
     def of(samples: Sequence[float]) -> "Moments":
+        """The moments of at least one sample."""
         mean = math.fsum(samples) / len(samples)
         return Moments(len(samples), mean, math.fsum((sample - mean) ** 2 for sample in samples))
 
     @property
     def variance(self) -> float:
-        """Of the mean: s^2 / n; infinite for a single sample."""
+        """The variance of the mean, s^2 / n; infinite for a single sample."""
         return self.squares / (self.samples - 1) / self.samples if self.samples > 1 else math.inf
 
 
 def pooled(parts: Sequence[Moments], shares: Sequence[float], *, exact: bool = False) -> tuple[float, float]:
     """The mean of sum_b share_b X_b and its standard error, from independent samples of every X_b.
 
-    `exact`: every X_b is known without noise from its one sample.
+    Args:
+        parts: the samples of every X_b.
+        shares: the weight of every X_b.
+        exact: whether a sample of X_b is its true value; the standard error is zero then.
     """
     mean = math.fsum(share * part.mean for share, part in zip(shares, parts, strict=True))
     if exact:

@@ -1,32 +1,37 @@
-"""How long a network takes at any choice of bits: measured seconds of its parts, and the rule that adds them up.
+"""The latency of a network for any choice of formats: measured seconds of its parts, and the rule that adds them up.
 
 onnxruntime runs a node on an integer kernel when every tensor that the kernel needs is quantized, and in float
-otherwise; a float kernel whose weight is quantized unpacks it in every run, and cannot lay it out as it likes.  Linear
-layers have kernels that take floats and quantized weights, dynamic ones and weight-only ones (maths/schemes.py).  Where
-float meets integer it converts: a quantized tensor that a float kernel made is quantized once, and one that a float
-kernel reads is dequantized once.  Below 8 bits an activation takes a Clip on its integers.  The width of a weight does
-not matter, since weights are unpacked when the file is loaded.
+otherwise.  A float kernel whose weight is quantized unpacks the weight in every run, and cannot lay it out as it likes.
+Linear layers also have kernels that take floats and quantized weights: dynamic and weight-only (hawqfx.maths.formats).
+Where float meets integer, onnxruntime converts: it quantizes a quantized tensor once if a float kernel makes the
+tensor, and dequantizes it once if a float kernel reads the tensor.  Below 8 bits, a Clip cuts the integers of an
+activation.  The bits of a weight do not matter, since onnxruntime unpacks weights when it loads the file.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, is_static
-from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Format
 
-# how a kernel runs
+# the ways in which a kernel runs: the fields of KernelTimes
 KERNELS = ("floating", "integer", "unpacking", "dynamic", "blockwise")
 
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Seconds of one node of the graph: as an integer kernel where all of `sites` are quantized, else in float, where
-    it takes `unpacking` if its weight is quantized and `floating` if not; `dynamic` and `blockwise`: of the linear
-    layers that have these schemes, else infinite.  The first site of a layer is what it reads.
+    """Seconds of one kernel in each way in which it may run.
 
-    `node`: the fx node that makes the kernel's output, the rectifier's where the kernel takes one in.  `weight`: the
-    one of the sites that is a weight, if there is one."""
+    Args:
+        node: name of the fx node that makes the kernel's output; the rectifier's, if the kernel takes in a rectifier.
+        sites: keys of the sites that the kernel needs to run in integers; of a layer, the first is its input.
+        weight: key of the site among them that is a weight, if there is one.
+        integer: seconds where all `sites` are static.
+        floating: seconds in float, with a float weight.
+        unpacking: seconds in float, with a static weight.
+        dynamic: seconds of a linear layer whose input is dynamic; infinity for other kernels.
+        blockwise: seconds of a linear layer whose weight is weight-only; infinity for other kernels.
+    """
 
     node: str
     sites: tuple[str, ...]
@@ -37,29 +42,38 @@ class KernelTimes:
     dynamic: float = math.inf
     blockwise: float = math.inf
 
-    def is_integer(self, bits: Mapping[str, int]) -> bool:
-        return all(is_static(bits[site]) for site in self.sites)
+    def is_integer(self, formats: Mapping[str, Format]) -> bool:
+        """Whether the kernel runs in integers when the sites have these formats."""
+        return all(formats[site].is_static for site in self.sites)
 
-    def kernel(self, bits: Mapping[str, int]) -> str:
-        """One of KERNELS."""
-        if self.is_integer(bits):
+    def kernel(self, formats: Mapping[str, Format]) -> str:
+        """The member of KERNELS that runs when the sites have these formats."""
+        if self.is_integer(formats):
             return "integer"
-        if self.weight is None or bits[self.weight] == FLOAT_BITS:
+        if self.weight is None or formats[self.weight].is_float:
             return "floating"
-        if bits[self.weight] == BLOCKWISE:
+        if formats[self.weight] == BLOCKWISE:
             return "blockwise"
-        return "dynamic" if bits[self.sites[0]] == DYNAMIC else "unpacking"
+        return "dynamic" if formats[self.sites[0]] == DYNAMIC else "unpacking"
 
-    def seconds(self, bits: Mapping[str, int]) -> float:
-        return float(getattr(self, self.kernel(bits)))
+    def seconds(self, formats: Mapping[str, Format]) -> float:
+        """Seconds of one run when the sites have these formats."""
+        return float(getattr(self, self.kernel(formats)))
 
 
 @dataclass(frozen=True)
 class ConversionTimes:
-    """Seconds to convert one tensor of the activation site `site`.
+    """Seconds of the conversions of one tensor between float and integers.
 
-    `maker`: the node of `Timed` that makes it; None: always made in float.  `readers`: the same of those that read it;
-    None among them: one reads it in float always.  `clip`: seconds of the Clip below 8 bits."""
+    Args:
+        site: key of the tensor's activation site.
+        maker: `KernelTimes.node` of the kernel that makes the tensor; None if the tensor is always made in float.
+        readers: `KernelTimes.node` of the kernels that read it; None among them stands for readers that are always in
+            float.
+        quantize: seconds from float to integers.
+        dequantize: seconds from integers to float.
+        clip: seconds of the Clip below 8 bits.
+    """
 
     site: str
     maker: str | None
@@ -71,21 +85,34 @@ class ConversionTimes:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """`rest`: seconds of everything that no choice of bits changes.  `setting`: machine, threads, batch, versions."""
+    """Predicts the latency of a network from the formats of its sites.
+
+    Args:
+        rest: seconds that no choice of formats changes.
+        timed: times of the kernels.
+        converted: times of the conversions, one for each tensor of an activation site.
+        setting: machine, threads, batch and versions, as JSON.
+    """
 
     rest: float
     timed: tuple[KernelTimes, ...]
     converted: tuple[ConversionTimes, ...]
     setting: str
 
-    def seconds(self, bits: Mapping[str, int]) -> float:
-        """Of one run at these widths, by site key; 32: the site stays in float."""
-        integer = {timed.node: timed.is_integer(bits) for timed in self.timed}
-        total = self.rest + sum(timed.seconds(bits) for timed in self.timed)
+    @property
+    def sites(self) -> frozenset[str]:
+        """Keys of the sites whose formats change the latency."""
+        read = {site for kernel in self.timed for site in kernel.sites}
+        return frozenset(read | {tensor.site for tensor in self.converted})
+
+    def seconds(self, formats: Mapping[str, Format]) -> float:
+        """Seconds of one run when the sites have these formats."""
+        integer = {kernel.node: kernel.is_integer(formats) for kernel in self.timed}
+        total = self.rest + sum(kernel.seconds(formats) for kernel in self.timed)
         for tensor in self.converted:
-            if not is_static(bits[tensor.site]):
+            if not formats[tensor.site].is_static:
                 continue
-            total += tensor.clip * (bits[tensor.site] < 8)
+            total += tensor.clip * (formats[tensor.site].bits < 8)
             total += tensor.quantize * (tensor.maker is None or not integer[tensor.maker])
             total += tensor.dequantize * any(reader is None or not integer[reader] for reader in tensor.readers)
         return total

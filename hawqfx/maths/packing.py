@@ -4,7 +4,7 @@ Portable packing is one bit stream: bit 0 of every code, then bit 1 of every cod
 bit of each byte first.  n codes of b bits take ceil(n b / 8) bytes, so a tensor is rounded up by less than a byte.
 8 bits are whole bytes, stored as they are.
 
-Native packing splits a code of b bits into a signed high part that ONNX has a type for, and what remains:
+Native packing splits a code of b bits into a signed high part that ONNX has a type for, and the bits that remain:
 
     b   2     3           4     5           6             7                   8
         int2  int2 + bit  int4  int4 + bit  int4 + uint2  int4 + uint2 + bit  int8
@@ -27,19 +27,30 @@ Codes = NDArray[np.int8]
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` codes in the portable packing."""
+    """The bytes of `count` codes of `bits` bits in the portable packing."""
     return -(-count * bits // 8)
 
 
 def pack(codes: Codes, bits: int) -> Bytes:
-    """The bit-planes of int8 codes of any shape, as ceil(n bits / 8) bytes.  Raises ValueError out of range."""
+    """The portable packing of codes: their bit-planes.
+
+    Args:
+        codes: int8, of any shape.
+        bits: bits of a code.
+
+    Returns:
+        (ceil(n bits / 8),) for n codes.
+
+    Raises:
+        ValueError: if a code does not fit.
+    """
     _check_range(codes, bits)
     planes = (codes.reshape(1, -1).view(np.uint8) >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
     return np.packbits(planes.reshape(-1), bitorder="little")
 
 
 def plane_values(bits: int) -> NDArray[np.int32]:
-    """What a one in each bit-plane is worth: 1, 2, 4, ..., and -2^(bits-1) for the sign."""
+    """(bits,): the value of a one in every bit-plane: 1, 2, 4, ..., and -2^(bits-1) for the sign."""
     values = 1 << np.arange(bits, dtype=np.int32)
     values[-1] = -values[-1]
     return values
@@ -47,7 +58,13 @@ def plane_values(bits: int) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class NativeParts:
-    """Widths of the parts of a code: a signed high part, an unsigned pair of bits (0 or 2), one bit (0 or 1)."""
+    """The bits of the native parts of a code.
+
+    Args:
+        high: of the signed high part.
+        pair: of the unsigned pair: 2, or 0 without a pair.
+        bit: of the single bit: 1, or 0 without it.
+    """
 
     high: int
     pair: int
@@ -66,7 +83,18 @@ NATIVE: dict[int, NativeParts] = {
 
 
 def split(codes: Codes, bits: int) -> tuple[Codes, Bytes, Bytes]:
-    """The high, pair and bit parts of int8 codes, unpacked, each in the shape of `codes` (absent parts are zero)."""
+    """The native parts of codes, unpacked.
+
+    Args:
+        codes: int8, of any shape.
+        bits: bits of a code.
+
+    Returns:
+        The parts high, pair and bit in the shape of `codes`; a part that the code does not have is zero.
+
+    Raises:
+        ValueError: if a code does not fit.
+    """
     _check_range(codes, bits)
     parts = NATIVE[bits]
     wide = codes.astype(np.int16)
@@ -77,7 +105,17 @@ def split(codes: Codes, bits: int) -> tuple[Codes, Bytes, Bytes]:
 
 
 def pack_blocks(codes: Codes) -> Bytes:
-    """4-bit codes (N, K) as (N, blocks, BLOCK / 2); the last block is filled up with zeros."""
+    """The packing of blocks of 4-bit codes; zeros fill up the last block of a row.
+
+    Args:
+        codes: (N, K).
+
+    Returns:
+        (N, blocks, BLOCK / 2).
+
+    Raises:
+        ValueError: if a code does not fit.
+    """
     _check_range(codes, 4)
     rows, columns = codes.shape
     filled = np.zeros((rows, blocks(columns) * BLOCK), np.int8)

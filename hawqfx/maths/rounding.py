@@ -1,20 +1,21 @@
-"""Rounding a weight to integer codes: to the nearest, or compensated by the layer's own inputs.
+"""Rounding of a weight to integer codes with compensation by the inputs of its layer.
 
 A layer computes y = W x for input patches x with second moment A = E[x x^T].  Rounding W to Q changes its output by
 
     E ||(Q - W) x||^2 = tr((Q - W) A (Q - W)^T),
 
-which is ||Q - W||^2 only if A is the identity.  Compensated rounding goes through the columns, the inputs with the
-most energy first, rounds one, and moves what is left of its error onto the columns not yet rounded, by the inverse
-of A: optimal brain surgery in Cholesky form (Hassibi, Stork 1992; Frantar et al., "GPTQ", ICLR 2023, section 3).
+which is ||Q - W||^2 only if A is the identity.  Compensated rounding goes through the columns, from the input with the
+most energy to the input with the least.  It rounds a column, and moves the error to the columns that are not rounded
+yet, by the inverse of A: optimal brain surgery in Cholesky form (Hassibi, Stork 1992; Frantar et al., "GPTQ", ICLR
+2023, section 3).
 
-`weighted_error` is the error as the inputs see it, on the scale of a plain sum of squares:
+`weighted_error` is the error at the output, on the scale of a plain sum of squares:
 
     tr((Q - W) A (Q - W)^T) * K / tr(A),     K columns,
 
 equal to ||Q - W||^2 when A is a multiple of the identity, and in expectation for a rounding error that is independent
-of A.  It is what an error of that size costs if the Hessian is a Kronecker product A x G (Martens, Grosse 2015), whose
-trace is all that HAWQ measures.
+of A.  It is the right error for a metric that measures only the trace of the Hessian, if the Hessian is a Kronecker
+product A x G (Martens, Grosse 2015).
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DAMPING = 0.01  # of the mean of A's diagonal, as in GPTQ: keeps A invertible on few samples
-MOST_ROWS = 32768  # patches taken per batch, evenly spread: enough for an A of a few thousand columns
+DAMPING = 0.01  # fraction of the mean of A's diagonal, as in GPTQ: keeps A invertible on few samples
+MOST_ROWS = 32768  # patches of a batch, evenly spread: enough for an A of a few thousand columns
 
 
 def patches(
@@ -35,7 +36,20 @@ def patches(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """What a convolution multiplies its weight by: x (N, C, spatial...) -> (groups, rows, C/groups * kernel)."""
+    """The vectors that a convolution multiplies its weight by.
+
+    Args:
+        x: (N, C, spatial...).
+        kernel: sizes of the kernel.
+        stride: of each dimension.
+        padding: of each dimension, or "same" or "valid".
+        dilation: of each dimension.
+        groups: groups of channels.
+
+    Returns:
+        (groups, rows, C/groups * kernel); the rows are the positions of all samples, or of some samples if there are
+        more than MOST_ROWS.
+    """
     extent = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if padding == "same":
         pads = [(total // 2, total - total // 2) for total in extent]
@@ -59,7 +73,14 @@ def patches(
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """The mean of x x^T over rows (groups, rows, K) -> (groups, K, K) float64, of at most about MOST_ROWS of them."""
+    """The mean of x x^T over rows, of which about MOST_ROWS are taken if there are more.
+
+    Args:
+        rows: (groups, rows, K).
+
+    Returns:
+        (groups, K, K) in float64.
+    """
     stride = -(-rows.shape[1] // MOST_ROWS)
     stride += stride > 1 and stride % 2 == 0  # an even step through images of even width would skip whole columns
     rows = rows[:, ::stride]
@@ -67,10 +88,19 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 def compensated(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Integer codes (groups, R, K) of weight (groups, R, K) by input moment (groups, K, K), all float64.
+    """Compensated rounding of a weight; all tensors are float64.
 
-    scale, low and high (groups, R, 1) are per row, so that several widths of a layer are rounded together; a scale
-    (groups, R, K) is per weight.
+    Scales and ranges of codes are per row, so that the rows of several formats can be rounded together.
+
+    Args:
+        weight: (groups, R, K).
+        moment: (groups, K, K), the second moment of the inputs.
+        scale: (groups, R, 1), or (groups, R, K) for a scale per element.
+        low: (groups, R, 1), the lowest codes.
+        high: (groups, R, 1), the highest codes.
+
+    Returns:
+        Integer codes (groups, R, K).
     """
     columns = weight.shape[-1]
     diagonal = moment.diagonal(dim1=1, dim2=2)
@@ -96,8 +126,13 @@ def compensated(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high
 
 
 def weighted_error(difference: Tensor, moment: Tensor) -> float:
-    """tr(D A D^T) K / tr(A), summed over groups, of differences (groups, R, K); ||D||^2 where A is zero."""
+    """tr(D A D^T) K / tr(A), summed over groups; ||D||^2 for groups whose A is zero.
+
+    Args:
+        difference: D, (groups, R, K).
+        moment: A, (groups, K, K).
+    """
     trace = moment.diagonal(dim1=1, dim2=2).sum(1)
-    seen = ((difference @ moment) * difference).sum((1, 2)) * difference.shape[-1] / trace
+    weighted = ((difference @ moment) * difference).sum((1, 2)) * difference.shape[-1] / trace
     plain = difference.square().sum((1, 2))
-    return float(torch.where(trace > 0, seen, plain).sum())
+    return float(torch.where(trace > 0, weighted, plain).sum())

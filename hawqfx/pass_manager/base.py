@@ -8,13 +8,25 @@ that it needs and gives; the runner checks the whole list before anything runs a
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, final
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, ClassVar, final
 
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Fact
-from hawqfx.ir.program import Program, Site
+from hawqfx.ir.program import Program
+from hawqfx.ir.sites import Site
 
 Kind = type[Fact] | type[Site]
+
+
+def option(default: Any = MISSING, doc: str = "") -> Any:
+    """A field of a pass that is an option, with a sentence that `hawqfx passes` prints."""
+    return field(default=default, metadata={"doc": doc})
+
+
+def options_of(step: "Pass") -> list[Field[Any]]:
+    """The options of a pass, in order; `metadata["doc"]` says what each does."""
+    return list(fields(step))  # type: ignore[arg-type]
 
 
 class Pass(ABC):  # noqa: B024 (its two kinds have the abstract methods)

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.errors import HawqfxError, PassError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import RoundedWeights
-from hawqfx.ir.program import ActivationSite, Program, Step, WeightSite
+from hawqfx.ir.facts import NETWORK, NETWORK_FACTS, RoundedWeights
+from hawqfx.ir.program import Program, Step
+from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.verify import verify
 
@@ -68,6 +69,10 @@ def _check_promise(step: Pass, before: Program, after: Program, context: Context
     verify(after)
     for kind in step.gives:
         if kind in (WeightSite, ActivationSite):
+            continue
+        if kind in NETWORK_FACTS:
+            if not after.facts.has(NETWORK, kind):
+                raise PassError(f"{step.name} promised {kind.__name__} of the network and gave none")
             continue
         sites = after.weights if kind is RoundedWeights else after.sites
         silent = [site.key for site in sites if not after.facts.has(site.key, kind)]  # type: ignore[arg-type]

@@ -78,7 +78,7 @@ class TimePasses(Observer):
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Report]:
-    """Rich progress bars, one per label, for Study.progress; silent when `console` is not a terminal."""
+    """Rich progress bars, one per label, for Context.progress; silent when `console` is not a terminal."""
     note = TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:

@@ -1,0 +1,128 @@
+"""Calibration data: batches of what the model takes and what it should answer."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hawqfx.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of the model, and what it should have answered (None: labels are sampled)."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Any = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    @property
+    def size(self) -> int:
+        return self.tensors[0].shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device))
+
+    def split(self, most: int) -> list["Batch"]:
+        """The batch in parts of at most so many samples."""
+        return [self._part(start, start + most) for start in range(0, self.size, most)]
+
+    def first(self, most: int) -> "Batch":
+        """The first few samples."""
+        return self._part(0, most)
+
+    def last(self, most: int) -> "Batch":
+        """The last few samples."""
+        return self._part(self.size - most, self.size)
+
+    def _part(self, start: int, stop: int) -> "Batch":
+        size = self.size
+        return self._map(lambda tensor: tensor[start:stop] if tensor.shape[:1] == (size,) else tensor)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def leafwise(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        return Batch(*(pytree.tree_map(leafwise, part) for part in (self.args, dict(self.kwargs), self.target)))
+
+
+def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]:
+    """The batches in `data`, checked: at least one, equal shapes but for dimension 0, every float finite.
+
+    `samples`: how many to take; all, if there are fewer, with a warning.
+
+    A batch is a tensor, a pair (inputs, target), or a dict of keyword inputs with or without `labels`.  The inputs of
+    a pair are a tensor, a tuple of tensors or a dict.
+    """
+    if isinstance(data, Tensor):
+        data = [data]
+    if samples is not None and samples < 1:
+        raise DataError(f"samples={samples}: at least one sample is needed")
+    try:
+        items = iter(data)
+    except TypeError as error:
+        raise DataError(f"data must be an iterable of batches, not {type(data).__name__}") from error
+    batches: list[Batch] = []
+    left = samples
+    for index, item in enumerate(items):
+        batch = _batch(item, index)
+        _check(batch, batches[0] if batches else batch, index)
+        batches.append(batch if left is None else batch.first(left))
+        left = None if left is None else left - batches[-1].size
+        if left == 0:
+            break
+    if not batches:
+        raise DataError("data is empty: give at least one batch of calibration inputs")
+    if left:
+        assert samples is not None
+        log.warning("samples=%d were asked for, and the data has %d: all of them are used", samples, samples - left)
+    return tuple(batches)
+
+
+def _batch(item: Any, index: int) -> Batch:
+    if isinstance(item, Tensor):
+        return Batch((item,), {})
+    if isinstance(item, Mapping):
+        inputs = {name: value for name, value in item.items() if name != "labels"}
+        return Batch((), inputs, item.get("labels"))
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        inputs, target = item
+        if isinstance(inputs, Mapping):
+            return Batch((), dict(inputs), target)
+        return Batch(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}, target)
+    raise DataError(
+        f"batch {index} is a {type(item).__name__}: a batch is a tensor, a pair (inputs, target), or a dict of inputs"
+    )
+
+
+def _check(batch: Batch, first: Batch, index: int) -> None:
+    shapes = [tuple(tensor.shape) for tensor in batch.tensors]
+    expected = [tuple(tensor.shape) for tensor in first.tensors]
+    if not shapes or any(not shape or shape[0] == 0 for shape in shapes):
+        raise DataError(f"batch {index} is empty: every input needs a batch dimension 0 of at least one sample")
+    if [shape[1:] for shape in shapes] != [shape[1:] for shape in expected]:
+        raise DataError(
+            f"batch {index} has inputs of shape {shapes}, batch 0 of shape {expected}: all but dimension 0 must agree. "
+            "(A single batch of inputs and targets is given as [(inputs, targets)].)"
+        )
+    for tensor in batch.tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"batch {index} holds NaN or infinity: clean the data")
+    if isinstance(batch.target, Tensor):
+        if batch.target.shape[:1] != (batch.size,):
+            raise DataError(
+                f"batch {index} has {batch.size} inputs and targets of shape {tuple(batch.target.shape)}: "
+                "dimension 0 must agree"
+            )
+        if batch.target.is_floating_point() and not bool(torch.isfinite(batch.target).all()):
+            raise DataError(f"the targets of batch {index} hold NaN or infinity: clean the data")
