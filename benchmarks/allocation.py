@@ -22,8 +22,12 @@ import numpy as np
 from common import Claims, arguments, console
 from rich.table import Table
 
-from hawqfx.allocation.solver import search
-from hawqfx.allocation.solver.search import Choice, LinearConstraint, Nogood, Problem, Terms, choose
+from hawqfx.allocation.solver import cp_sat
+from hawqfx.allocation.solver.cp_sat import solve_by_cp_sat
+from hawqfx.allocation.solver.highs import solve_by_highs
+from hawqfx.allocation.solver.mip import MixedIntegerProgram
+from hawqfx.allocation.solver.problem import Choice, LinearConstraint, Nogood, Problem, Terms
+from hawqfx.allocation.solver.search import choose
 
 BITS, INPUT_BITS = np.arange(2, 9), np.array([4, 6, 8])
 PATIENCE = 20.0  # seconds for the other solvers
@@ -75,19 +79,19 @@ CASES: dict[str, tuple[Callable[[int], Problem], float, float | None]] = {
 }
 
 
-def whole(problem: Problem) -> Any:
-    return search._Program(problem, [range(len(options)) for options in problem.losses])
+def whole(problem: Problem) -> MixedIntegerProgram:
+    return MixedIntegerProgram(problem, [range(len(options)) for options in problem.losses])
 
 
 def by_cp_sat(problem: Problem, gap: float) -> float:
     """The gap that CP-SAT alone proves in its time; infinity where it finds no plan."""
     program = whole(problem)
-    effort, search.EFFORT = search.EFFORT, 1e9
+    effort, cp_sat.EFFORT = cp_sat.EFFORT, 1e9
     try:
         hint = [len(options) - 1 for options in problem.losses]
-        found = search._by_cp_sat(program, hint, gap, time.monotonic() + PATIENCE)
+        found = solve_by_cp_sat(program, hint, gap, time.monotonic() + PATIENCE)
     finally:
-        search.EFFORT = effort
+        cp_sat.EFFORT = effort
     return (found.loss - found.bound) / found.loss if found.picks is not None else math.inf
 
 
@@ -96,7 +100,7 @@ def by_highs(problem: Problem, gap: float) -> float:
     start = choose(problem, gap=1.0)
     allowed = gap * start.loss if isinstance(start, Choice) else 0.0
     hint = [len(options) - 1 for options in problem.losses]
-    found = search._by_highs(whole(problem), hint, allowed, time.monotonic() + PATIENCE)
+    found = solve_by_highs(whole(problem), hint, allowed, time.monotonic() + PATIENCE)
     return (found.loss - found.bound) / found.loss if found.picks is not None else math.inf
 
 

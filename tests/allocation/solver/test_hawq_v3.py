@@ -12,7 +12,8 @@ from typing import Any
 import networkx
 import pytest
 
-from hawqfx.allocation.solver.search import Choice, LinearConstraint, Problem, Terms, choose
+from hawqfx.allocation.solver.problem import Choice, LinearConstraint, Problem, Terms
+from hawqfx.allocation.solver.search import choose
 
 DATA = json.loads((Path(__file__).parents[2] / "data/hawq_v3_allocation.json").read_text())
 CASES = [(name, case) for name, network in DATA["networks"].items() for case in network["released_bits"]]
