@@ -1,12 +1,12 @@
-"""Write operators that have no integer kernel as ones that have.
+"""Write operators that have no integer kernel as operators that have one.
 
-Each is exact but for the order of float sums:
+The results are equal but for the order of float sums:
 
 * a transposed convolution with stride s is a convolution that makes s outputs per axis at every position, its kernel
   parted by phase, and a pixel shuffle (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional
   layer?"); where s does not divide the kernel, zeros pad it;
 * a product with a constant matrix is a linear layer;
-* a linear layer of stacked matrices is one of a single matrix, with the kernel that adds the bias;
+* a linear layer of stacked matrices is a layer of a single matrix, with the kernel that adds the bias;
 * a batch-norm that no layer took in is a convolution of each channel with one weight;
 * attention is two products and a softmax;
 * silu(x) is x times sigmoid(x);
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.fx.node import Target
 
 from hawqfx.ir.operators import BATCH_NORM, CONVOLUTIONS, ceiling, is_constant, is_tensor, operands
-from hawqfx.ir.program import Program, set_tensor
+from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
 
@@ -68,7 +68,7 @@ _PARTED: set[Target] = {
 
 
 def _nothing_cut(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
-    """A slice of everything."""
+    """A slice that keeps the whole tensor."""
     defaults: tuple[Any, ...] = (0, None, None, 1)
     tensor, _, start, end, step = (*operands(node), *defaults[len(node.args) - 1 :])
     return tensor if start in (0, None) and end in (_END, None) and step == 1 else None
@@ -88,12 +88,12 @@ def _linear(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
         return None
     if bias and (not is_constant(bias[0]) or bias[0].meta["val"].ndim != 1):
         return None
-    turned = rewriter.constant(str(weight.target), rewriter.value(weight).T.contiguous(), weight)
+    turned = rewriter.parameter(str(weight.target), rewriter.value(weight).T.contiguous(), weight)
     return rewriter.call(_aten.linear.default, tensor, turned, *bias)
 
 
 def _flat(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
-    """A linear layer, and the rectifier after it, with all axes but the last made one."""
+    """A linear layer, and the rectifier after it, with all axes but the last flattened."""
     tensor, weight, *_ = operands(node)
     shape = list(node.meta["val"].shape)
     if len(shape) < 3 or not is_constant(weight) or not is_tensor(tensor) or node.kwargs:
@@ -108,7 +108,8 @@ def _flat(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     user = next(iter(node.users))
     if len(node.users) > 1 or ceiling(user) is None:
         return rewriter.call(_aten.reshape.default, made, [-1, *shape[1:]])
-    made = rewriter.call(user.target, made, *operands(user)[1:], **user.kwargs)
+    options: dict[str, Any] = dict(user.kwargs)
+    made = rewriter.call(user.target, made, *operands(user)[1:], **options)
     user.replace_all_uses_with(rewriter.call(_aten.reshape.default, made, [-1, *shape[1:]]))
     return made
 
@@ -125,10 +126,10 @@ def _scaled(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     gain = (1 if gamma is None else gamma) / (variance + epsilon).sqrt()
     bias = (0 if beta is None else beta) - mean * gain
     key, like = str(statistics[2].target).rpartition(".")[0], statistics[2]
-    weight = rewriter.constant(f"{key}.gain", gain.reshape(-1, *[1] * (axes + 1)).float(), like)
+    weight = rewriter.parameter(f"{key}.gain", gain.reshape(-1, *[1] * (axes + 1)).float(), like)
     rest = [1] * axes, [0] * axes, [1] * axes, len(gain)
     return rewriter.call(
-        CONVOLUTIONS[axes], tensor, weight, rewriter.constant(f"{key}.folded_bias", bias.float(), like), *rest
+        CONVOLUTIONS[axes], tensor, weight, rewriter.parameter(f"{key}.folded_bias", bias.float(), like), *rest
     )
 
 
@@ -147,8 +148,7 @@ def _attention(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
         if not isinstance(rows, int) or not isinstance(columns, int):
             return None
         future = torch.full((rows, columns), -math.inf).triu(1)
-        triangle = rewriter.graph.get_attr(_buffer(rewriter, f"{node.name}_mask", future))
-        triangle.meta["val"] = query.meta["val"].new_empty((rows, columns))
+        triangle = rewriter.buffer(f"{node.name}_mask", future, query)
         scores = rewriter.call(_aten.add.Tensor, scores, triangle)
     elif mask is not None:
         if mask.meta["val"].dtype == torch.bool:
@@ -157,42 +157,88 @@ def _attention(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     return rewriter.call(_aten.matmul.default, rewriter.call(_aten.softmax.int, scores, -1), value)
 
 
-def _buffer(rewriter: GraphRewriter, key: str, value: Tensor) -> str:
-    set_tensor(rewriter.module, key, value, parameter=False)
-    return key
+@dataclass(frozen=True)
+class _Transposed:
+    """The arguments of a transposed convolution; a number for each axis.
+
+    Args:
+        tensor: its input.
+        weight: its kernel, (inputs, outputs / groups, k, ...).
+        bias: its bias, or None.
+        strides: of the output.
+        paddings: cut off at both ends of an axis.
+        extras: positions added at the end of an axis.
+        groups: of channels.
+        dilations: of the kernel.
+    """
+
+    tensor: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    strides: list[int]
+    paddings: list[int]
+    extras: list[int]
+    groups: int
+    dilations: list[int]
+
+    @staticmethod
+    def of(node: fx.Node) -> "_Transposed":
+        defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1)
+        tensor, weight, *rest = (*operands(node), *defaults[max(0, len(node.args) - 2) :])
+        bias, stride, padding, extra, groups, dilation = rest
+        axes = tensor.meta["val"].ndim - 2
+        strides, paddings, extras, dilations = (_by_axis(value, axes) for value in (stride, padding, extra, dilation))
+        return _Transposed(tensor, weight, bias, strides, paddings, extras, groups, dilations)
+
+    @property
+    def taps(self) -> list[int]:
+        """K = ceil(k / s)."""
+        kernel = self.weight.meta["val"].shape[2:]
+        return [-(-size // stride) for size, stride in zip(kernel, self.strides, strict=True)]
+
+    @property
+    def surplus(self) -> list[int]:
+        """Positions that the shuffled image has behind the last that is wanted."""
+        sizes = zip(self.strides, self.taps, self.paddings, self.weight.meta["val"].shape[2:], self.extras, strict=True)
+        return [s * t + p - k - e for s, t, p, k, e in sizes]
+
+    def fits(self) -> bool:
+        """Whether a convolution and a shuffle compute the same."""
+        if not is_constant(self.weight) or len(self.weight.users) > 1 or any(d != 1 for d in self.dilations):
+            return False
+        if (self.bias is not None and not is_constant(self.bias)) or min(self.surplus) < 0:
+            return False
+        shuffles = len(self.strides) == 2 and len(set(self.strides)) == 1  # pixel_shuffle, which takes any size
+        return shuffles or _static(self.tensor)
+
+
+def _by_axis(value: Any, axes: int) -> list[int]:
+    return list(value) * (axes // len(value)) if isinstance(value, (list, tuple)) else [value] * axes
 
 
 def _convolution(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """y[q s + r - p] = sum over m of x[q - (K - 1) + m] V_r[m], V_r[m] = W[(K - 1 - m) s + r], K = ceil(k / s)."""
-    defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1)
-    tensor, weight, *rest = (*operands(node), *defaults[max(0, len(node.args) - 2) :])
-    bias, stride, padding, extra, groups, dilation = rest
-    axes = tensor.meta["val"].ndim - 2
-    each = lambda value: list(value) * (axes // len(value)) if isinstance(value, (list, tuple)) else [value] * axes  # noqa: E731
-    strides, paddings, extras, dilations = map(each, (stride, padding, extra, dilation))
-    if node.kwargs or not is_constant(weight) or len(weight.users) > 1 or any(d != 1 for d in dilations):
+    layer = _Transposed.of(node)
+    if node.kwargs or not layer.fits():
         return None
-    if bias is not None and not is_constant(bias):
-        return None
-    kernel = list(weight.meta["val"].shape[2:])
-    taps = [-(-k // s) for k, s in zip(kernel, strides, strict=True)]
-    surplus = [s * t + p - k - e for s, t, p, k, e in zip(strides, taps, paddings, kernel, extras, strict=True)]
-    if min(surplus) < 0 or ((len(set(strides)) > 1 or axes != 2) and not _static(tensor)):
-        return None
-    phases = _by_phase(rewriter.value(weight), strides, taps, groups)
-    made = [tensor, rewriter.constant(str(weight.target), phases, weight)]
-    if bias is not None:
-        repeated = rewriter.value(bias).repeat_interleave(math.prod(strides))
-        made.append(rewriter.constant(f"{bias.target}_by_phase", repeated, bias))
-    else:
-        made.append(None)
-    pads = [tap - 1 for tap in taps]
-    wide = rewriter.call(CONVOLUTIONS[axes], *made, [1] * axes, pads, [1] * axes, groups)
-    whole = _shuffled(rewriter, wide, strides)
-    for axis, (first, last) in enumerate(zip(paddings, surplus, strict=True), 2):
+    whole = _shuffled(rewriter, _phases(rewriter, layer), layer.strides)
+    for axis, (first, last) in enumerate(zip(layer.paddings, layer.surplus, strict=True), 2):
         if first or last:
             whole = rewriter.call(_aten.slice.Tensor, whole, axis, first, -last if last else _END)
     return whole
+
+
+def _phases(rewriter: GraphRewriter, layer: _Transposed) -> fx.Node:
+    """The convolution that makes all phases of the output at every position, (N, C x phases, Q, ...)."""
+    axes, taps = len(layer.strides), layer.taps
+    kernel = _by_phase(rewriter.value(layer.weight), layer.strides, taps, layer.groups)
+    weight, bias = rewriter.parameter(str(layer.weight.target), kernel, layer.weight), layer.bias
+    if bias is not None:
+        repeated = rewriter.value(bias).repeat_interleave(math.prod(layer.strides))
+        bias = rewriter.parameter(f"{bias.target}_by_phase", repeated, bias)
+    pads = [tap - 1 for tap in taps]
+    rest = [1] * axes, pads, [1] * axes, layer.groups
+    return rewriter.call(CONVOLUTIONS[axes], layer.tensor, weight, bias, *rest)
 
 
 def _static(tensor: fx.Node) -> bool:
@@ -229,7 +275,8 @@ def _shuffled(rewriter: GraphRewriter, wide: fx.Node, strides: Sequence[int]) ->
     return rewriter.call(_aten.reshape.default, moved, [-1, channels, *map(operator.mul, sizes, strides)])
 
 
-_RULES: dict[Target, Callable[[GraphRewriter, fx.Node], fx.Node | None]] = {
+_Rule = Callable[[GraphRewriter, fx.Node], fx.Node | None]
+_RULES: dict[Target, _Rule] = {
     operator.getitem: _pieces,
     _aten.slice.Tensor: _nothing_cut,
     _aten.silu.default: _silu,
@@ -244,16 +291,18 @@ _RULES: dict[Target, Callable[[GraphRewriter, fx.Node], fx.Node | None]] = {
 
 @dataclass(frozen=True)
 class Decompose(Rewrite):
+    """Writes operators that have no integer kernel as operators that have one."""
+
     tolerance: ClassVar[float] = 1e-4  # float32 sums in another order, through a deep network
 
     def rewrite(self, program: Program) -> Program:
         rewriter = GraphRewriter(program)
-        for rules in (_RULES, {_aten.linear.default: _flat}):
-            for node in list(rewriter.graph.nodes):
+        flattening: dict[Target, _Rule] = {_aten.linear.default: _flat}  # of layers that the first rules made, too
+        for rules in (_RULES, flattening):
+            for node in rewriter.calls():
                 if node.target in rules and node.users:
-                    with rewriter.graph.inserting_before(node):
+                    with rewriter.before(node):
                         made = rules[node.target](rewriter, node)
                     if made is not None:
-                        node.replace_all_uses_with(made)
-                        rewriter.graph.erase_node(node)  # attention counts as random, and would stay
+                        rewriter.replace(node, made)  # erased, since attention counts as random, and would stay
         return rewriter.done()

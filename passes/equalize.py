@@ -21,7 +21,7 @@ from hawqfx.analysis.pointwise import nonlinearity
 from hawqfx.ir.operators import CONVOLUTIONS, WEIGHTED_LAYERS, ceiling, is_constant, is_tensor, kept_in_float
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
-from hawqfx.pass_manager.base import Rewrite
+from hawqfx.pass_manager.base import Rewrite, option
 
 LEAST = 2.0**-12  # of the largest channel's weights: with less, a channel counts as pruned
 
@@ -39,7 +39,7 @@ def _depthwise(node: fx.Node) -> bool:
 
 
 def _gate(maker: fx.Node, body: Sequence[fx.Node]) -> Sequence[fx.Node] | None:
-    """What computes g of x g(x); nothing for ReLU, or for no function at all; None for other functions."""
+    """The nodes that compute g of x g(x); none for ReLU, or for no function at all; None for other functions."""
     if not body or (len(body) == 1 and ceiling(body[0]) == float("inf")):
         return ()
     *gate, product = body
@@ -51,16 +51,15 @@ def _gate(maker: fx.Node, body: Sequence[fx.Node]) -> Sequence[fx.Node] | None:
 
 @dataclass(frozen=True)
 class Equalize(Rewrite):
-    """`gain`: where the squared error of the tensor's quantizer falls by this factor; 256 is worth four bits.
-    `keep_float`: patterns, as in a shell, of the names of weights whose layers stay in float."""
+    """Brings the channels between a convolution and the depthwise one after it to one range."""
 
-    gain: float = 256.0
-    keep_float: tuple[str, ...] = ()
+    gain: float = option(256.0, "the least fall of the quantizer's squared error, as a factor; 256 is worth four bits")
+    keep_float: tuple[str, ...] = option((), "patterns, as in a shell, of weights whose layers stay in float")
     tolerance: ClassVar[float] = 1e-4  # float32 rounding through a deep network
 
     def rewrite(self, program: Program) -> Program:
-        rewriter, found = GraphRewriter(program), False
-        for maker in list(rewriter.graph.nodes):
+        rewriter, changed = GraphRewriter(program), False
+        for maker in rewriter.calls():
             if not _convolves(maker) or not maker.users:
                 continue
             body = nonlinearity(maker)
@@ -73,14 +72,14 @@ class Equalize(Rewrite):
             sizes, counts = _ranges(rewriter, maker, readers)
             if float((counts * sizes.square()).sum() * self.gain) < float(counts.sum() * sizes.max() ** 2):
                 _equalize(rewriter, maker, gate, readers, sizes / sizes.max())
-                found = True
-        return rewriter.done() if found else program
+                changed = True
+        return rewriter.done() if changed else program
 
 
 def _ranges(rewriter: GraphRewriter, maker: fx.Node, readers: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
-    """(C,) how large each channel is, and (C,) how much its squared errors count."""
+    """The size of each channel (C,), and the weight of its squared errors (C,)."""
     made = _rows(rewriter, maker).square().sum(1)
-    made = torch.where(made < LEAST**2 * made.max(), made.max(), made)  # its bias alone: no range to bring anywhere
+    made = torch.where(made < LEAST**2 * made.max(), made.max(), made)  # a channel of its bias alone has no range
     counts = [_rows(rewriter, reader).reshape(len(made), -1).square().sum(1) for reader in readers]
     return made.sqrt(), torch.stack(counts).sum(0)
 
@@ -95,16 +94,9 @@ def _rows(rewriter: GraphRewriter, layer: fx.Node) -> Tensor:
 def _equalize(
     rewriter: GraphRewriter, maker: fx.Node, gate: Sequence[fx.Node], readers: Sequence[fx.Node], scale: Tensor
 ) -> None:
+    """Divide the channels that `maker` makes by `scale` (C,), and multiply the weights of their readers by it."""
     if gate:
-        with rewriter.graph.inserting_before(gate[0]):
-            axes = maker.meta["val"].ndim - 2
-            weight = maker.args[1]
-            assert isinstance(weight, fx.Node)
-            key = f"{weight.target}_range"
-            ones = rewriter.constant(key, scale.reshape(-1, 1, *[1] * axes).to(weight.meta["val"].dtype), weight)
-            ranged = rewriter.call(
-                CONVOLUTIONS[axes], maker, ones, None, [1] * axes, [0] * axes, [1] * axes, len(scale)
-            )
+        ranged = _multiplied(rewriter, maker, gate[0], scale)
         for node in gate:
             node.replace_input_with(maker, ranged)
     for constant in maker.args[1:3]:
@@ -115,8 +107,19 @@ def _equalize(
         _scale(rewriter, reader.args[1], scale)
 
 
+def _multiplied(rewriter: GraphRewriter, maker: fx.Node, before: fx.Node, scale: Tensor) -> fx.Node:
+    """The tensor times `scale` (C,), as a convolution of each channel with one weight."""
+    axes = maker.meta["val"].ndim - 2
+    weight = maker.args[1]
+    assert isinstance(weight, fx.Node)
+    factors = scale.reshape(-1, 1, *[1] * axes).to(weight.meta["val"].dtype)
+    with rewriter.before(before):
+        factor = rewriter.parameter(f"{weight.target}_range", factors, weight)
+        return rewriter.call(CONVOLUTIONS[axes], maker, factor, None, [1] * axes, [0] * axes, [1] * axes, len(scale))
+
+
 def _scale(rewriter: GraphRewriter, constant: fx.Node, scale: Tensor) -> None:
-    """Multiply dimension 0, of which every element of `scale` may have several in turn."""
+    """Multiply dimension 0 of a parameter; each element of `scale` stands for the same number of its indices."""
     value = rewriter.value(constant)
-    each = scale.repeat_interleave(len(value) // len(scale)).reshape(-1, *[1] * (value.ndim - 1))
-    rewriter.replace(constant, (value.double() * each).to(value.dtype))
+    factors = scale.repeat_interleave(len(value) // len(scale)).reshape(-1, *[1] * (value.ndim - 1))
+    rewriter.store(str(constant.target), (value.double() * factors).to(value.dtype), parameter=True)

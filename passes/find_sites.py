@@ -20,6 +20,7 @@ from hawqfx.analysis import partition
 from hawqfx.analysis.partition import Partition
 from hawqfx.errors import CaptureError, NothingToQuantize
 from hawqfx.frontend.context import Context
+from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.operators import (
     BATCH_NORM,
     EMBEDDING,
@@ -35,19 +36,15 @@ from hawqfx.ir.operators import (
     kept_in_float,
     operands,
 )
-from hawqfx.ir.program import ActivationSite, Layer, Product, Program, WeightSite
-from hawqfx.pass_manager.base import Analysis, Kind
-
-
-def _sizes(node: fx.Node) -> list[int]:
-    """The shape that a node had when it was captured, with the batch of the example."""
-    return [size if isinstance(size, int) else int(size.node.hint) for size in node.meta["val"].shape]
+from hawqfx.ir.program import Program
+from hawqfx.ir.sites import ActivationSite, Layer, Product, WeightSite
+from hawqfx.pass_manager.base import Analysis, Kind, option
 
 
 def _sample_shape(node: fx.Node) -> tuple[int, ...]:
     """The shape of one sample: the dimension that the batch is part of is divided by it, and dropped if it is 1."""
-    batch = _sizes(next(iter(node.graph.find_nodes(op="placeholder"))))[0]
-    sizes = _sizes(node)
+    batch = batch_size(node.graph)
+    sizes = captured_shape(node)
     at = next((axis for axis, size in enumerate(sizes) if size % batch == 0), None)
     if at is None:
         raise CaptureError(f"{node.name} has shape {tuple(sizes)}, of which the batch of {batch} is no part")
@@ -72,7 +69,7 @@ def _activation_sites(graph: fx.Graph, found: Partition) -> list[ActivationSite]
     sites = []
     for node in groups:
         if node in found.data_movement or not (
-            node in found.makes or any(found.reads(user, node) for user in node.users)
+            node in found.integer_outputs or any(found.reads_integers(user, node) for user in node.users)
         ):
             continue
         group = sorted(groups[node], key=order.__getitem__)
@@ -80,7 +77,7 @@ def _activation_sites(graph: fx.Graph, found: Partition) -> list[ActivationSite]
         if node is not origins[0]:
             continue
         shapes = [_sample_shape(origin) for origin in origins]
-        rectified = partition.cut_alike(origins)
+        rectified = partition.share_ceiling(origins)
         sites.append(
             ActivationSite(
                 key=node.name,
@@ -123,8 +120,8 @@ def _products(kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Pr
     found = []
     for node in kernels:
         if is_product(node):
-            one, other = partition.taken(node)
-            macs = torch.Size(_sample_shape(node)).numel() * _sizes(one)[-1]
+            one, other = partition.kernel_inputs(node)
+            macs = torch.Size(_sample_shape(node)).numel() * captured_shape(one)[-1]
             found.append(Product(node.name, PRODUCTS[node.target], (site_of[one.name], site_of[other.name]), macs))
     return found
 
@@ -160,18 +157,18 @@ def _why_float(program: Program, node: fx.Node, found: Partition, keep_float: tu
 
 @dataclass(frozen=True)
 class FindSites(Analysis):
-    """`keep_float`: patterns, as in a shell, of the names of weights whose layers stay in float."""
+    """Finds the sites of a graph, ties those that share a quantizer, and names the nodes that stay in float."""
 
-    keep_float: tuple[str, ...] = ()
+    keep_float: tuple[str, ...] = option((), "patterns, as in a shell, of weights whose layers stay in float")
     gives: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
 
     def learn(self, program: Program, context: Context) -> Program:
         graph = program.graph.graph
-        found = partition.find(graph, lambda layer: kept_in_float(layer, self.keep_float))
+        found = partition.partition(graph, lambda layer: kept_in_float(layer, self.keep_float))
         reasons = {node.name: _why_float(program, node, found, self.keep_float) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}
         activations = _activation_sites(graph, found)
-        site_of = {name: site.key for site in activations for name in (*site.nodes, *site.data_movement)}
+        site_of = {name: site.key for site in activations for name in site.tensors}
         layers = _layers(program, found.kernels, site_of)
         if not layers:
             raise NothingToQuantize(

@@ -4,7 +4,7 @@ Frozen batch-norms, say, that are written out as sums and products: fold_batchno
 before.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from hawqfx.ir.operators import BATCH_NORM, is_constant, is_tensor, operands
-from hawqfx.ir.program import Program, copy_graph, set_tensor
+from hawqfx.ir.program import Program
+from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
 
 _aten = torch.ops.aten
@@ -43,47 +44,29 @@ def _per_channel(node: Any, ndim: int, channels: Any) -> bool:
     return len(shape) == ndim and shape[1] == channels and all(size == 1 for at, size in enumerate(shape) if at != 1)
 
 
-class _Folder:
-    def __init__(self, program: Program) -> None:
-        self.module = copy_graph(program.graph)
-        self.graph = self.module.graph
+@torch.no_grad()
+def _compute(rewriter: GraphRewriter, node: fx.Node) -> None:
+    """A constant takes the place of an operator on constants."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), rewriter.value)
+    value = node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
+    with rewriter.before(node):
+        constant = rewriter.buffer(f"{node.name}_constant", value, node)
+    rewriter.replace(node, constant)
 
-    def value(self, node: fx.Node) -> Tensor:
-        owner, _, name = str(node.target).rpartition(".")
-        value: Tensor = getattr(self.module.get_submodule(owner), name)
-        return value.detach()
 
-    def constant(self, key: str, value: Tensor, like: fx.Node) -> fx.Node:
-        set_tensor(self.module, key, value, parameter=False)
-        node = self.graph.get_attr(key)
-        node.meta["val"] = like.meta["val"].new_empty(value.shape)
-        return node
-
-    @torch.no_grad()
-    def compute(self, node: fx.Node) -> None:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
-        value = node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
-        with self.graph.inserting_before(node):
-            node.replace_all_uses_with(self.constant(f"{node.name}_constant", value, node))
-        self.graph.erase_node(node)
-
-    def norm(self, shift: fx.Node) -> None:
-        """x * scale + shift as batch-norm, if that is what ends in this node."""
-        scaled, constants = _affine(shift)
-        if scaled is None:
-            return
-        scale, offset = (self.value(constant).reshape(-1) for constant in constants)
-        tensor = next(argument for argument in operands(scaled) if is_tensor(argument))
-        name = shift.name
-        with self.graph.inserting_before(shift):
-            gamma, beta = (self.constant(f"{name}.{w}", v, shift) for w, v in (("gamma", scale), ("beta", offset)))
-            mean = self.constant(f"{name}.mean", torch.zeros_like(scale), shift)
-            variance = self.constant(f"{name}.variance", torch.ones_like(scale), shift)
-            norm = self.graph.call_function(BATCH_NORM, (tensor, gamma, beta, mean, variance, False, 0.0, 0.0, False))
-        norm.meta["val"] = shift.meta["val"]
-        shift.replace_all_uses_with(norm)
-        self.graph.erase_node(shift)
-        self.graph.erase_node(scaled)
+def _norm(rewriter: GraphRewriter, shift: fx.Node) -> None:
+    """Write x * scale + shift as batch-norm, if such a sum ends in this node."""
+    scaled, constants = _affine(shift)
+    if scaled is None:
+        return
+    scale, offset = (rewriter.value(constant).reshape(-1) for constant in constants)
+    tensor = next(argument for argument in operands(scaled) if is_tensor(argument))
+    parts = {"gamma": scale, "beta": offset, "mean": torch.zeros_like(scale), "variance": torch.ones_like(scale)}
+    with rewriter.before(shift):
+        statistics = [rewriter.buffer(f"{shift.name}.{part}", value, shift) for part, value in parts.items()]
+        norm = rewriter.call(BATCH_NORM, tensor, *statistics, False, 0.0, 0.0, False, like=shift)
+    rewriter.replace(shift, norm)
+    rewriter.erase(scaled)
 
 
 def _affine(shift: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
@@ -106,16 +89,15 @@ def _affine(shift: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
 
 @dataclass(frozen=True)
 class FoldConstants(Rewrite):
+    """Computes operators on constants, and writes a scale and shift per channel as a batch-norm."""
+
     tolerance: ClassVar[float] = 1e-5  # the same operators on the same values
 
     def rewrite(self, program: Program) -> Program:
-        folder = _Folder(program)
-        for node in list(folder.graph.nodes):
-            if node.op == "call_function" and _computable(node):
-                folder.compute(node)
-        for node in list(folder.graph.nodes):
-            if node.op == "call_function":
-                folder.norm(node)
-        folder.graph.eliminate_dead_code()
-        folder.module.recompile()
-        return replace(program, graph=fx.GraphModule(folder.module, folder.graph))
+        rewriter = GraphRewriter(program)
+        for node in rewriter.calls():
+            if _computable(node):
+                _compute(rewriter, node)
+        for node in rewriter.calls():
+            _norm(rewriter, node)
+        return rewriter.done()

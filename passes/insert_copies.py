@@ -1,44 +1,40 @@
-"""Where a tensor that float operators make is read both in float and as integers, the integer kernels read a copy.
+"""Give integer kernels a copy of a tensor that float operators make and others read in float.
 
-The copy is what is quantized, so that the readers in float keep the exact values: the sum of a residual network in
-float, say, of which a linear layer reads the normalised copy.  (A tensor that integer kernels make is quantized for
-all of its readers.)
+The copy is quantized, so that the readers in float keep the exact values: the sum of a residual network in float, for
+example, of which a linear layer reads the normalised copy.  (A tensor that integer kernels make is quantized for all
+of its readers.)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
-
-from hawqfx.analysis import partition
+from hawqfx.analysis.partition import partition
 from hawqfx.ir.operators import COPY, is_tensor, kept_in_float, value_readers
-from hawqfx.ir.program import Program, copy_graph
-from hawqfx.pass_manager.base import Rewrite
+from hawqfx.ir.program import Program
+from hawqfx.ir.rewriter import GraphRewriter
+from hawqfx.pass_manager.base import Rewrite, option
 
 
 @dataclass(frozen=True)
 class InsertCopies(Rewrite):
-    """`keep_float`: patterns, as in a shell, of the names of weights whose layers stay in float."""
+    """Gives integer kernels a copy of a tensor that others read in float."""
 
-    keep_float: tuple[str, ...] = ()
+    keep_float: tuple[str, ...] = option((), "patterns, as in a shell, of weights whose layers stay in float")
     tolerance: ClassVar[float] = 0.0
 
     def rewrite(self, program: Program) -> Program:
-        module = copy_graph(program.graph)
-        graph = module.graph
-        found = partition.find(graph, lambda layer: kept_in_float(layer, self.keep_float))
-        for node in list(graph.nodes):
-            if not is_tensor(node) or node in found.makes:
+        rewriter = GraphRewriter(program)
+        parts = partition(rewriter.graph, lambda layer: kept_in_float(layer, self.keep_float))
+        inputs = list(rewriter.graph.find_nodes(op="placeholder"))
+        for node in list(rewriter.graph.nodes):
+            if not is_tensor(node) or node in parts.integer_outputs:
                 continue
             readers = value_readers(node)
-            reading = [user for user in readers if found.reads(user, node)]
-            if not reading or len(reading) == len(readers):
+            integer = [user for user in readers if parts.reads_integers(user, node)]
+            if not integer or len(integer) == len(readers):
                 continue
-            after = node if node.op != "placeholder" else list(graph.find_nodes(op="placeholder"))[-1]
-            with graph.inserting_after(after):
-                copy = graph.call_function(COPY, (node,))
-            copy.meta["val"] = node.meta["val"]
-            for user in reading:
+            with rewriter.after(node if node.op != "placeholder" else inputs[-1]):
+                copy = rewriter.call(COPY, node, like=node)
+            for user in integer:
                 user.replace_input_with(node, copy)
-        module.recompile()
-        return replace(program, graph=fx.GraphModule(module, graph))
+        return rewriter.done()
