@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import hawqfx
 from hawqfx.errors import ExportError
 from hawqfx.ir.facts import ChosenFormat, RoundedWeights
+from hawqfx.maths.formats import Format
 from hawqfx.runtime import ort, parity
 from tests.nets import IMAGES, KeywordInputs, Plain, Recurrent, Residual, build, images
 from tests.tools import quick
@@ -50,7 +51,7 @@ def test_unpacked_weights_are_bit_exact(tmp_path: Path, packing: Any, bits: int,
     model.graph.output.append(onnx.helper.make_tensor_value_info(call.output[0], onnx.TensorProto.FLOAT, None))
     session = ort.session(model.SerializeToString(), optimize=False)
     weight = np.asarray(ort.run(session, [data[0].numpy()])[-1])
-    codes = compiled.planned.facts.get("layer.weight", RoundedWeights).codes[bits].numpy()
+    codes = compiled.planned.facts.get("layer.weight", RoundedWeights).codes[Format(bits)].numpy()
     quantizer = compiled.plan.quantizers["layer.weight"]
     assert quantizer is not None
     scale = np.array(quantizer.scale, np.float32)[:, None]
@@ -187,7 +188,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hawqfx.export.exporter.ir.save", full)
+    monkeypatch.setattr("hawqfx.export.write.ir.save", full)
     with pytest.raises(ExportError, match="No space left on device"):
         compiled.export(path)
     assert path.read_bytes() == b"what was there before"
@@ -379,5 +380,6 @@ def test_bits_of_the_plan_are_those_of_the_file(tmp_path: Path) -> None:
     called = {
         node.input[0]: int(node.op_type.removeprefix("Weight")) for node in model.graph.node if node.domain == "hawqfx"
     }
-    chosen = {site.key: compiled.planned.facts.get(site.key, ChosenFormat).bits for site in compiled.planned.weights}
+    facts = compiled.planned.facts
+    chosen = {site.key: facts.get(site.key, ChosenFormat).format.bits for site in compiled.planned.weights}
     assert called == chosen

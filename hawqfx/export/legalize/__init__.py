@@ -1,1 +1,1 @@
-"""Rewrites that give a lowered graph the form that onnxruntime's kernels take."""
+"""Rewrites that give a graph, lowered or not, the form that onnxruntime's kernels take."""
