@@ -1,28 +1,33 @@
 """The trace of the Fisher information, which is the Gauss-Newton matrix of the loss, times the squared error.
 
 For labels y drawn from the model's own output distribution and the loss -log p(y), the gradient has mean zero and its
-second moment is the Fisher information.  With c independent draws in a batch, over which the loss is the mean,
+second moment is the Fisher information.  If the loss of a batch is the mean over c independent draws,
 
     Tr(F) = c E ||g||^2,   g the gradient of the batch's loss,
 
-for a weight, and likewise for an activation, whose samples do not mix.  One ordinary backward pass per probe, and no
-second derivatives.  Where the loss is -log p and the labels are the model's own, Tr(F) is the expected Tr(H) of HAWQ-V2
-(Martens 2020, "New insights and perspectives on the natural gradient method", sections 5 and 9).
+for a weight, and also for an activation, because samples do not mix.  A probe is one ordinary backward pass, without
+second derivatives.  If the loss is -log p and the labels are drawn from the model, Tr(F) is the expected Tr(H) of
+HAWQ-V2 (Martens 2020, "New insights and perspectives on the natural gradient method", sections 5 and 9).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hawqfx.errors import LossError
-from hawqfx.frontend.context import Context, cross_entropy, generator
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
+from hawqfx.maths.seeding import generator
+from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.estimation import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.metrics import TOLERANCE_DOC, CurvatureMetric
+from hawqfx.sensitivity.quantity import Measurement, Quantity
 
 
 class _Backward(Measurement):
-    """Keeps the graph of one forward pass, for any number of backward passes."""
+    """The graph of one forward pass, for any number of backward passes."""
 
     def __init__(self, context: Context, index: int, run: Forward) -> None:
         self.context, self.index, self.run = context, index, run
@@ -44,10 +49,10 @@ class _Backward(Measurement):
 
 @dataclass(frozen=True)
 class Fisher(CurvatureMetric):
-    """`probes`: the most backward passes per batch.  `tolerance`: see Metric."""
+    """The trace of the Fisher matrix, by one ordinary backward pass per probe."""
 
-    probes: int = 50
-    tolerance: float = 0.1
+    probes: int = option(50, "the largest number of backward passes on a batch")
+    tolerance: float = option(0.1, TOLERANCE_DOC)
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
         if context.draw is None and context.loss is not cross_entropy:

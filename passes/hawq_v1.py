@@ -1,8 +1,9 @@
-"""HAWQ-V1's metric, to compare with: the top Hessian eigenvalue of each block times the squared error.
+"""HAWQ-V1's metric, for comparison: the top Hessian eigenvalue of each block times the squared error.
 
-Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision" (ICCV 2019), section 3.  The
-eigenvalue is that of largest magnitude, by power iteration on the block of one weight at a time, averaged over the
-batches; for an activation, whose block is again block-diagonal, it is averaged over the samples.
+Dong et al., "HAWQ: Hessian AWare Quantization of Neural Networks with Mixed-Precision" (ICCV 2019), section 3.  Power
+iteration on the block of one weight at a time gives the eigenvalue of largest magnitude; the metric is its average over
+the batches.  The block of an activation is itself block-diagonal, with a block per sample: the metric is the average of
+their top eigenvalues.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,22 +12,21 @@ from typing import ClassVar
 
 import torch
 
-from hawqfx.frontend.context import Context, generator
-from hawqfx.ir.program import ActivationSite, Program
+from hawqfx.frontend.context import Context
+from hawqfx.ir.program import Program
+from hawqfx.ir.sites import ActivationSite
 from hawqfx.maths import curvature
+from hawqfx.maths.seeding import generator
+from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.estimation import (
-    CurvatureMetric,
-    Forward,
-    Measurement,
-    Quantity,
-    check_gradient,
-    forward,
-    sample_axis,
-)
+from hawqfx.sensitivity.forward import Forward, check_gradient, forward, sample_axis
+from hawqfx.sensitivity.metrics import CurvatureMetric
+from hawqfx.sensitivity.quantity import Measurement, Quantity
 
 
-class _Power(Measurement):
+class _PowerIteration(Measurement):
+    """The graph of the gradient on one batch, for power iteration on any block."""
+
     def __init__(self, metric: "HawqV1", program: Program, context: Context, index: int, run: Forward) -> None:
         self.metric, self.context, self.index, self.run = metric, context, index, run
         self.activations = {site.key for site in program.sites if isinstance(site, ActivationSite)}
@@ -46,18 +46,18 @@ class _Power(Measurement):
         axes = [sample_axis(x, blocks) for x in tensors]
         limits = self.metric.iterations, self.metric.precision
         eigenvalues = curvature.top_eigenvalues(self.gradients[site], tensors, start, axes, blocks, *limits)
-        return float(eigenvalues.sum())  # of the mean loss over the batch, in which a sample counts 1/N
+        return float(eigenvalues.sum())  # their mean over samples: in the mean loss, a sample already counts 1/N
 
 
 @dataclass(frozen=True)
 class HawqV1(CurvatureMetric):
-    """`iterations`: the most per block; stops earlier when the eigenvalues change by less than `precision`."""
+    """The top eigenvalue of the Hessian, by power iteration."""
 
-    iterations: int = 20
-    precision: float = 1e-2
+    iterations: int = option(20, "the largest number of power iterations on a block")
+    precision: float = option(1e-2, "relative change of the eigenvalues below which the power iteration stops")
     exact: ClassVar[bool] = True
     average: ClassVar[bool] = False
     second_order: ClassVar[bool] = True
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
-        return _Power(self, program, context, index, forward(program, context.batches[index], operators))
+        return _PowerIteration(self, program, context, index, forward(program, context.batches[index], operators))

@@ -1,8 +1,8 @@
 """HAWQ-V2's metric: the average Hessian trace of the loss times the squared error (sections 3.1 and 3.3, equation 8).
 
-One Hessian-vector product per probe serves every weight and every activation at once.  The Hessian of the mean loss
-over a batch is block-diagonal over its samples for an activation (batch-norm has frozen statistics), each block 1/N of
-that sample's own, so one probe over the whole batch gives the mean over the samples of Tr(H_a).
+A probe is one Hessian-vector product, which serves every weight and every activation at once.  For an activation, the
+Hessian of the mean loss over a batch of N samples is block-diagonal (batch-norm has frozen statistics), and each block
+is 1/N of the Hessian of its sample.  So a probe over the whole batch gives the mean of Tr(H_a) over the samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hawqfx.frontend.context import Context, generator
+from hawqfx.frontend.context import Context
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
+from hawqfx.maths.seeding import generator
+from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.estimation import CurvatureMetric, Forward, Measurement, Quantity, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.metrics import TOLERANCE_DOC, CurvatureMetric
+from hawqfx.sensitivity.quantity import Measurement, Quantity
 
 
 class _Hutchinson(Measurement):
-    """Keeps the graph of the gradient of one batch, for any number of products."""
+    """The graph of the gradient on one batch, for any number of products."""
 
     def __init__(self, context: Context, index: int, run: Forward) -> None:
         self.context, self.index, self.run = context, index, run
@@ -41,10 +45,10 @@ class _Hutchinson(Measurement):
 
 @dataclass(frozen=True)
 class HawqV2(CurvatureMetric):
-    """`probes`: the most Hessian-vector products per batch; the paper uses 50.  `tolerance`: see Metric."""
+    """The trace of the Hessian, by one Hessian-vector product per probe."""
 
-    probes: int = 50
-    tolerance: float = 0.1
+    probes: int = option(50, "the largest number of Hessian-vector products on a batch; the paper uses 50")
+    tolerance: float = option(0.1, TOLERANCE_DOC)
     second_order: ClassVar[bool] = True
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:

@@ -1,70 +1,79 @@
-"""What the errors of two weights do to the loss together: the terms d_i^T F d_j, d = Q_b(W) - W.
+"""The effect that the errors of two weights have on the loss together: d_i^T F d_j, d = Q_b(W) - W.
 
 The loss increase of a whole plan is, to second order, sum_ij d_i^T H d_j, of which HAWQ-V2 keeps the diagonal.  With
 the Fisher matrix F in place of H (Martens 2020, section 5) and g the gradient of the mean loss over c labels drawn from
 the model,
 
-    d_i^T F d_j = c E[(d_i . g)(d_j . g)],
+    d_i^T F d_j = c E[(d_i . g)(d_j . g)].
 
-so one ordinary backward pass per probe gives every pair at every pair of widths; a Hessian-vector product gives the
-pairs of one d_i alone.  With n probes the standard error of a pair is at most sqrt((d_i^T F d_i)(d_j^T F d_j) 2 / n).
-Twice the term enters the predicted loss, in the unit of Omega, which drops the 1/2 of the Taylor expansion.
+So a probe, which is one ordinary backward pass, gives all pairs in all formats; a Hessian-vector product would give
+the pairs of one d_i only.  With n probes, the standard error of a pair is at most
+sqrt((d_i^T F d_i)(d_j^T F d_j) 2 / n).  The predicted loss gains twice the term, in the unit of Omega, which drops the
+1/2 of the Taylor expansion.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hawqfx.errors import HawqfxError
-from hawqfx.frontend.context import Context, generator
-from hawqfx.ir.facts import ErrorProducts, Quantizers, RoundedWeights
-from hawqfx.ir.program import Program, WeightSite
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import NETWORK, ErrorProducts, Quantizers, RoundedWeights
+from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import weight_at
+from hawqfx.ir.sites import WeightSite
 from hawqfx.maths import curvature
-from hawqfx.pass_manager.base import Analysis, Kind
-from hawqfx.sensitivity.estimation import forward
+from hawqfx.maths.formats import Format
+from hawqfx.maths.seeding import generator
+from hawqfx.pass_manager.base import Analysis, Kind, option
+from hawqfx.sensitivity.forward import Forward, forward
 
 
 @dataclass(frozen=True)
 class Interactions(Analysis):
-    """`probes`: backward passes per batch."""
+    """The products of the errors of all weights in all formats."""
 
-    probes: int = 50
+    probes: int = option(50, "the number of backward passes on a batch")
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers, RoundedWeights)
+    gives: ClassVar[tuple[Kind, ...]] = (ErrorProducts,)
 
     def __post_init__(self) -> None:
         if self.probes < 1:
             raise HawqfxError(f"probes={self.probes}: at least one is needed")
 
-    def learn(self, program: Program, context: Context) -> Program:
-        labels = [(site.key, bits) for site in program.weights for bits in _widths(program, site)]
-        errors = {key: _errors(program, key, [b for k, b in labels if k == key]) for key in dict(labels)}
-        gram = np.zeros((len(labels), len(labels)))
-        for number in context.track(
-            range(len(context.batches) * self.probes), self.name, len(context.batches) * self.probes
-        ):
+    def learn(self, program: Program, context: Context) -> Mapping[str, ErrorProducts]:
+        errors = {site.key: _errors(program, site.key) for site in program.weights}
+        choices = [(key, width) for key, by_format in errors.items() for width in by_format]
+        gram = np.zeros((len(choices), len(choices)))
+        total = len(context.batches) * self.probes
+        for number in context.track(range(total), self.name, total):
             index, probe = divmod(number, self.probes)
-            batch = context.batches[index]
             if probe == 0:
-                run = forward(program, batch, {})
-            random = generator(context.seed, "pairs", index, probe, device=context.device)
-            target = context.drawn(run.output, random)
-            gradients = run.gradients(context.loss_at(run.output, target, index), list(errors), again=False)
-            slopes = np.concatenate([[curvature.dot(gradients[key][0], d) for d in errors[key]] for key in errors])
-            share = context.draws(target, index) * batch.size / context.samples / self.probes
+                run = forward(program, context.batches[index], {})
+            slopes, draws = _slopes(context, run, index, probe, errors)
+            share = draws * context.batches[index].size / context.samples / self.probes
             gram += share * np.outer(slopes, slopes)
-        return replace(program, interactions=ErrorProducts(tuple(labels), tuple(map(tuple, gram.tolist()))))
-
-
-def _widths(program: Program, site: WeightSite) -> Mapping[int, object]:
-    return program.facts.get(site.key, Quantizers).by_bits
+        return {NETWORK: ErrorProducts(tuple(choices), tuple(map(tuple, gram.tolist())))}
 
 
 @torch.no_grad()
-def _errors(program: Program, key: str, widths: list[int]) -> list[Tensor]:
+def _errors(program: Program, key: str) -> dict[Format, Tensor]:
+    """Q_b(W) - W of a weight in every format."""
     weight = program.tensor(key).detach()
-    return [weight_at(program, key, bits) - weight for bits in widths]
+    return {width: weight_at(program, key, width) - weight for width in program.facts.get(key, Quantizers).by_format}
+
+
+def _slopes(
+    context: Context, run: Forward, index: int, probe: int, errors: Mapping[str, Mapping[Format, Tensor]]
+) -> tuple[NDArray[np.float64], int]:
+    """d . g for every error d, in order, and the number of draws in the batch, whose mean the loss is."""
+    random = generator(context.seed, "pairs", index, probe, device=context.device)
+    target = context.drawn(run.output, random)
+    gradients = run.gradients(context.loss_at(run.output, target, index), list(errors), again=False)
+    slopes = [curvature.dot(gradients[key][0], d) for key, by_format in errors.items() for d in by_format.values()]
+    return np.array(slopes), context.draws(target, index)

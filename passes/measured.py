@@ -1,4 +1,7 @@
-"""The expensive truth: the loss with one site quantized at a time, less the float loss.  In the unit of the loss."""
+"""The loss with one site quantized at a time, minus the float loss: exact, but expensive.
+
+The unit is that of the loss.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,38 +11,45 @@ import torch
 from torch import Tensor
 
 from hawqfx.frontend.context import Context
-from hawqfx.ir.program import Program, Tap
+from hawqfx.ir.program import Hook, Program
 from hawqfx.ir.quantizers import activation_at, weight_at
+from hawqfx.maths.formats import Format
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.estimation import Measurement, Quantity, WidthMetric
+from hawqfx.sensitivity.metrics import WidthMetric
+from hawqfx.sensitivity.quantity import Measurement, Quantity
 
 
 class _OneAtATime(Measurement):
+    """The float loss of one batch, and the loss with any site quantized."""
+
     def __init__(self, program: Program, context: Context, index: int) -> None:
         self.program, self.context, self.index = program, context, index
         self.nodes = {site.key: site.nodes for site in program.activations}
         self.float_loss = self._loss()
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
-        return {quantity: self._quantized(*quantity) - self.float_loss for quantity in wanted}
+        return {q: self._loss_with(q.site, q.known_format) - self.float_loss for q in wanted}
 
-    def _quantized(self, site: str, bits: int) -> float:
+    def _loss_with(self, site: str, width: Format) -> float:
         if site not in self.nodes:
-            return self._loss({site: weight_at(self.program, site, bits)})
+            return self._loss({site: weight_at(self.program, site, width)})
 
         def quantize(node: str, value: Tensor) -> Tensor:
-            return activation_at(self.program, site, bits, value) if node in self.nodes[site] else value
+            return activation_at(self.program, site, width, value) if node in self.nodes[site] else value
 
-        return self._loss(tap=quantize)
+        return self._loss(hook=quantize)
 
     @torch.no_grad()
-    def _loss(self, tensors: Mapping[str, Tensor] | None = None, tap: Tap | None = None) -> float:
+    def _loss(self, tensors: Mapping[str, Tensor] | None = None, hook: Hook | None = None) -> float:
         batch = self.context.batches[self.index]
-        return float(self.context.loss_of(self.program.run(batch.args, batch.kwargs, tap, tensors), batch, self.index))
+        output = self.program.run(batch.args, batch.kwargs, hook, tensors)
+        return float(self.context.loss_of(output, batch, self.index))
 
 
 @dataclass(frozen=True)
 class Measured(WidthMetric):
+    """The measured loss increase, by one forward pass per site and format."""
+
     exact: ClassVar[bool] = True
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:

@@ -1,4 +1,4 @@
-"""The floor to compare metrics with: the squared error ||Q_b(x) - x||^2 alone, as if every site mattered alike."""
+"""The simplest metric, for comparison: the squared error ||Q_b(x) - x||^2 alone, as if all sites mattered equally."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ from hawqfx.pass_manager.base import Analysis, Kind
 
 @dataclass(frozen=True)
 class Mse(Analysis):
+    """The squared error as the loss increase."""
+
     needs: ClassVar[tuple[Kind, ...]] = (QuantizationError,)
     gives: ClassVar[tuple[Kind, ...]] = (LossIncrease,)
 
     def learn(self, program: Program, context: Context) -> Mapping[str, LossIncrease]:
         errors = {site.key: program.facts.get(site.key, QuantizationError).squared_error for site in program.sites}
-        return {key: LossIncrease(by_bits, dict.fromkeys(by_bits, 0.0)) for key, by_bits in errors.items()}
+        return {key: LossIncrease(by_format, dict.fromkeys(by_format, 0.0)) for key, by_format in errors.items()}

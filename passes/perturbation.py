@@ -1,10 +1,11 @@
-"""||Q_b(x) - x||^2 at every site and bit width: the sum of squares, with the very quantizer that will be lowered.
+"""||Q_b(x) - x||^2 of every site in every format: the sum of squares, with the very quantizer that will be lowered.
 
-For a weight the sum goes over its elements, as its rounding left them; for an activation over the elements of one
-sample, averaged over the calibration data.  (HAWQ-V2, equation 8 and section 3.3.)
+For a weight the sum goes over its elements, as the pass rounding left them; for an activation it goes over the elements
+of one sample, and is averaged over the calibration data.  (HAWQ-V2, equation 8 and section 3.3.)
 
-Where all that is read of an activation is a function f of each value, such as GELU, an error counts as it is after f.
-The curvature is that by x, and of the two E[f'(x)²] is the ratio, so the sum is ||f(Q_b(x)) - f(x)||² / E[f'(x)²].
+If the network reads only a function f of each value of an activation, such as GELU, an error counts after f.  Metrics
+measure the curvature by x, which is E[f'(x)²] times the curvature by f(x), so the sum is
+||f(Q_b(x)) - f(x)||² / E[f'(x)²].
 """
 
 from collections.abc import Mapping
@@ -20,17 +21,20 @@ from hawqfx.ir.facts import QuantizationError, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at
 from hawqfx.maths import curvature
+from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.base import Analysis, Kind
 
 
-def _squared_error(program: Program, key: str, bits: int, x: Tensor, function: Function | None) -> float:
-    quantized = activation_at(program, key, bits, x)
+def _squared_error(program: Program, key: str, width: Format, x: Tensor, function: Function | None) -> float:
+    quantized = activation_at(program, key, width, x)
     error = quantized - x if function is None else function(quantized) - function(x)
     return curvature.dot(error, error)
 
 
 @dataclass
 class _Mean:
+    """A mean of values that come in parts: their sum, and their number."""
+
     total: float = 0.0
     count: int = 0
 
@@ -43,39 +47,40 @@ class _Mean:
         return self.total / self.count
 
 
+def _activation_errors(program: Program, context: Context) -> dict[str, dict[Format, float]]:
+    """The squared error of a sample of every activation in every format, averaged over the calibration data."""
+    errors = {
+        site.key: dict.fromkeys(program.facts.get(site.key, Quantizers).by_format, 0.0) for site in program.activations
+    }
+    site_of = program.site_of
+    functions = {site.key: function_of(program.graph.graph, site.tensors) for site in program.activations}
+    slopes = {key: _Mean() for key, function in functions.items() if function is not None}
+
+    def add_errors(node: str, value: Tensor) -> Tensor:
+        key = site_of[node]
+        function = functions[key]
+        if function is not None:
+            slopes[key].add(square_slope(function, value), value.numel())
+        for width in errors[key]:
+            errors[key][width] += _squared_error(program, key, width, value, function) / context.samples
+        return value
+
+    for batch in context.track(context.batches, "perturbation", len(context.batches)):
+        program.run(batch.args, batch.kwargs, add_errors)
+    for key, slope in slopes.items():
+        errors[key] = {width: error / (slope.value or 1.0) for width, error in errors[key].items()}
+    return errors
+
+
 @dataclass(frozen=True)
 class Perturbation(Analysis):
+    """The squared error of every site in every format."""
+
     needs: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights)
     gives: ClassVar[tuple[Kind, ...]] = (QuantizationError,)
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, QuantizationError]:
-        facts = {
-            site.key: QuantizationError(program.facts.get(site.key, RoundedWeights).squared_error)
-            for site in program.weights
-        }
-        errors = {
-            site.key: dict.fromkeys(program.facts.get(site.key, Quantizers).by_bits, 0.0)
-            for site in program.activations
-        }
-        site_of = {node: site.key for site in program.activations for node in site.nodes}
-        function = {
-            site.key: function_of(program.graph.graph, (*site.nodes, *site.data_movement))
-            for site in program.activations
-        }
-        slopes = {key: _Mean() for key, known in function.items() if known is not None}
-
-        def look(node: str, value: Tensor) -> Tensor:
-            key = site_of[node]
-            after = function[key]
-            if after is not None:
-                slopes[key].add(square_slope(after, value), value.numel())
-            for bits in errors[key]:
-                errors[key][bits] += _squared_error(program, key, bits, value, after) / context.samples
-            return value
-
-        for batch in context.track(context.batches, "perturbation", len(context.batches)):
-            program.run(batch.args, batch.kwargs, look)
-        for key, slope in slopes.items():
-            errors[key] = {bits: error / (slope.value or 1.0) for bits, error in errors[key].items()}
-        return facts | {key: QuantizationError(by_bits) for key, by_bits in errors.items()}
+        weights = {site.key: program.facts.get(site.key, RoundedWeights).squared_error for site in program.weights}
+        errors = weights | _activation_errors(program, context)
+        return {key: QuantizationError(by_format) for key, by_format in errors.items()}

@@ -1,8 +1,8 @@
 """The Taylor expansion of the loss along the quantizers' own errors: g.d + 1/2 d^T H d, d = Q_b(x) - x.
 
-HAWQ-V2 (equation 8) drops the gradient and takes the average of all directions; here both are as they are.  Every site
-has its d with a random sign, so one Hessian-vector product per pair of widths gives d_i^T H_ii d_i of all sites at once
-(hawqfx.maths.curvature); an activation has a sign per sample.  The unit is that of the loss.
+HAWQ-V2 (equation 8) drops the gradient and averages over all directions; this metric does neither.  The d of every site
+gets a random sign, and that of an activation a sign per sample.  So one Hessian-vector product gives d_i^T H_ii d_i of
+all sites at once, in one format of each (hawqfx.maths.curvature).  The unit is that of the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hawqfx.frontend.context import Context, generator
+from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers
-from hawqfx.ir.program import Program, WeightSite
+from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at, weight_at
+from hawqfx.ir.sites import WeightSite
 from hawqfx.maths import curvature
+from hawqfx.maths.seeding import generator
+from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.estimation import (
-    Forward,
-    Measurement,
-    Quantity,
-    WidthMetric,
-    check_gradient,
-    forward,
-    sample_axis,
-)
+from hawqfx.sensitivity.forward import Forward, check_gradient, forward, sample_axis
+from hawqfx.sensitivity.metrics import TOLERANCE_DOC, WidthMetric
+from hawqfx.sensitivity.quantity import Measurement, Quantity
 
 
 class _Directions(Measurement):
+    """The graph of the gradient on one batch, and the slopes g.d of all quantities."""
+
     def __init__(self, program: Program, context: Context, index: int, run: Forward) -> None:
         self.program, self.context, self.index, self.run = program, context, index, run
         self.sites = {site.key: site for site in program.sites}
@@ -39,18 +38,20 @@ class _Directions(Measurement):
         self.hessian = curvature.Hessian(loss, run.tensors, self._note_slopes)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
-        found: dict[Quantity, float] = {}
+        samples: dict[Quantity, float] = {}
         for together in self._by_rank(wanted):
-            found |= self._product(probe, together)
-        return found
+            samples |= self._product(probe, together)
+        return samples
 
     def _by_rank(self, wanted: Sequence[Quantity]) -> list[list[Quantity]]:
-        """Quantities whose widths share a product: the widest of weights with the widest of activations, and so on,
-        so that small errors are not drowned by large ones."""
+        """The quantities that share a product: those in the best format of each site, then in the second best, etc.
+
+        So small errors do not drown in large ones.
+        """
         ranks: dict[int, list[Quantity]] = {}
         for quantity in wanted:
-            widths = sorted(self.program.facts.get(quantity.site, Quantizers).by_bits, reverse=True)
-            ranks.setdefault(widths.index(quantity.bits), []).append(quantity)
+            widths = sorted(self.program.facts.get(quantity.site, Quantizers).by_format, reverse=True)
+            ranks.setdefault(widths.index(quantity.known_format), []).append(quantity)
         return list(ranks.values())
 
     def _product(self, probe: int, together: Sequence[Quantity]) -> dict[Quantity, float]:
@@ -58,26 +59,28 @@ class _Directions(Measurement):
         return {q: self.slopes[q] + 0.5 * curved[q.site] for q in together}
 
     def _note_slopes(self, site: str, gradients: Sequence[Tensor]) -> None:
-        """g.d at every width, while the gradient is there."""
+        """Computes g.d in every format, because the gradient is not kept."""
         check_gradient(self.index, site, gradients)
-        for bits in self.program.facts.get(site, Quantizers).by_bits:
-            errors = self._errors(Quantity(site, bits))
-            self.slopes[Quantity(site, bits)] = sum(map(curvature.dot, gradients, errors))
+        for width in self.program.facts.get(site, Quantizers).by_format:
+            errors = self._errors(Quantity(site, width))
+            self.slopes[Quantity(site, width)] = sum(map(curvature.dot, gradients, errors))
 
     def _signed_errors(self, probe: int, quantity: Quantity) -> list[Tensor]:
-        random = generator(self.context.seed, "sign", self.index, probe, *quantity, device=self.context.device)
+        # formats with equal bits may share their signs: only the sites of one product need independent signs
+        key = "sign", self.index, probe, quantity.site, quantity.known_format.bits
+        random = generator(self.context.seed, *key, device=self.context.device)
         return [error * self._signs(quantity.site, error, random) for error in self._errors(quantity)]
 
     @torch.no_grad()
     def _errors(self, quantity: Quantity) -> list[Tensor]:
         """Q_b(x) - x for every tensor of the site."""
-        tensors = self.run.tensors[quantity.site]
-        if isinstance(self.sites[quantity.site], WeightSite):
-            return [weight_at(self.program, *quantity) - tensors[0]]
-        return [activation_at(self.program, *quantity, x) - x for x in tensors]
+        site, width, tensors = quantity.site, quantity.known_format, self.run.tensors[quantity.site]
+        if isinstance(self.sites[site], WeightSite):
+            return [weight_at(self.program, site, width) - tensors[0]]
+        return [activation_at(self.program, site, width, x) - x for x in tensors]
 
     def _signs(self, site: str, error: Tensor, random: torch.Generator) -> Tensor:
-        """One sign, or one per sample of an activation."""
+        """A random sign for a weight, or one for each sample of an activation, in a shape that broadcasts."""
         if isinstance(self.sites[site], WeightSite):
             return curvature.rademacher(error.new_empty(()), random)
         samples = self.context.batches[self.index].size
@@ -88,10 +91,10 @@ class _Directions(Measurement):
 
 @dataclass(frozen=True)
 class Taylor(WidthMetric):
-    """`probes`: the most Hessian-vector products per batch and pair of widths.  `tolerance`: see Metric."""
+    """The loss increase to second order, by one Hessian-vector product per probe and rank of formats."""
 
-    probes: int = 50
-    tolerance: float = 0.1
+    probes: int = option(50, "the largest number of Hessian-vector products on a batch, for a format of each site")
+    tolerance: float = option(0.1, TOLERANCE_DOC)
     second_order: ClassVar[bool] = True
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:

@@ -1,7 +1,7 @@
-"""What has been measured, kept on disk batch by batch, so that a run that was killed goes on where it was.
+"""Keeps finished measurements on disk, batch by batch, so that a run that was killed continues where it stopped.
 
-The key is a digest of everything that the numbers depend on: graph, tensors, data, loss, seed, metric, versions.
-Files are JSON, each written whole or not at all.
+The name of a measurement is a digest of everything that its numbers depend on: graph, tensors, data, loss, seed, metric
+and versions.  Files are JSON; a file is written as a whole or not at all.
 """
 
 import functools
@@ -20,38 +20,63 @@ from torch.utils import _pytree as pytree
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import CacheError, ExportError
 
-FORMAT = 2
+VERSION = 3  # of the files and of the digest: a new version does not read the files of an old one
 
 
 @dataclass(frozen=True)
 class MeasurementCache:
-    """The files of one measurement."""
+    """The files of one measurement.
+
+    Args:
+        folder: where they are.
+    """
 
     folder: Path
 
     @staticmethod
-    def open(cache: Path, digest: str) -> "MeasurementCache":
-        """Raises CacheError if the folder cannot be made."""
-        folder = cache / digest
+    def open(root: Path, name: str) -> "MeasurementCache":
+        """The cache of a measurement; makes its folder.
+
+        Args:
+            root: the folder of all measurements.
+            name: the digest of this one.
+
+        Raises:
+            CacheError: if the folder cannot be made.
+        """
+        folder = root / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(f"the cache {cache} cannot be used: {error}") from error
+            raise CacheError(f"the cache {root} cannot be used: {error}") from error
         return MeasurementCache(folder)
 
     def batch_size(self, wanted: int) -> int:
-        """The size of batches that the measurement was begun with; `wanted`, if it begins now."""
-        found = self._read("batch_size.json")
-        if found is None:
+        """The batch size, in samples, that the measurement was begun with; keeps `wanted` if it begins now.
+
+        Raises:
+            CacheError: if the file is damaged or cannot be written.
+        """
+        known = self._read("batch_size.json")
+        if known is None:
             self._write("batch_size.json", wanted)
             return wanted
-        return int(found)
+        return int(known)
 
     def get(self, batch: int) -> dict[str, list[float]] | None:
-        """The numbers of every quantity on a batch; None if it was not measured yet."""
+        """The numbers of every quantity on a batch; None if the batch is not measured yet.
+
+        Raises:
+            CacheError: if the file is damaged.
+        """
         return self._read(f"batch-{batch:06d}.json")
 
     def put(self, batch: int, numbers: Mapping[str, Sequence[float]]) -> None:
+        """Writes the numbers of every quantity on a batch.
+
+        Raises:
+            CacheError: if the file cannot be written.
+        """
         self._write(f"batch-{batch:06d}.json", dict(numbers))
 
     def _read(self, name: str) -> Any:
@@ -72,50 +97,110 @@ class MeasurementCache:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A name for the content of strings, numbers, tensors, functions, and lists, tuples and dicts of them."""
-    state = hashlib.sha256(f"{FORMAT} {torch.__version__}".encode())
+    """A name for the content of some values, the same in every process.
+
+    Args:
+        parts: strings, numbers, tensors, modules, functions, and lists, tuples, sets and dicts of them.
+
+    Raises:
+        CacheError: if the content of a value cannot be read.
+    """
+    state = hashlib.sha256(f"{VERSION} {torch.__version__}".encode())
     for part in parts:
         _feed(state.update, part)
     return state.hexdigest()[:24]
 
 
-_TOLD_BY_REPR = (str, int, float, complex, bool, bytes, slice, PurePath, torch.device, torch.dtype)
+Update = Callable[[bytes], object]
 
 
-def _feed(update: Callable[[bytes], object], value: Any) -> None:
-    if isinstance(value, Tensor):
-        tensor = value.detach().cpu().contiguous()
-        update(f"tensor {tensor.dtype} {tuple(tensor.shape)}".encode())
-        update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif value is None or value is ... or isinstance(value, _TOLD_BY_REPR):
-        update(f"{type(value).__name__} {value!r};".encode())
-    elif isinstance(value, (list, tuple, set, frozenset, Mapping)):
-        leaves = value.items() if isinstance(value, Mapping) else value
-        if isinstance(value, (set, frozenset)):  # whose order differs from process to process
-            leaves = sorted(value, key=repr)
-        update(f"{type(value).__name__} {len(value)};".encode())
-        for leaf in leaves:
-            _feed(update, leaf)
-    elif isinstance(value, torch.nn.Module):
-        update(f"module {type(value).__qualname__} {value!r};".encode())
-        _feed(update, value.state_dict())
-    elif isinstance(value, functools.partial):
-        _feed(update, (value.func, value.args, value.keywords))
-    elif isinstance(value, types.FunctionType):
-        update(f"function {value.__module__}.{value.__qualname__};".encode())
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        _feed(update, (value.__code__, cells, value.__defaults__, value.__kwdefaults__))
-    elif isinstance(value, types.CodeType):
-        update(value.co_code)
-        _feed(update, (value.co_consts, value.co_names))
-    elif isinstance(value, types.BuiltinFunctionType):
-        update(f"builtin {value.__module__}.{value.__qualname__};".encode())
-    else:
-        leaves, spec = pytree.tree_flatten(value)
-        if len(leaves) == 1 and leaves[0] is value:
-            raise CacheError(
-                f"the cache cannot tell one {type(value).__name__} from another: write the loss as a function, with "
-                "tensors, numbers and text in its closure or in functools.partial"
-            )
-        update(str(spec).encode())
-        _feed(update, leaves)
+def _feed(update: Update, value: Any) -> None:
+    """Feeds a value to a hash by the first kind in _FEEDERS that it belongs to."""
+    for kinds, feed in _FEEDERS:
+        if isinstance(value, kinds):
+            feed(update, value)
+            return
+    _feed_tree(update, value)
+
+
+def _feed_tensor(update: Update, value: Tensor) -> None:
+    tensor = value.detach().cpu().contiguous()
+    update(f"tensor {tensor.dtype} {tuple(tensor.shape)}".encode())
+    update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _feed_literal(update: Update, value: Any) -> None:
+    update(f"{type(value).__name__} {value!r};".encode())
+
+
+def _feed_sequence(update: Update, value: Sequence[Any]) -> None:
+    update(f"{type(value).__name__} {len(value)};".encode())
+    for leaf in value:
+        _feed(update, leaf)
+
+
+def _feed_set(update: Update, value: set[Any] | frozenset[Any]) -> None:
+    update(f"{type(value).__name__} {len(value)};".encode())
+    for leaf in sorted(value, key=repr):  # the order of a set differs from process to process
+        _feed(update, leaf)
+
+
+def _feed_mapping(update: Update, value: Mapping[Any, Any]) -> None:
+    update(f"{type(value).__name__} {len(value)};".encode())
+    for leaf in value.items():
+        _feed(update, leaf)
+
+
+def _feed_module(update: Update, value: torch.nn.Module) -> None:
+    update(f"module {type(value).__qualname__} {value!r};".encode())
+    _feed(update, value.state_dict())
+
+
+def _feed_partial(update: Update, value: functools.partial[Any]) -> None:
+    _feed(update, (value.func, value.args, value.keywords))
+
+
+def _feed_function(update: Update, value: types.FunctionType) -> None:
+    update(f"function {value.__module__}.{value.__qualname__};".encode())
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    _feed(update, (value.__code__, cells, value.__defaults__, value.__kwdefaults__))
+
+
+def _feed_code(update: Update, value: types.CodeType) -> None:
+    update(value.co_code)
+    _feed(update, (value.co_consts, value.co_names))
+
+
+def _feed_builtin(update: Update, value: types.BuiltinFunctionType) -> None:
+    update(f"builtin {value.__module__}.{value.__qualname__};".encode())
+
+
+def _feed_tree(update: Update, value: Any) -> None:
+    """Any other value: its leaves, if torch knows how to take it apart."""
+    leaves, spec = pytree.tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        raise CacheError(
+            f"the cache cannot tell one {type(value).__name__} from another: write the loss as a function, with "
+            "tensors, numbers and text in its closure or in functools.partial"
+        )
+    update(str(spec).encode())
+    _feed(update, leaves)
+
+
+_LITERALS = (
+    types.NoneType, types.EllipsisType, str, int, float, complex, bool, bytes, slice, PurePath, torch.device,
+    torch.dtype,
+)  # fmt: skip
+
+_FEEDERS: tuple[tuple[type | tuple[type, ...], Callable[[Update, Any], None]], ...] = (
+    (Tensor, _feed_tensor),
+    (_LITERALS, _feed_literal),
+    ((list, tuple), _feed_sequence),
+    ((set, frozenset), _feed_set),
+    (Mapping, _feed_mapping),
+    (torch.nn.Module, _feed_module),
+    (functools.partial, _feed_partial),
+    (types.FunctionType, _feed_function),
+    (types.CodeType, _feed_code),
+    (types.BuiltinFunctionType, _feed_builtin),
+)

@@ -1,10 +1,10 @@
-"""What stands in for operators while second derivatives are measured.
+"""Replacements for operators while second derivatives are measured.
 
-Which operators cannot be differentiated twice is listed nowhere: every operator of the graph is tried once, on a sample
-of the data, and where its own backward pass has no derivative, torch's decomposition of it into simpler operators is
-tried in its place.  Convolutions can be, but torch computes the second derivative by the weight as a convolution with
-a kernel as large as the image; here it is one of the kernels that ordinary training uses, which takes a fifth off a
-Hessian-vector product of ResNet-50.
+Torch has no list of the operators that it cannot differentiate twice.  So every operator of the graph is tried once, on
+a sample of the data; if its backward pass has no derivative, torch's decomposition into simpler operators is tried
+instead.  Torch can differentiate convolutions twice, but it computes the second derivative by the weight as a
+convolution with a kernel as large as the image.  The replacement here uses the kernels of ordinary training, which
+makes a Hessian-vector product of ResNet-50 a fifth faster.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,31 +16,42 @@ from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import DerivativeError
-from hawqfx.frontend.context import Batch
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.program import Program
 
+# operator -> the function that replaces it
 Operators = Mapping[Any, Callable[..., Any]]
 
 
 def twice_differentiable(program: Program, batch: Batch) -> Operators:
-    """Operator -> a function that computes the same and can be differentiated twice, for those that need one.
+    """Replacements that compute the same and can be differentiated twice.
 
-    Raises DerivativeError that names the operators, and a node of each, for which there is none.
+    Args:
+        program: the program whose operators are tried.
+        batch: a batch to try them on; two samples are enough where the program takes any batch size.
+
+    Returns:
+        Operator -> replacement, for the operators of the program that need one, and for all convolutions.
+
+    Raises:
+        DerivativeError: if an operator has no second derivative and no replacement; it names a node of each.
     """
     trial = _Trial(program.graph, {site.key for site in program.weights})
     few = batch.first(2) if program.dynamic_batch else batch
     with torch.no_grad():
         trial.run(*program.flat_inputs(few.args, few.kwargs), enable_io_processing=False)
-    if trial.refused:
-        named = "; ".join(f"{target} (node {node}): {why}" for target, (node, why) in trial.refused.items())
+    if trial.failures:
+        named = "; ".join(f"{target} (node {node}): {why}" for target, (node, why) in trial.failures.items())
         raise DerivativeError(
             f"a Hessian needs second derivatives, which torch does not have for {named}. "
             'sensitivity="fisher" needs first derivatives only and works on this network.'
         )
-    return {**_CONVOLUTIONS, **trial.found}
+    return {**_CONVOLUTIONS, **trial.replacements}
 
 
 class _Convolution(torch.autograd.Function):
+    """A convolution whose backward pass is _ConvolutionBackward.  Shapes are those of torch's convolution."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -56,7 +67,10 @@ class _Convolution(torch.autograd.Function):
 
 
 class _ConvolutionBackward(torch.autograd.Function):
-    """(g, x, w) -> the gradients by x and by w, which are linear in g and in w, and in g and in x."""
+    """The backward pass of a convolution: (g, x, w) -> the gradients by x and by w.
+
+    The gradient by x is linear in g and in w, the gradient by w is linear in g and in x.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, options: Any) -> Any:
@@ -80,12 +94,14 @@ class _ConvolutionBackward(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: Any) -> Tensor:
+    """A convolution; `options` are its stride, padding, dilation and groups."""
     stride, padding, dilation, groups = options
     no_output_padding = [0] * (x.ndim - 2)
     return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, no_output_padding, groups)
 
 
 def _convolve_back(gradient: Tensor, x: Tensor, weight: Tensor, options: Any, wanted: list[bool]) -> Any:
+    """The gradients of a convolution by x, by the weight and by the bias, as far as `wanted`."""
     stride, padding, dilation, groups = options
     return torch.ops.aten.convolution_backward(
         gradient, x, weight, None, stride, padding, dilation, False, [0] * (x.ndim - 2), groups, wanted
@@ -93,6 +109,7 @@ def _convolve_back(gradient: Tensor, x: Tensor, weight: Tensor, options: Any, wa
 
 
 def _convolution(dimensions: int) -> Callable[..., Tensor]:
+    """The replacement of torch's convolution over so many dimensions, with the same arguments."""
     ones, zeros = [1] * dimensions, [0] * dimensions
 
     def convolution(
@@ -112,18 +129,27 @@ _CONVOLUTIONS: Operators = {
 
 
 class _Trial(fx.Interpreter):
-    """Runs the graph and differentiates every operator twice on its own, the first time that it is called."""
+    """Runs the graph, and differentiates every operator twice on its own when it is called for the first time.
+
+    Args:
+        graph: the graph.
+        weights: names of the constants that are differentiated; the other constants are fixed.
+
+    Attributes:
+        replacements: operator -> its decomposition, where only that can be differentiated twice.
+        failures: operator -> a node that calls it, and torch's message, where neither can.
+    """
 
     def __init__(self, graph: fx.GraphModule, weights: set[str]) -> None:
         super().__init__(graph)
         self.weights = weights
-        self.found: dict[Any, Callable[..., Any]] = {}
-        self.refused: dict[Any, tuple[str, str]] = {}
-        self.seen: set[Any] = set()
+        self.replacements: dict[Any, Callable[..., Any]] = {}
+        self.failures: dict[Any, tuple[str, str]] = {}
+        self.tried: set[Any] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and n.target not in self.seen:
-            self.seen.add(n.target)
+        if n.op == "call_function" and n.target not in self.tried:
+            self.tried.add(n.target)
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             self._try(n, args, kwargs)
         return super().run_node(n)
@@ -137,13 +163,20 @@ class _Trial(fx.Interpreter):
             return
         simpler = decomposition_table.get(node.target)  # type: ignore[call-overload]
         if simpler is not None and _failure(simpler, args, kwargs, fixed) is None:
-            self.found[node.target] = simpler
+            self.replacements[node.target] = simpler
         else:
-            self.refused[node.target] = node.name, why
+            self.failures[node.target] = node.name, why
 
 
 def _failure(function: Callable[..., Any], args: Any, kwargs: Any, fixed: set[int]) -> str | None:
-    """torch's message when it cannot differentiate `function` twice at these arguments, but for those `fixed`."""
+    """Torch's message if it cannot differentiate a function twice; None if it can.
+
+    Args:
+        function: the operator or its decomposition.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        fixed: ids of the tensors in the arguments that are not differentiated.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     with torch.enable_grad():
         leaves = [leaf if id(leaf) in fixed else _variable(leaf) for leaf in leaves]
@@ -166,6 +199,7 @@ def _failure(function: Callable[..., Any], args: Any, kwargs: Any, fixed: set[in
 
 
 def _variable(leaf: Any) -> Any:
+    """A copy of a floating-point tensor that is differentiated; any other value as it is."""
     if isinstance(leaf, Tensor) and leaf.is_floating_point():
         return leaf.detach().clone().requires_grad_()
     return leaf

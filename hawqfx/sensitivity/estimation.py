@@ -1,33 +1,36 @@
-"""Measures quantities of sites on every batch: seeded, stopped when known well enough, restartable, on any number of
-processes.
+"""Estimates the quantities of a metric over all batches: draws probes, and stops when the error is small enough.
 
-A metric draws independent samples of each quantity on one batch, a probe at a time.  Every probe is seeded by (seed,
-batch, probe, site), and whether a quantity needs more probes is decided within its batch, so the result depends on no
-order of batches, no restart and no number of processes.
+A metric draws independent samples of each quantity on one batch, one sample per probe.  Every probe is seeded by (seed,
+batch, probe, site), and each batch decides alone which quantities need more probes.  So the estimates do not depend on
+the order of batches, on restarts, or on the number of processes.
 """
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hawqfx.errors import HawqfxError, LossError
-from hawqfx.frontend.context import Batch, Context
-from hawqfx.ir.facts import Fact, LossIncrease, QuantizationError, Quantizers, RoundedWeights, Sensitivity
-from hawqfx.ir.program import ActivationSite, Program, WeightSite
+from hawqfx.errors import LossError
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import Batch
+from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.ir.program import Program
+from hawqfx.ir.sites import ActivationSite
 from hawqfx.maths import curvature
 from hawqfx.maths.curvature import Moments
-from hawqfx.pass_manager.base import Analysis, Kind
-from hawqfx.sensitivity import malloc
+from hawqfx.maths.formats import Format
+from hawqfx.pass_manager.base import Kind
+from hawqfx.sensitivity.batching import fit_into_memory
 from hawqfx.sensitivity.cache import MeasurementCache, digest
-from hawqfx.sensitivity.distributed import Team, Workers, local_count
+from hawqfx.sensitivity.distributed import Team, Workers
 from hawqfx.sensitivity.double_backward import Operators, twice_differentiable
+from hawqfx.sensitivity.malloc import keep_freed_memory
+from hawqfx.sensitivity.quantity import Estimate, Measurement, Quantity
 
 log = logging.getLogger(__name__)
 
@@ -35,152 +38,66 @@ ROUND = 4  # probes between two looks at the standard errors; the processes of a
 LEAST = 8  # probes before the first look: fewer may agree by chance, where a sample is one of few values
 
 
-class Quantity(NamedTuple):
-    """What is measured of a site; `bits` is 0 for what belongs to no one width."""
+class Metric(Protocol):
+    """A metric as the estimation sees it; hawqfx.sensitivity.metrics has the base classes and describes the members."""
 
-    site: str
-    bits: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.bits} {self.site}"
-
-
-class Estimate(NamedTuple):
-    """A mean over the data, its standard error over the probes, and the fewest probes on a batch."""
-
-    mean: float
-    stderr: float
-    probes: int
-
-
-class Measurement(ABC):
-    """A metric at work on one batch."""
-
-    @abstractmethod
-    def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
-        """An independent, unbiased sample of every quantity wanted, for the batch as a whole."""
-
-    def worth(self, quantity: Quantity) -> float:
-        """What a unit of the quantity is worth beside those of other sites of the same kind and width."""
-        return 1.0
-
-
-class SensitivityMetric(Analysis):
-    """An analysis that measures.  Its fields and the class variables here say how.
-
-    probes: the most probes per batch.  tolerance: probing a quantity stops when its standard error over all batches
-    will be below this fraction of its mean, or of the average over all sites of its kind; 0: never before `probes`.
-    second_order: needs second derivatives.  exact: one sample is the truth for its batch.
-    """
-
-    probes: int = 1
-    tolerance: float = 0.0
-    second_order: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not self.exact and self.probes < 2:
-            raise HawqfxError(f"probes={self.probes}: a standard error needs at least two")
-
-    @abstractmethod
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs(self) -> tuple[Kind, ...]: ...
+    @property
+    def probes(self) -> int: ...
+    @property
+    def tolerance(self) -> float: ...
+    @property
+    def second_order(self) -> bool: ...
+    @property
+    def exact(self) -> bool: ...
     def quantities(self, program: Program) -> Sequence[Quantity]: ...
-
-    @abstractmethod
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement: ...
 
-    @abstractmethod
-    def conclude(self, program: Program, context: Context, found: Mapping[Quantity, Estimate]) -> Program:
-        """The program with the facts that follow."""
 
-    def learn(self, program: Program, context: Context) -> Program:
-        return self.conclude(program, context, measure(self, program, context))
+def estimate(metric: Metric, program: Program, context: Context) -> dict[Quantity, Estimate]:
+    """Estimates every quantity of a metric over all batches.
 
+    Batches that the cache has are not measured again; the other batches are shared among the processes.
 
-class CurvatureMetric(SensitivityMetric):
-    """A metric that predicts curvature x squared error, with one quantity per site.
+    Args:
+        metric: the metric.
+        program: the program to measure.
+        context: the batches, the loss, the seed and the cache.
 
-    average: the quantity is a trace, of which every element of the tensor has its share.
+    Returns:
+        The estimates, in the order of the metric's quantities.
+
+    Raises:
+        DerivativeError: if the metric needs second derivatives and an operator has none.
+        LossError: if the loss or a gradient is not finite.
+        CacheError: if the cache cannot be read or written.
+        WorkerError: if the processes measure different things.
     """
-
-    average: ClassVar[bool] = True
-    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, QuantizationError)
-    gives: ClassVar[tuple[Kind, ...]] = (Sensitivity, LossIncrease)
-
-    def quantities(self, program: Program) -> Sequence[Quantity]:
-        return [Quantity(site.key) for site in program.sites]
-
-    def conclude(self, program: Program, context: Context, found: Mapping[Quantity, Estimate]) -> Program:
-        facts: dict[str, Fact] = {}
-        for site in program.sites:
-            mean, stderr, probes = found[Quantity(site.key)]
-            if mean == stderr == 0.0:
-                log.warning("the loss has no curvature at %r: it gets sensitivity zero", site.key)
-            share = site.numel if self.average else 1
-            facts[site.key] = Sensitivity(mean / share, stderr / share, probes)
-        increases: dict[str, Fact] = {
-            key: fact.times(program.facts.get(key, QuantizationError).squared_error)
-            for key, fact in facts.items()
-            if isinstance(fact, Sensitivity)
-        }
-        return program.learn(facts).learn(increases)
-
-
-class WidthMetric(SensitivityMetric):
-    """A metric with one quantity per site and width, the loss increase itself."""
-
-    needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, Quantizers, RoundedWeights)
-    gives: ClassVar[tuple[Kind, ...]] = (LossIncrease,)
-
-    def quantities(self, program: Program) -> Sequence[Quantity]:
-        return [Quantity(s.key, bits) for s in program.sites for bits in program.facts.get(s.key, Quantizers).by_bits]
-
-    def conclude(self, program: Program, context: Context, found: Mapping[Quantity, Estimate]) -> Program:
-        facts: dict[str, Fact] = {}
-        for site in program.sites:
-            widths = {q.bits: estimate for q, estimate in found.items() if q.site == site.key}
-            facts[site.key] = LossIncrease(
-                {bits: estimate.mean for bits, estimate in widths.items()},
-                {bits: estimate.stderr for bits, estimate in widths.items()},
-            )
-        return program.learn(facts)
-
-
-def measure(metric: SensitivityMetric, program: Program, context: Context) -> dict[Quantity, Estimate]:
-    """Every quantity of the metric, over all batches of the study.
-
-    Raises DerivativeError, LossError, CacheError or WorkerError.
-    """
-    quantities = list(metric.quantities(program))
-    workers = Workers.here(context.device)
-    cache = None
-    if context.cache is not None or workers.count > 1:
-        name = digest(_identity(metric, program, context))
-        workers.agree(name)
-        cache = MeasurementCache.open(context.cache, name) if context.cache is not None else None
-    context = _split(metric, program, context, workers, cache)
-    kept = _kept(cache, len(context.batches), workers)
-    mine, team = workers.share([index for index, have in enumerate(kept) if not have])
-    table = torch.zeros(len(context.batches), len(quantities), len(_Known._fields), dtype=torch.float64)
-    with malloc.kept(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
-        operators = twice_differentiable(program, context.batches[0]) if metric.second_order else {}
-        for done, index in enumerate(mine):
-            known = _on_batch(_Task(metric, program, context, operators, quantities, team), index, done, len(mine))
-            if team.member == 0:
-                table[index] = torch.tensor([known[quantity] for quantity in quantities], dtype=torch.float64)
-                if cache is not None:
-                    cache.put(index, {str(quantity): part for quantity, part in known.items()})
+    workers = Workers.current(context.device)
+    cache = _open_cache(metric, program, context, workers)
+    context = fit_into_memory(program, context, workers, cache, second_order=metric.second_order)
+    cached = _cached_batches(cache, len(context.batches), workers)
+    table = _Table(metric.quantities(program), len(context.batches))
+    _measure_batches(metric, program, context, workers, cache, table, cached)
     if cache is not None and workers.rank == 0:
-        for index, have in enumerate(kept):
-            if have:
-                found = cache.get(index) or {}
-                table[index] = torch.tensor([found[str(q)] for q in quantities], dtype=torch.float64)
-    table = workers.total(table)
-    everything = {q: [_Known(*row) for row in table[:, number].tolist()] for number, q in enumerate(quantities)}
-    return _estimates(metric, context, everything)
+        for index in (index for index, known in enumerate(cached) if known):
+            numbers = cache.get(index) or {}
+            table.enter(index, {quantity: _Summary(*numbers[str(quantity)]) for quantity in table.quantities})
+    return _pooled(metric, context, table.of_all(workers))
 
 
-class _Known(NamedTuple):
-    """What is known of a quantity on one batch: moments of its samples, and the relative error that they leave."""
+class _Summary(NamedTuple):
+    """The samples of a quantity on one batch.
+
+    Args:
+        samples: their number, a whole number.
+        mean: their mean.
+        squares: the sum of squared deviations from it.
+        error: the relative standard error that they leave.
+    """
 
     samples: float
     mean: float
@@ -188,29 +105,37 @@ class _Known(NamedTuple):
     error: float
 
 
-def _estimates(
-    metric: SensitivityMetric, context: Context, known: Mapping[Quantity, Sequence[_Known]]
-) -> dict[Quantity, Estimate]:
-    """The mean over all batches; says aloud which quantities are not known as well as asked."""
-    shares = [batch.size / context.samples for batch in context.batches]
-    estimates, errors = {}, {}
-    for quantity, batches in known.items():
-        parts = [Moments(int(part.samples), part.mean, part.squares) for part in batches]
-        mean, stderr = curvature.pooled(parts, shares, exact=metric.exact)
-        estimates[quantity] = Estimate(mean, stderr, min(part.samples for part in parts))
-        errors[quantity] = math.sqrt(sum(share * part.error**2 for share, part in zip(shares, batches, strict=True)))
-    loose = sorted((q for q in errors if errors[q] > metric.tolerance > 0), key=lambda q: -errors[q])
-    if loose:
-        log.warning(
-            "%s: %d of %d quantities have a standard error over %.0f%% after %d probes a batch, the worst %s: "
-            "%.0f%%; more probes or more data make it smaller",
-            metric.name, len(loose), len(known), 100 * metric.tolerance, metric.probes, loose[0].site,
-            100 * errors[loose[0]],
-        )  # fmt: skip
-    return estimates
+class _Table:
+    """The summaries of all quantities on all batches.  A process enters the batches that it measures or reads."""
+
+    def __init__(self, quantities: Sequence[Quantity], batches: int) -> None:
+        self.quantities = list(quantities)
+        self._numbers = torch.zeros(batches, len(self.quantities), len(_Summary._fields), dtype=torch.float64)
+
+    def enter(self, index: int, summaries: Mapping[Quantity, _Summary]) -> None:
+        """Enters the summaries of batch `index`."""
+        rows = [summaries[quantity] for quantity in self.quantities]
+        self._numbers[index] = torch.tensor(rows, dtype=torch.float64)
+
+    def of_all(self, workers: Workers) -> dict[Quantity, list[_Summary]]:
+        """The summaries of each quantity by batch, with the entries of all processes."""
+        numbers = workers.total(self._numbers)
+        return {
+            quantity: [_Summary(*row) for row in numbers[:, column].tolist()]
+            for column, quantity in enumerate(self.quantities)
+        }
 
 
-def _identity(metric: SensitivityMetric, program: Program, context: Context) -> list[object]:
+def _open_cache(metric: Metric, program: Program, context: Context, workers: Workers) -> MeasurementCache | None:
+    """The cache of this measurement, if the user gives a folder; checks that all processes measure the same."""
+    if context.cache is None and workers.count == 1:
+        return None
+    name = digest(_identity(metric, program, context))
+    workers.require_same(name)
+    return MeasurementCache.open(context.cache, name) if context.cache is not None else None
+
+
+def _identity(metric: Metric, program: Program, context: Context) -> list[object]:
     """Everything that the numbers depend on."""
     parts: list[object] = [repr(metric), str(program.graph.graph), program.constants(), context.seed, context.batch]
     parts += [context.loss, context.draw, context.device.type, [batch.tensors for batch in context.batches]]
@@ -223,189 +148,177 @@ def _identity(metric: SensitivityMetric, program: Program, context: Context) -> 
     return parts
 
 
-def _kept(cache: MeasurementCache | None, batches: int, workers: Workers) -> list[bool]:
-    """Which batches the shelf has, as process 0 sees it."""
-    have = torch.zeros(batches, dtype=torch.int64)
+def _cached_batches(cache: MeasurementCache | None, batches: int, workers: Workers) -> list[bool]:
+    """For each batch, whether the cache has it, as process 0 sees it."""
+    cached = torch.zeros(batches, dtype=torch.int64)
     if cache is not None and workers.rank == 0:
-        have = torch.tensor([int(cache.get(index) is not None) for index in range(batches)])
-    return [bool(flag) for flag in workers.total(have)]
+        cached = torch.tensor([int(cache.get(index) is not None) for index in range(batches)])
+    return [bool(flag) for flag in workers.total(cached)]
+
+
+def _measure_batches(
+    metric: Metric,
+    program: Program,
+    context: Context,
+    workers: Workers,
+    cache: MeasurementCache | None,
+    table: _Table,
+    cached: Sequence[bool],
+) -> None:
+    """Measures this process's share of the batches that the cache lacks, and enters them into table and cache."""
+    mine, team = workers.share([index for index, known in enumerate(cached) if not known])
+    with keep_freed_memory(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+        operators = twice_differentiable(program, context.batches[0]) if metric.second_order else {}
+        task = _Task(metric, program, context, operators, table.quantities, team, len(mine))
+        for done, index in enumerate(mine):
+            summaries = _measure_batch(task, index, done)
+            if team.member == 0:
+                table.enter(index, summaries)
+                if cache is not None:
+                    cache.put(index, {str(quantity): summary for quantity, summary in summaries.items()})
 
 
 @dataclass(frozen=True)
 class _Task:
-    metric: SensitivityMetric
+    """The work of a team of processes.
+
+    Args:
+        metric: the metric.
+        program: the program.
+        context: with batches that fit into memory.
+        operators: replacements for operators, for second derivatives.
+        quantities: to measure.
+        team: the processes that share each batch.
+        batches: the number of batches of the team.
+    """
+
+    metric: Metric
     program: Program
     context: Context
     operators: Operators
     quantities: Sequence[Quantity]
     team: Team
+    batches: int
+
+    def report(self, done: int, probe: int, note: str = "") -> None:
+        """Tells the progress: after `done` batches and some probes of the next one."""
+        probes = self.metric.probes
+        self.context.progress(self.metric.name, done * probes + probe, self.batches * probes, note)
+
+    def share(self, index: int) -> float:
+        """The part of all samples that is in batch `index`."""
+        return self.context.batches[index].size / self.context.samples
 
 
-def _on_batch(task: _Task, index: int, done: int, batches: int) -> dict[Quantity, _Known]:
-    metric, context, team = task.metric, task.context, task.team
-    share = context.batches[index].size / context.samples
-    context.progress(metric.name, done * metric.probes, batches * metric.probes)
+def _measure_batch(task: _Task, index: int, done: int) -> dict[Quantity, _Summary]:
+    """Draws probes on batch `index` until every quantity is known well enough, or `metric.probes` are drawn."""
+    metric = task.metric
+    task.report(done, 0)
+    measurement = _open_measurement(task, index)
+    worth = {quantity: measurement.worth(quantity) for quantity in task.quantities}
+    samples: dict[Quantity, list[float]] = {quantity: [] for quantity in task.quantities}
+    errors = dict.fromkeys(task.quantities, 0.0)
+    wanted, probe, note = list(task.quantities), 0, ""
+    while wanted and probe < metric.probes:
+        count = min(ROUND, metric.probes - probe)
+        for quantity, drawn in _draw(measurement, task.team, probe, count, wanted).items():
+            samples[quantity] += drawn
+        probe += count
+        errors = _relative_errors(task, samples, worth, task.share(index))
+        if metric.tolerance > 0 and probe >= LEAST:
+            wanted = [quantity for quantity in wanted if errors[quantity] > metric.tolerance]
+        note = "" if metric.exact or not errors else f"+-{max(errors.values()):.0%}"
+        task.report(done, probe, note)
+    task.report(done + 1, 0, note)
+    return {quantity: _Summary(*Moments.of(values), errors[quantity]) for quantity, values in samples.items()}
+
+
+def _open_measurement(task: _Task, index: int) -> Measurement:
+    """The metric at work on batch `index`; an error of the loss gains a note with the first tensor that overflows."""
     try:
-        measurement = metric.open(task.program, context, index, task.operators)
+        return task.metric.open(task.program, task.context, index, task.operators)
     except LossError as error:
-        culprit = _first_not_finite(task.program, context.batches[index])
+        culprit = _first_not_finite(task.program, task.context.batches[index])
         if culprit is not None:
             error.add_note(f"the first tensor that is not finite there is {culprit!r}")
         raise
-    worth = {quantity: measurement.worth(quantity) for quantity in task.quantities}
-    samples: dict[Quantity, list[float]] = {quantity: [] for quantity in task.quantities}
-    wanted, probe, worst = list(task.quantities), 0, ""
-    errors = dict.fromkeys(task.quantities, 0.0)
-    while wanted and probe < metric.probes:
-        count = min(ROUND, metric.probes - probe)
-        block = torch.zeros(count, len(wanted), dtype=torch.float64)
-        for k in range(team.member, count, team.size):
-            drawn = measurement.sample(probe + k, wanted)
-            block[k] = torch.tensor([drawn[quantity] for quantity in wanted], dtype=torch.float64)
-        for quantity, column in zip(wanted, team.total(block).T.tolist(), strict=True):
-            samples[quantity] += column
-        probe += count
-        errors = _relative_errors(task, samples, worth, share)
-        if metric.tolerance > 0 and probe >= LEAST:
-            wanted = [quantity for quantity in wanted if errors[quantity] > metric.tolerance]
-        worst = "" if metric.exact or not errors else f"+-{max(errors.values()):.0%}"
-        context.progress(metric.name, done * metric.probes + probe, batches * metric.probes, worst)
-    context.progress(metric.name, (done + 1) * metric.probes, batches * metric.probes, worst)
-    return {quantity: _Known(*Moments.of(values), errors[quantity]) for quantity, values in samples.items()}
 
 
 @torch.no_grad()
 def _first_not_finite(program: Program, batch: Batch) -> str | None:
-    found: list[str] = []
+    nodes: list[str] = []
 
-    def look(node: str, value: Tensor) -> Tensor:
+    def check(node: str, value: Tensor) -> Tensor:
         if not bool(torch.isfinite(value).all()):
-            found.append(node)
+            nodes.append(node)
         return value
 
-    program.run(batch.args, batch.kwargs, look)
-    return found[0] if found else None
+    program.run(batch.args, batch.kwargs, check)
+    return nodes[0] if nodes else None
+
+
+def _draw(
+    measurement: Measurement, team: Team, start: int, count: int, wanted: Sequence[Quantity]
+) -> dict[Quantity, list[float]]:
+    """The samples of `count` probes from number `start`, which the processes of a team share out."""
+    block = torch.zeros(count, len(wanted), dtype=torch.float64)
+    for row in range(team.member, count, team.size):
+        drawn = measurement.sample(start + row, wanted)
+        block[row] = torch.tensor([drawn[quantity] for quantity in wanted], dtype=torch.float64)
+    return dict(zip(wanted, team.total(block).T.tolist(), strict=True))
 
 
 def _relative_errors(
     task: _Task, samples: Mapping[Quantity, Sequence[float]], worth: Mapping[Quantity, float], share: float
 ) -> dict[Quantity, float]:
-    """The standard error that every quantity would have over all batches, if they were like this one, relative to its
-    own mean or to the average of its kind, whichever is larger."""
+    """The relative standard errors that all batches together would leave if they were like this one.
+
+    An error is relative to the quantity's own mean or to the average of its kind, whichever is larger.
+    """
     if task.metric.exact:
         return dict.fromkeys(samples, 0.0)
     moments = {quantity: Moments.of(values) for quantity, values in samples.items()}
-    kind = {site.key: isinstance(site, ActivationSite) for site in task.program.sites}
-    by_kind: dict[tuple[bool, int], list[float]] = {}
-    for quantity, part in moments.items():
-        by_kind.setdefault((kind[quantity.site], quantity.bits), []).append(worth[quantity] * abs(part.mean))
+    sizes = {quantity: worth[quantity] * abs(part.mean) for quantity, part in moments.items()}
+    averages = _averages_by_kind(task.program, sizes)
     errors = {}
     for quantity, part in moments.items():
-        contributions = by_kind[kind[quantity.site], quantity.bits]
-        average = math.fsum(contributions) / len(contributions)
-        yardstick = max(worth[quantity] * abs(part.mean), average)
+        reference = max(sizes[quantity], averages[quantity])
         error = worth[quantity] * math.sqrt(part.variance * share)
-        errors[quantity] = error / yardstick if yardstick > 0 else math.inf * error if error else 0.0
+        errors[quantity] = error / reference if reference > 0 else math.inf * error if error else 0.0
     return errors
 
 
-def _split(
-    metric: SensitivityMetric, program: Program, context: Context, workers: Workers, cache: MeasurementCache | None
-) -> Context:
-    """The study in batches that memory holds: as small as the user says, or as free memory asks."""
-    largest = max(batch.size for batch in context.batches)
-    if not program.dynamic_batch:
-        if context.batch is not None and context.batch < largest:
-            raise HawqfxError(
-                f"batch={context.batch}: the exported program has a fixed batch of {largest}: use dynamic_shapes"
-            )
-        return context
-    wanted = min(context.batch or _fitting(metric, program, context, largest), largest)
-    wanted = workers.from_first(wanted)
-    if cache is not None:
-        if workers.rank == 0:
-            wanted = cache.batch_size(wanted)
-        wanted = workers.from_first(wanted)
-    if wanted >= largest:
-        return context
-    if not context.batch:
-        log.info("batches of %d samples are measured in parts of %d, to fit into memory", largest, wanted)
-    return replace(context, batches=tuple(piece for batch in context.batches for piece in batch.split(wanted)))
+def _averages_by_kind(program: Program, sizes: Mapping[Quantity, float]) -> dict[Quantity, float]:
+    """For each quantity, the average size over the sites of its kind (weight or activation) in its format."""
+    is_activation = {site.key: isinstance(site, ActivationSite) for site in program.sites}
+    kinds: dict[tuple[bool, Format | None], list[float]] = {}
+    for quantity, size in sizes.items():
+        kinds.setdefault((is_activation[quantity.site], quantity.format), []).append(size)
+    averages = {kind: math.fsum(values) / len(values) for kind, values in kinds.items()}
+    return {quantity: averages[is_activation[quantity.site], quantity.format] for quantity in sizes}
 
 
-# bytes at the peak per byte of the forward pass, rounded up from what benchmarks/sensitivity.py measures: 2.1 for a
-# Hessian-vector product of ResNet-50, 1.9 for ResNet-20
-_ALIVE = {False: 2, True: 3}
+def _pooled(
+    metric: Metric, context: Context, summaries: Mapping[Quantity, Sequence[_Summary]]
+) -> dict[Quantity, Estimate]:
+    """The estimates over all batches; warns of quantities that are not known as well as the tolerance asks."""
+    shares = [batch.size / context.samples for batch in context.batches]
+    estimates, errors = {}, {}
+    for quantity, batches in summaries.items():
+        parts = [Moments(int(part.samples), part.mean, part.squares) for part in batches]
+        mean, stderr = curvature.pooled(parts, shares, exact=metric.exact)
+        estimates[quantity] = Estimate(mean, stderr, min(part.samples for part in parts))
+        errors[quantity] = math.sqrt(sum(share * part.error**2 for share, part in zip(shares, batches, strict=True)))
+    _warn_of_errors(metric, errors)
+    return estimates
 
 
-def _fitting(metric: SensitivityMetric, program: Program, context: Context, largest: int) -> int:
-    """The largest part of a batch, by halves, whose measurement fits into half of the free memory."""
-    free = _free_memory(context.device)
-    sample = program.forward_bytes() * _ALIVE[metric.second_order]
-    size = largest
-    while free is not None and size > 1 and size * sample > free / 2:
-        size = -(-size // 2)
-    return size
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Bytes for this process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(line for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    return 1024 * int(available.split()[1]) // local_count()
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward pass with its graph: the output, and the tensors of every site."""
-
-    output: object
-    tensors: Mapping[str, list[Tensor]]
-
-    def gradients(self, loss: Tensor, sites: Sequence[str], *, again: bool) -> dict[str, list[Tensor]]:
-        """Those of the tensors of some sites; `again`: ready to be differentiated once more."""
-        tensors = [tensor for site in sites for tensor in self.tensors[site]]
-        found = iter(curvature.gradient(loss, tensors, again=again))
-        return {site: [next(found) for _ in self.tensors[site]] for site in sites}
-
-    def mean_square(self, site: str) -> float:
-        """Of the site's elements: what a unit of trace is worth, since at equal bits the squared error per element is
-        proportional to it."""
-        tensors = [tensor.detach() for tensor in self.tensors[site]]
-        return sum(curvature.dot(x, x) for x in tensors) / sum(x.numel() for x in tensors)
-
-
-def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
-    """Runs the model so that a loss of its output can be differentiated by the tensors of all sites.
-
-    For an activation the derivative is that by a perturbation added to the tensor.
-    """
-    weights = {site.key: program.tensor(site.key).detach().requires_grad_() for site in program.weights}
-    tensors: dict[str, list[Tensor]] = {key: [weight] for key, weight in weights.items()}
-    site_of = {node: site.key for site in program.activations for node in site.nodes}
-
-    def look(node: str, value: Tensor) -> Tensor:
-        if not value.requires_grad:
-            value = value.detach().requires_grad_()
-        tensors.setdefault(site_of[node], []).append(value)
-        return value
-
-    with torch.enable_grad():
-        output = program.run(batch.args, batch.kwargs, look, weights, operators=operators)
-    return Forward(output, tensors)
-
-
-def check_gradient(index: int, site: str, gradients: Sequence[Tensor]) -> None:
-    """Raises LossError that names the site if its gradient is not finite.  Sites come in the order of the graph."""
-    if not all(map(curvature.is_finite, gradients)):
-        raise LossError(f"the gradient at {site!r} is not finite on batch {index}: the loss overflows there")
-
-
-def sample_axis(tensor: Tensor, samples: int) -> int:
-    """The dimension of a tensor that the batch is part of: the first that it divides."""
-    return next(axis for axis, size in enumerate(tensor.shape) if size % samples == 0)
+def _warn_of_errors(metric: Metric, errors: Mapping[Quantity, float]) -> None:
+    loose = sorted((q for q in errors if errors[q] > metric.tolerance > 0), key=lambda q: -errors[q])
+    if loose:
+        log.warning(
+            "%s: %d of %d quantities have a standard error over %.0f%% after %d probes a batch, the worst %s: "
+            "%.0f%%; more probes or more data make it smaller",
+            metric.name, len(loose), len(errors), 100 * metric.tolerance, metric.probes, loose[0].site,
+            100 * errors[loose[0]],
+        )  # fmt: skip

@@ -1,21 +1,22 @@
-"""Keeps freed memory in the process while measuring.
+"""Keeps freed memory in the process during a measurement.
 
-glibc hands every large block back to the system when a tensor goes, and faults it in again, page by page, for the next
-one.  A Hessian-vector product of ResNet-50 makes and drops gigabytes, and spends more time on that than on arithmetic.
+glibc gives a large block back to the system as soon as its tensor is freed, and the next large tensor takes the pages
+again, one page fault for each.  A Hessian-vector product of ResNet-50 allocates and frees gigabytes, and these faults
+take more time than its arithmetic.
 """
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # as far as glibc goes; by itself it comes to this with time
-_EVERYTHING = 2**31 - 1
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; the limit of glibc, which its own adaptation reaches with time
+_NEVER_TRIM = 2**31 - 1
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Blocks below 32 MB stay with the process until the end; does nothing where there is no glibc."""
+def keep_freed_memory() -> Iterator[None]:
+    """Keeps freed blocks below 32 MB in the process until the end of the context.  Without glibc it does nothing."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt, trim = libc.mallopt, libc.malloc_trim
@@ -23,9 +24,9 @@ def kept() -> Iterator[None]:
         yield
         return
     mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_TRIM_THRESHOLD, _EVERYTHING)
+    mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)
     try:
         yield
     finally:
-        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)  # what glibc sets beside such an mmap threshold
+        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)  # glibc's own ratio to the mmap threshold
         trim(0)

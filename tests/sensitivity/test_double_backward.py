@@ -131,7 +131,7 @@ def test_hessians_of_every_network(make: Callable[[], nn.Module]) -> None:
         (Resampled, set()),
     ],
 )
-def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operators: set[str]) -> None:
+def test_replacements_compute_the_same(make: Callable[[], nn.Module], operators: set[str]) -> None:
     program, batch = captured(make), context().batches[0]
     found = twice_differentiable(program, batch)
     convolutions = {f"aten.conv{dimensions}d.default" for dimensions in (1, 2, 3)}
@@ -141,7 +141,7 @@ def test_what_stands_in_computes_the_same(make: Callable[[], nn.Module], operato
     assert torch.allclose(plain, replaced, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_stands_in_where_nothing_need() -> None:
+def test_nothing_is_replaced_without_need() -> None:
     for make in (bert, vit):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             assert all(

@@ -1,0 +1,91 @@
+"""One forward pass whose loss can be differentiated by the tensors of all sites, and checks of its gradients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawqfx.errors import LossError
+from hawqfx.frontend.data import Batch
+from hawqfx.ir.program import Program
+from hawqfx.maths import curvature
+from hawqfx.sensitivity.double_backward import Operators
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass with its autograd graph.
+
+    Args:
+        output: the output of the model.
+        tensors: key of a site -> its tensors: the weight, or the activations of its nodes in the order of the graph.
+    """
+
+    output: object
+    tensors: Mapping[str, list[Tensor]]
+
+    def gradients(self, loss: Tensor, sites: Sequence[str], *, again: bool) -> dict[str, list[Tensor]]:
+        """The gradients of a loss of the output, for the tensors of some sites.
+
+        Args:
+            loss: a scalar.
+            sites: keys of the sites.
+            again: whether the gradients will be differentiated once more.
+        """
+        tensors = [tensor for site in sites for tensor in self.tensors[site]]
+        gradients = iter(curvature.gradient(loss, tensors, again=again))
+        return {site: [next(gradients) for _ in self.tensors[site]] for site in sites}
+
+    def mean_square(self, site: str) -> float:
+        """The mean square of a site's elements.
+
+        A unit of trace counts this much, because the squared error per element at equal bits is proportional to it.
+        """
+        tensors = [tensor.detach() for tensor in self.tensors[site]]
+        return sum(curvature.dot(x, x) for x in tensors) / sum(x.numel() for x in tensors)
+
+
+def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
+    """Runs the model so that a loss of its output can be differentiated by the tensors of all sites.
+
+    The derivative by an activation is the derivative by a perturbation that is added to the tensor.
+
+    Args:
+        program: the program with its sites.
+        batch: the inputs.
+        operators: replacements for operators, see hawqfx.sensitivity.double_backward.
+    """
+    weights = {site.key: program.tensor(site.key).detach().requires_grad_() for site in program.weights}
+    tensors: dict[str, list[Tensor]] = {key: [weight] for key, weight in weights.items()}
+    site_of = program.site_of
+
+    def record(node: str, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+        tensors.setdefault(site_of[node], []).append(value)
+        return value
+
+    with torch.enable_grad():
+        output = program.run(batch.args, batch.kwargs, record, weights, operators=operators)
+    return Forward(output, tensors)
+
+
+def check_gradient(index: int, site: str, gradients: Sequence[Tensor]) -> None:
+    """Refuses a gradient that is not finite.  Callers check sites in the order of the graph.
+
+    Args:
+        index: number of the batch.
+        site: key of the site.
+        gradients: of the tensors of the site.
+
+    Raises:
+        LossError: names the site.
+    """
+    if not all(map(curvature.is_finite, gradients)):
+        raise LossError(f"the gradient at {site!r} is not finite on batch {index}: the loss overflows there")
+
+
+def sample_axis(tensor: Tensor, samples: int) -> int:
+    """The dimension of a tensor that the batch is part of: the first whose size the number of samples divides."""
+    return next(axis for axis, size in enumerate(tensor.shape) if size % samples == 0)
