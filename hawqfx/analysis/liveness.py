@@ -1,9 +1,9 @@
 """Which tensors are in memory while each node of the graph runs.
 
-The schedule is the order of the graph.  A storage is live from the node that makes it to the last that reads it, inputs
-from the start and outputs to the end.  Views and in-place operators share the storage that they look at, as their
-schemas say; what is quantized beside the float tensor that it copies has a storage of its own.  A rectifier shares
-one with the kernel before it, if nothing else reads that one: both fuse.
+The schedule is the order of the graph.  A storage is live from the node that makes it to the last node that reads it;
+inputs are live from the start, and outputs to the end.  Views and in-place operators share the storage of their source,
+as their schemas say; the quantized copy of a float tensor has a storage of its own.  A rectifier shares the storage of
+the kernel before it, if nothing else reads that storage, because both fuse.
 """
 
 import operator
@@ -15,14 +15,20 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from hawqfx.ir.graph import batch_size, captured_size
 from hawqfx.ir.operators import COPY, ceiling
 from hawqfx.ir.program import Program
 
 
 @dataclass(frozen=True)
 class Live:
-    """What is in memory while `node` runs, of one sample: bytes that no choice of bits changes, and by activation site
-    the elements of each of its storages."""
+    """The memory that one sample takes while a node runs.
+
+    Args:
+        node: name of the fx node.
+        fixed: bytes that no choice of formats changes.
+        elements: key of an activation site -> the elements of each of its storages.
+    """
 
     node: str
     fixed: int
@@ -30,27 +36,30 @@ class Live:
 
 
 def live(program: Program) -> list[Live]:
-    """Of every node that makes a storage, in order; nodes at which no more is live than at another are left out."""
+    """The memory at every node that makes a storage, in the order of the graph.
+
+    Nodes at which no more is live than at another node, whatever the formats, are left out.
+    """
     storages = _storages(program)
-    found = []
+    steps = []
     for step, node in enumerate(program.graph.graph.nodes):
         if any(storage.start == step for storage in storages) or node.op == "output":
-            there = [storage for storage in storages if storage.start <= step <= storage.end]
-            sites = {storage.site for storage in there if storage.site is not None}
-            found.append(
+            present = [storage for storage in storages if storage.start <= step <= storage.end]
+            sites = {storage.site for storage in present if storage.site is not None}
+            steps.append(
                 Live(
                     node.name,
-                    sum(storage.bytes for storage in there if storage.site is None),
-                    {site: tuple(sorted(s.elements for s in there if s.site == site)) for site in sorted(sites)},
+                    sum(storage.bytes for storage in present if storage.site is None),
+                    {site: tuple(sorted(s.elements for s in present if s.site == site)) for site in sorted(sites)},
                 )
             )
-    distinct = {(step.fixed, tuple(step.elements.items())): step for step in reversed(found)}
-    steps = sorted(distinct.values(), key=found.index)
-    return [step for step in steps if not any(other is not step and _within(step, other) for other in steps)]
+    first = {(step.fixed, tuple(step.elements.items())): step for step in reversed(steps)}
+    distinct = sorted(first.values(), key=steps.index)
+    return [step for step in distinct if not any(other is not step and _within(step, other) for other in distinct)]
 
 
 def _within(step: Live, other: Live) -> bool:
-    """Whether the other step has all that is live at this one, whatever the bits."""
+    """Whether no more is live at `step` than at `other`, whatever the formats."""
     return step.fixed <= other.fixed and all(
         sum(elements) <= sum(other.elements.get(site, ())) and set(elements) <= set(other.elements.get(site, ()))
         for site, elements in step.elements.items()
@@ -59,6 +68,8 @@ def _within(step: Live, other: Live) -> bool:
 
 @dataclass(frozen=True)
 class _Storage:
+    """A piece of memory: the first and the last step of its life, its size in one sample, and its activation site."""
+
     start: int
     end: int
     elements: int
@@ -69,13 +80,13 @@ class _Storage:
 def _storages(program: Program) -> list[_Storage]:
     nodes = list(program.graph.graph.nodes)
     step = {node: number for number, node in enumerate(nodes)}
-    batch = _batch(program)
-    site_of = {name: site.key for site in program.activations for name in (*site.nodes, *site.data_movement)}
+    batch = batch_size(program.graph.graph)
+    site_of = program.site_of
     shared: networkx.Graph[fx.Node] = networkx.Graph()
     for node in nodes:
         if node.op != "get_attr" and _tensors(node):
             shared.add_node(node)
-            source = _looks_at(node)
+            source = _storage_source(node)
             if source is not None and source.op != "get_attr":
                 shared.add_edge(node, source)
     storages = []
@@ -87,16 +98,16 @@ def _storages(program: Program) -> list[_Storage]:
             _Storage(
                 start=0 if first.op == "placeholder" else step[first],
                 end=max(step[user] for member in members for user in (member, *member.users)),
-                elements=sum(_hint(tensor.numel()) for tensor in tensors) // batch,
-                bytes=sum(_hint(tensor.numel()) * tensor.element_size() for tensor in tensors) // batch,
+                elements=sum(captured_size(tensor.numel()) for tensor in tensors) // batch,
+                bytes=sum(captured_size(tensor.numel()) * tensor.element_size() for tensor in tensors) // batch,
                 site=min(sites, default=None),
             )
         )
     return storages
 
 
-def _looks_at(node: fx.Node) -> fx.Node | None:
-    """The node whose storage this one shares."""
+def _storage_source(node: fx.Node) -> fx.Node | None:
+    """The node whose storage this node shares; None if it has a storage of its own."""
     sources = node.all_input_nodes
     if node.target is COPY:
         return None
@@ -111,13 +122,3 @@ def _looks_at(node: fx.Node) -> fx.Node | None:
 
 def _tensors(node: fx.Node) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-
-
-def _batch(program: Program) -> int:
-    first = next(iter(program.graph.graph.find_nodes(op="placeholder")))
-    return _hint(first.meta["val"].shape[0])
-
-
-def _hint(size: object) -> int:
-    """A size as it was when the graph was captured."""
-    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[attr-defined]

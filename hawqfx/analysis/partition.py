@@ -1,17 +1,19 @@
 """Which nodes compute with integers.
 
-Layers and products of activations do, always.  An addition, a multiplication, a pooling, a sigmoid or what only moves
-values about has an integer kernel too, but beside a float operator it would have to convert what goes in and out.  So
-those run in integers where that makes the fewest values cross between float and integers: a minimum cut of the graph,
-in which the tensors that any node reads are weighed by their elements.
+Layers and products of activations do, always.  An addition, a multiplication, a pooling, a sigmoid or a movement of
+data has an integer kernel too, but beside a float operator this kernel has to convert its inputs and outputs.  So
+those run in integers where the fewest values cross between float and integers: a minimum cut of the graph, in which a
+tensor that a node reads weighs as much as it has elements.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import networkx
-from torch import Tensor, fx
+from torch import fx
 
+from hawqfx.ir.graph import captured_shape
 from hawqfx.ir.operators import (
     WEIGHTED_LAYERS,
     ceiling,
@@ -25,24 +27,29 @@ from hawqfx.ir.operators import (
 )
 
 INTEGER, FLOAT = "integer", "float"  # the two ends of the cut
-FORCED = float("inf")
+UNCUTTABLE = float("inf")
 
 
 @dataclass(frozen=True)
 class Partition:
-    """kernels: layers, products and elementwise operators that compute with integers, in order; carriers: nodes that
-    move integers about; makes: the tensors that come out of either as integers, so that they need a quantizer."""
+    """The nodes of a graph that compute with integers.
+
+    Args:
+        kernels: layers, products and elementwise operators that compute with integers, in the order of the graph.
+        data_movement: nodes that move integers about.
+        integer_outputs: the tensors that kernels and data movement hand out as integers; each needs a quantizer.
+    """
 
     kernels: tuple[fx.Node, ...]
     data_movement: frozenset[fx.Node]
-    makes: frozenset[fx.Node]
+    integer_outputs: frozenset[fx.Node]
 
-    def reads(self, node: fx.Node, tensor: fx.Node) -> bool:
+    def reads_integers(self, node: fx.Node, tensor: fx.Node) -> bool:
         """Whether `node` reads this tensor as integers."""
-        return node in self.data_movement or (node in self.kernels and tensor in taken(node))
+        return node in self.data_movement or (node in self.kernels and tensor in kernel_inputs(node))
 
 
-def taken(kernel: fx.Node) -> tuple[fx.Node, ...]:
+def kernel_inputs(kernel: fx.Node) -> tuple[fx.Node, ...]:
     """The activations that a kernel multiplies, adds or averages."""
     if kernel.target in WEIGHTED_LAYERS:
         return operands(kernel)[:1]
@@ -50,122 +57,134 @@ def taken(kernel: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def is_layer(node: fx.Node) -> bool:
+    """Whether a node multiplies an activation by a constant weight."""
     return node.target in WEIGHTED_LAYERS and is_constant(operands(node)[1]) and is_tensor(operands(node)[0])
 
 
-def find(graph: fx.Graph, keeps_float: Callable[[fx.Node], bool] = lambda layer: False) -> Partition:
-    """`keeps_float`: whether a layer is to stay in float."""
+def partition(graph: fx.Graph, keeps_float: Callable[[fx.Node], bool] = lambda layer: False) -> Partition:
+    """The partition of a graph that converts the fewest values.
+
+    Args:
+        graph: captured, with the tensors of its nodes in `meta["val"]`.
+        keeps_float: whether a layer stays in float.
+
+    Returns:
+        The partition; all its parts are empty where no layer and no product computes with integers.
+    """
     fixed = [node for node in graph.nodes if (is_layer(node) and not keeps_float(node)) or is_product(node)]
     free = {node for node in graph.nodes if elementwise(node) or is_data_movement(node)}
-    side = _Cut(graph, fixed, free).solve() if fixed else set()
+    side = _MinimumCut(graph, fixed, free).integer_side() if fixed else set()
     kernels = tuple(
         node for node in graph.nodes if node in fixed or (node in free and node in side and elementwise(node))
     )
     data_movement = frozenset(node for node in free if node in side and not elementwise(node))
-    makes = {end(node) for node in kernels if end(node) in side} | data_movement
-    return Partition(kernels, data_movement, frozenset(makes))
+    integer_outputs = {fused_output(node) for node in kernels if fused_output(node) in side} | data_movement
+    return Partition(kernels, data_movement, frozenset(integer_outputs))
 
 
-def end(kernel: fx.Node) -> fx.Node:
-    """The tensor that a kernel ends in: its rectifier's, if nothing else reads the value before and if the quantizer
-    after the rectifier can start at zero, so that onnxruntime may drop the rectifier."""
+def fused_output(kernel: fx.Node) -> fx.Node:
+    """The node whose tensor a kernel hands out: the kernel itself, or the rectifier that onnxruntime fuses with it.
+
+    The rectifier fuses if nothing else reads the kernel's own tensor, and if the quantizer after the rectifier can
+    start at zero, so that onnxruntime may drop the rectifier.
+    """
     readers = value_readers(kernel)
     if len(readers) == 1:
         (user,) = readers
-        if ceiling(user) is not None and cut_alike(_carried_with(user)):
+        if ceiling(user) is not None and share_ceiling(_tied_tensors(user)):
             return user
     return kernel
 
 
-def cut_alike(tensors: Iterable[fx.Node]) -> bool:
-    """Whether rectifiers make all these tensors and cut them off at the same ceiling: then a quantizer that they share
-    can do the rectifiers' work."""
+def share_ceiling(tensors: Iterable[fx.Node]) -> bool:
+    """Whether rectifiers with the same ceiling make all these tensors.
+
+    Then a quantizer that the tensors share can do the work of the rectifiers.
+    """
     ceilings = {ceiling(tensor) for tensor in tensors if not is_data_movement(tensor)}
     return len(ceilings) == 1 and None not in ceilings
 
 
-def _carried_with(tensor: fx.Node) -> set[fx.Node]:
-    """The tensors that would share a quantizer with this one, if all carriers carried integers."""
-    found, waiting = {tensor}, [tensor]
+def _tied_tensors(tensor: fx.Node) -> set[fx.Node]:
+    """The tensors that share a quantizer with this one if all data movement is on integers."""
+    tied, waiting = {tensor}, [tensor]
     while waiting:
         node = waiting.pop()
-        around = [user for user in node.users if is_data_movement(user)]
-        around += [source for source in node.all_input_nodes if is_data_movement(node) and is_tensor(source)]
-        waiting += [other for other in around if other not in found]
-        found.update(around)
-    return found
+        neighbours = [user for user in node.users if is_data_movement(user)]
+        neighbours += [source for source in node.all_input_nodes if is_data_movement(node) and is_tensor(source)]
+        waiting += [neighbour for neighbour in neighbours if neighbour not in tied]
+        tied.update(neighbours)
+    return tied
 
 
-class _Cut:
-    """A node on the integer side computes with integers and makes integers.  A tensor made on one side and read on the
-    other is converted once, however many read it: a vertex of its own stands for the conversion."""
+class _MinimumCut:
+    """The flow network whose minimum cut is the partition.
+
+    A node on the integer side computes with integers and makes integers.  A tensor that is made on one side and read
+    on the other is converted once, however many nodes read it: a vertex of its own stands for the conversion.
+    """
 
     def __init__(self, graph: fx.Graph, fixed: list[fx.Node], free: set[fx.Node]) -> None:
         self.edges: networkx.DiGraph[object] = networkx.DiGraph()
         self.edges.add_nodes_from((INTEGER, FLOAT))
         self.graph, self.fixed, self.free = graph, set(fixed), free
-        self.unit = len(graph.nodes) ** 2  # of an element: more than all preferences together
-        self.kernel_of = {end(node): node for node in graph.nodes if node in self.fixed or elementwise(node)}
+        self.unit = len(graph.nodes) ** 2  # the weight of an element: more than all preferences together
+        self.kernel_of = {fused_output(node): node for node in graph.nodes if node in self.fixed or elementwise(node)}
         for node in graph.nodes:
-            if is_tensor(node) and not self._inside(node):
-                self._tensor(node)
+            if is_tensor(node) and not self._is_inside_kernel(node):
+                self._add_tensor(node)
 
-    def solve(self) -> set[object]:
-        """What is on the integer side."""
+    def integer_side(self) -> set[object]:
+        """The vertices on the integer side of the minimum cut."""
         _, (integer, _) = networkx.minimum_cut(self.edges, INTEGER, FLOAT)
         return set(integer)
 
-    def _inside(self, node: fx.Node) -> bool:
-        """Whether a rectifier after the node belongs to the same kernel."""
-        return (node in self.fixed or bool(elementwise(node))) and end(node) is not node
+    def _is_inside_kernel(self, node: fx.Node) -> bool:
+        """Whether the tensor never leaves a kernel, because a rectifier after it belongs to the same kernel."""
+        return (node in self.fixed or bool(elementwise(node))) and fused_output(node) is not node
 
-    def _tensor(self, node: fx.Node) -> None:
-        size = elements(node)
-        kernel = self.kernel_of.get(node, node)
-        if kernel in self.fixed:
-            if not _may_leave_floats(kernel, node):
-                self._join(INTEGER, node)
-        elif kernel in self.free:
-            if kernel is not node:  # what makes the rectifier's output is the same kernel
-                self._join(kernel, node)
-                self._join(node, kernel)
-            if len(node.all_input_nodes) > 1 and is_data_movement(
-                node
-            ):  # where it makes no difference, share no quantizer
-                self.edges.add_edge(node, FLOAT, capacity=self.unit // len(self.graph.nodes))
-            elif is_data_movement(node):  # and quantize before values are moved
-                self.edges.add_edge(INTEGER, node, capacity=1)
-        else:
-            self._join(node, FLOAT)
+    def _add_tensor(self, node: fx.Node) -> None:
+        self._add_maker(node)
         readers = [self._reader(user) for user in value_readers(node)]
         for reader in dict.fromkeys(readers):
-            self._join(("dequantize", node), reader)
-            self._join(reader, ("quantize", node))
+            self._require(("dequantize", node), reader)
+            self._require(reader, ("quantize", node))
         if readers:
-            self.edges.add_edge(node, ("dequantize", node), capacity=size * self.unit)
-            self.edges.add_edge(("quantize", node), node, capacity=size * self.unit)
+            elements = math.prod(captured_shape(node))
+            self.edges.add_edge(node, ("dequantize", node), capacity=elements * self.unit)
+            self.edges.add_edge(("quantize", node), node, capacity=elements * self.unit)
+
+    def _add_maker(self, node: fx.Node) -> None:
+        """The side of the kernel that makes a tensor."""
+        kernel = self.kernel_of.get(node, node)
+        if kernel in self.fixed:
+            if not _may_make_floats(kernel, node):
+                self._require(INTEGER, node)
+            return
+        if kernel not in self.free:
+            self._require(node, FLOAT)
+            return
+        if kernel is not node:  # the rectifier belongs to the kernel
+            self._require(kernel, node)
+            self._require(node, kernel)
+        if is_data_movement(node):
+            if len(node.all_input_nodes) > 1:  # preference: no shared quantizer where it makes no difference
+                self.edges.add_edge(node, FLOAT, capacity=self.unit // len(self.graph.nodes))
+            else:  # preference: quantize before values are moved
+                self.edges.add_edge(INTEGER, node, capacity=1)
 
     def _reader(self, user: fx.Node) -> object:
         if user in self.fixed:
             return INTEGER
         return user if user in self.free else FLOAT
 
-    def _join(self, one: object, other: object) -> None:
-        """`one` is not on the integer side without `other`."""
-        if one != other:
-            self.edges.add_edge(one, other, capacity=FORCED)
+    def _require(self, dependent: object, required: object) -> None:
+        """`dependent` is on the integer side only together with `required`."""
+        if dependent != required:
+            self.edges.add_edge(dependent, required, capacity=UNCUTTABLE)
 
 
-def _may_leave_floats(kernel: fx.Node, tensor: fx.Node) -> bool:
-    """Linear layers and products have integer kernels that hand out floats, without a rectifier; convolutions none."""
+def _may_make_floats(kernel: fx.Node, tensor: fx.Node) -> bool:
+    """Whether the integer kernel can hand out floats: linear layers and products without a rectifier can, convolutions
+    cannot."""
     return tensor is kernel and (is_product(kernel) or WEIGHTED_LAYERS[kernel.target] == "linear")
-
-
-def elements(node: fx.Node) -> int:
-    """Of a tensor, with the batch that it was captured with."""
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    total = 1
-    for size in value.shape:
-        total *= size if isinstance(size, int) else int(size.node.hint)
-    return total

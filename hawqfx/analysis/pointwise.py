@@ -1,4 +1,4 @@
-"""Functions of each value of a tensor, such as SiLU, GELU and their like, as the nodes that compute them."""
+"""Functions of each value of a tensor, such as SiLU and GELU, as the nodes that compute them."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -13,8 +13,12 @@ Function = Callable[[Tensor], Tensor]
 
 
 def nonlinearity(source: fx.Node) -> list[fx.Node]:
-    """The nodes that make one function of each value of `source`, if nothing else reads it, to the first that all of
-    it goes through; else none."""
+    """The nodes that compute one function of each value of `source`.
+
+    Returns:
+        The nodes in the order of the graph; the last is the first node that all values pass through.  The list is
+        empty if other nodes read the values too.
+    """
     body: list[fx.Node] = []
     inside, node = {source}, source.next
     while node.op != "root":
@@ -28,7 +32,16 @@ def nonlinearity(source: fx.Node) -> list[fx.Node]:
 
 
 def evaluate(body: Sequence[fx.Node], source: fx.Node, values: Tensor) -> Tensor:
-    """What the nodes make of `values`, as values of `source`."""
+    """The function of `nonlinearity`.
+
+    Args:
+        body: the nodes of the function, in the order of the graph.
+        source: the node whose values the function takes.
+        values: stand in for those of `source`; of any shape.
+
+    Returns:
+        A tensor of the same shape.
+    """
     known = {source: values}
     for node in body:
         assert callable(node.target)
@@ -38,16 +51,23 @@ def evaluate(body: Sequence[fx.Node], source: fx.Node, values: Tensor) -> Tensor
 
 
 def function_of(graph: fx.Graph, tied: Collection[str]) -> Function | None:
-    """The function that is all that is read of tensors, by the names of their nodes, which are those of one tensor
-    moved about; None if other things are read of them."""
+    """The function through which the rest of the graph reads a tensor.
+
+    Args:
+        graph: of the nodes.
+        tied: names of the nodes that make or move the tensor.
+
+    Returns:
+        None if the rest of the graph reads the values otherwise too.
+    """
     sources = [n for n in graph.nodes if n.name in tied and not {user.name for user in value_readers(n)} <= set(tied)]
     body = nonlinearity(sources[0]) if len(sources) == 1 else []
     return partial(evaluate, body, sources[0]) if body else None
 
 
 def square_slope(function: Function, values: Tensor) -> float:
-    """The sum over `values` of the squared derivative."""
+    """The sum over `values` of the squared derivative of a function of each value."""
     with torch.enable_grad():
-        at = values.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(function(at).sum(), at)
+        inputs = values.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(function(inputs).sum(), inputs)
     return curvature.dot(slope, slope)

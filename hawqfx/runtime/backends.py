@@ -1,7 +1,7 @@
-"""Backends: how fast a file runs, and how near its answers are to the float network's, in one run.
+"""Backends: the speed of a network, and its difference from the float network, in one measurement.
 
 onnxruntime runs the file on the processor, or on a GPU with its CUDA or TensorRT provider.  torch runs the
-fake-quantized graph, to see what quantization itself costs there: integer kernels are onnxruntime's.
+fake-quantized graph, which shows the cost of quantization itself: only onnxruntime has integer kernels.
 """
 
 import os
@@ -9,7 +9,8 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import BackendError
-from hawqfx.frontend.context import Batch
+from hawqfx.frontend.data import Batch
 from hawqfx.runtime import ort
 
 PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
@@ -36,8 +37,14 @@ Outputs = Sequence[NDArray[Any]]
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """Against the float network's first output: mean and largest absolute difference, the largest relative to the
-    largest float value, and the share of rows (along the last axis) whose largest entry is the same."""
+    """The difference of the first output from the float network's.
+
+    Args:
+        mean: mean absolute difference.
+        largest: largest absolute difference.
+        relative: the largest difference, relative to the largest absolute value in float.
+        agreement: share of the rows (along the last axis) whose largest entry is at the same place.
+    """
 
     mean: float
     largest: float
@@ -47,8 +54,22 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class Result:
-    """One backend: seconds of a run of `batch` samples, samples in a second, bytes that the process grew by, at its
-    peak, and what ran it.  `parity`: None where there is no float network to compare with."""
+    """A measurement on one backend.
+
+    Args:
+        backend: a member of BACKENDS.
+        provider: onnxruntime's execution provider, "torch", or the name of the GPU.
+        batch: samples in a run.
+        threads: of one operator.
+        median: median seconds of a run.
+        p90: 90th percentile of the seconds of a run.
+        runs: number of timed runs.
+        throughput: samples per second.
+        memory: bytes by which the peak of the process grew.
+        parity: None if there is no float network to compare with.
+        machine: architecture and number of cores.
+        versions: library -> version.
+    """
 
     backend: str
     provider: str
@@ -64,11 +85,16 @@ class Result:
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
         return asdict(self)
 
 
 def available(backend: str) -> str | None:
-    """Why a backend cannot be used here; None if it can.  Raises BackendError for names that are no backend's."""
+    """The reason why a backend cannot run here; None if it can.
+
+    Raises:
+        BackendError: if there is no backend of this name.
+    """
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend in PROVIDERS:
@@ -82,19 +108,30 @@ def available(backend: str) -> str | None:
 
 
 def file_inputs(path: str | Path, batch: int = 1, seed: int = 0) -> list[NDArray[Any]]:
-    """Random inputs of the shapes that a file states: normal floats, integers 0 and 1; dynamic dimensions are
-    `batch`."""
-    draw = np.random.default_rng(seed)
-    found = []
+    """Random inputs for a file.
+
+    Args:
+        path: the file.
+        batch: the size of every dynamic dimension.
+        seed: of the random numbers.
+
+    Returns:
+        An array for each input, of the shape that the file states: normal floats, or integers 0 and 1.
+
+    Raises:
+        BackendError: if the file has an input of another type.
+    """
+    random = np.random.default_rng(seed)
+    arrays: list[NDArray[Any]] = []
     for name, shape, kind in ort.inputs(path):
         sizes = [size if isinstance(size, int) else batch for size in shape]
         if "float" in kind:
-            found.append(draw.standard_normal(sizes).astype(np.float32))
+            arrays.append(random.standard_normal(sizes).astype(np.float32))
         elif "int64" in kind or "int32" in kind or "bool" in kind:
-            found.append(draw.integers(0, 2, sizes).astype(kind.removeprefix("tensor(").removesuffix(")")))
+            arrays.append(random.integers(0, 2, sizes).astype(kind.removeprefix("tensor(").removesuffix(")")))
         else:
             raise BackendError(f"input {name!r} is a {kind}: give data")
-    return found
+    return arrays
 
 
 def run_file(
@@ -106,8 +143,20 @@ def run_file(
     threads: int = 1,
     rounds: int = 100,
 ) -> Result:
-    """A file in onnxruntime.  Raises BackendError where the backend is not there."""
-    _check(backend)
+    """Run a file in onnxruntime.
+
+    Args:
+        path: the file.
+        backend: a key of PROVIDERS.
+        inputs: an array for each input of the file; dimension 0 is the batch.
+        reference: outputs of the float network for these inputs.
+        threads: of one operator.
+        rounds: timed runs.
+
+    Raises:
+        BackendError: if the backend cannot run here, or if the outputs do not have the shape of the reference.
+    """
+    _check_available(backend)
     provider = PROVIDERS[backend]
     before = _peak_bytes()
     session = ort.session(path, threads=threads, provider=provider)
@@ -125,27 +174,34 @@ def run_graph(
     threads: int = 1,
     rounds: int = 100,
 ) -> Result:
-    """A network in torch, on the backend's device.  Raises BackendError where the backend is not there."""
-    _check(backend)
+    """Run a network in torch.
+
+    Args:
+        model: a module, or a function of the batch's arguments.
+        backend: a key of DEVICES.
+        batch: the inputs.
+        reference: outputs of the float network for these inputs.
+        threads: of one operator.
+        rounds: timed runs.
+
+    Raises:
+        BackendError: if the backend cannot run here, or if the outputs do not have the shape of the reference.
+    """
+    _check_available(backend)
     device = torch.device(DEVICES[backend])
     moved = batch.to(device)
     network = model.to(device) if isinstance(model, torch.nn.Module) else model
-    kept = torch.get_num_threads()
+
+    def step() -> Any:
+        answer = network(*moved.args, **moved.kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return answer
+
     before = _peak_bytes()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-
-            def step() -> Any:
-                answer = network(*moved.args, **moved.kwargs)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                return answer
-
-            outputs = [leaf.cpu().numpy() for leaf in pytree.tree_leaves(step()) if isinstance(leaf, Tensor)]
-            seconds = _timed(step, rounds)
-    finally:
-        torch.set_num_threads(kept)
+    with _torch_threads(threads), torch.no_grad():
+        outputs = [leaf.cpu().numpy() for leaf in pytree.tree_leaves(step()) if isinstance(leaf, Tensor)]
+        seconds = _timed(step, rounds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "torch"
     return _result(backend, name, batch.size, threads, seconds, before, outputs, reference)
 
@@ -160,43 +216,86 @@ def every(
     threads: int = 1,
     rounds: int = 100,
 ) -> dict[str, Result | str]:
-    """Each backend's figures, or why it cannot run here.  `graph`: what torch runs.  Raises BackendError."""
-    found: dict[str, Result | str] = {}
+    """Run a network on several backends.
+
+    Args:
+        path: the file that onnxruntime runs.
+        graph: the network that torch runs.
+        backends: members of BACKENDS.
+        batch: the inputs.
+        reference: outputs of the float network for these inputs.
+        threads: of one operator.
+        rounds: timed runs.
+
+    Returns:
+        For each backend its result, or the reason why it cannot run here.
+
+    Raises:
+        BackendError: if there is no backend of a name, or if torch has no network to run.
+    """
+    results: dict[str, Result | str] = {}
     for backend in backends:
         reason = available(backend)
         if reason is not None:
-            found[backend] = f"not here: {reason}"
+            results[backend] = f"not here: {reason}"
         elif backend in PROVIDERS:
             arrays = [tensor.numpy() for tensor in batch.tensors]
-            found[backend] = run_file(path, backend, arrays, reference, threads=threads, rounds=rounds)
+            results[backend] = run_file(path, backend, arrays, reference, threads=threads, rounds=rounds)
         elif graph is None:
             raise BackendError(f"{backend} runs the graph: give the model and the plan that the file was made by")
         else:
-            found[backend] = run_graph(graph, backend, batch, reference, threads=threads, rounds=rounds)
-    return found
+            results[backend] = run_graph(graph, backend, batch, reference, threads=threads, rounds=rounds)
+    return results
 
 
 def table(results: Mapping[str, Result | str]) -> Table:
-    """A row for each backend."""
-    made = Table("backend", "provider", "median, ms", "p90, ms", "samples/s", "memory, MB", "against float")
+    """The results of `every`, a row for each backend."""
+    rows = Table("backend", "provider", "median, ms", "p90, ms", "samples/s", "memory, MB", "against float")
     for name, result in results.items():
         if isinstance(result, str):
-            made.add_row(name, result)
+            rows.add_row(name, result)
             continue
         same = result.parity
-        said = "" if same is None else f"top-1 {same.agreement:.1%}, mean difference {same.mean:.2g}"
-        figures = (f"{1e3 * value:.3f}" for value in (result.median, result.p90))
-        made.add_row(name, result.provider, *figures, f"{result.throughput:.1f}", f"{result.memory / 1e6:.1f}", said)
-    return made
+        parity = "" if same is None else f"top-1 {same.agreement:.1%}, mean difference {same.mean:.2g}"
+        times = (f"{1e3 * value:.3f}" for value in (result.median, result.p90))
+        rows.add_row(name, result.provider, *times, f"{result.throughput:.1f}", f"{result.memory / 1e6:.1f}", parity)
+    return rows
 
 
-def _check(backend: str) -> None:
+def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> OutputDifference:
+    """The difference between an output and the float network's, both of the same shape.
+
+    Raises:
+        BackendError: if the shapes differ.
+    """
+    if ours.shape != theirs.shape:
+        raise BackendError(f"the file answers {ours.shape} and the float network {theirs.shape}: they are not alike")
+    difference = np.abs(ours.astype(np.float64) - theirs)
+    largest = float(difference.max(initial=0.0))
+    same = ours.argmax(-1) == theirs.argmax(-1) if ours.ndim else np.array(True)
+    size = float(np.abs(theirs).max(initial=0.0)) or 1.0
+    return OutputDifference(float(difference.mean()), largest, largest / size, float(same.mean()))
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """So many threads in torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_available(backend: str) -> None:
     reason = available(backend)
     if reason is not None:
         raise BackendError(f"{backend} is not here: {reason}")
 
 
 def _timed(step: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each timed run."""
     if rounds < 2:
         raise BackendError(f"rounds={rounds}: a median takes at least two runs")
     seconds = []
@@ -209,6 +308,7 @@ def _timed(step: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def _peak_bytes() -> int:
+    """The most memory that the process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -231,14 +331,3 @@ def _result(
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         versions={"onnxruntime": ort.version(), "torch": str(torch.__version__)},
     )
-
-
-def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> OutputDifference:
-    """Raises BackendError where the shapes differ."""
-    if ours.shape != theirs.shape:
-        raise BackendError(f"the file answers {ours.shape} and the float network {theirs.shape}: they are not alike")
-    difference = np.abs(ours.astype(np.float64) - theirs)
-    largest = float(difference.max(initial=0.0))
-    same = ours.argmax(-1) == theirs.argmax(-1) if ours.ndim else np.array(True)
-    size = float(np.abs(theirs).max(initial=0.0)) or 1.0
-    return OutputDifference(float(difference.mean()), largest, largest / size, float(same.mean()))

@@ -22,8 +22,15 @@ def session(
     save: Path | None = None,
     provider: str = CPU,
 ) -> onnxruntime.InferenceSession:
-    """A session of a file or its content, on the processor unless another `provider` is asked for; `threads=0` lets
-    onnxruntime choose.  With `save`, the graph as onnxruntime optimized it for this machine is written there."""
+    """A session of onnxruntime.
+
+    Args:
+        model: a file, or the content of one.
+        threads: of one operator; 0 lets onnxruntime choose.
+        optimize: whether onnxruntime may fuse and replace operators.
+        save: a file to write the graph to, as onnxruntime optimized it for this machine.
+        provider: runs the operators that it supports; the processor runs the others.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -37,35 +44,57 @@ def session(
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:
-    """All outputs for one batch; inputs in the order of the file's."""
+    """All outputs for one batch.
+
+    Args:
+        model: a session.
+        inputs: an array for each input of the file, in the same order.
+    """
     names = [value.name for value in model.get_inputs()]
     return list(model.run(None, dict(zip(names, inputs, strict=True))))
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one run: median and 90th percentile over `runs`."""
+    """Seconds of one run.
+
+    Args:
+        median: over all runs.
+        p90: the 90th percentile over all runs.
+        runs: their number.
+    """
 
     median: float
     p90: float
     runs: int
 
 
-BURST = 8
+BURST = 8  # runs of a model in a turn
+COLD = BURST // 4  # the first runs of a turn, which are not timed
 
 
 def latency(
     paths: Mapping[str, str | Path], inputs: Arrays, *, threads: int = 1, rounds: int = 100
 ) -> dict[str, Latency]:
-    """Time several files on the same inputs, so many runs each; see `_in_turns`."""
+    """Latencies of several files on the same inputs, measured in turns (see `_in_turns`).
+
+    Args:
+        paths: name -> file.
+        inputs: an array for each input, in the order of the files.
+        threads: of one operator.
+        rounds: the least number of timed runs of each file.
+
+    Returns:
+        The latency of each file by name.
+    """
     sessions = [session(path, threads=threads) for path in paths.values()]
-    found = _in_turns(
+    seconds = _in_turns(
         [lambda model=model: run(model, inputs) for model in sessions],  # type: ignore[misc]
         lambda seconds: len(seconds) < rounds,
     )
     return {
         name: Latency(statistics.median(times), statistics.quantiles(times, n=10)[-1], len(times))
-        for name, times in zip(paths, found, strict=True)
+        for name, times in zip(paths, seconds, strict=True)
     }
 
 
@@ -76,33 +105,49 @@ def steady(
     threads: int,
     budget: float,
 ) -> list[float]:
-    """Seconds of one run of each model, the median for about so many seconds in all; see `_in_turns`."""
+    """Median seconds of one run of each of several models, measured in turns (see `_in_turns`).
+
+    Args:
+        models: files, or the content of files.
+        feeds: for each model, name of an input -> array.
+        threads: of one operator.
+        budget: seconds for the runs of all models together; each model has at least one turn.
+    """
     sessions = [session(model, threads=threads) for model in models]
     end = time.perf_counter() + budget
-    found = _in_turns(
+    seconds = _in_turns(
         [lambda model=model, feed=feed: model.run(None, feed) for model, feed in zip(sessions, feeds, strict=True)],  # type: ignore[misc]
         lambda seconds: not seconds or time.perf_counter() < end,
     )
-    return [statistics.median(times) for times in found]
+    return [statistics.median(times) for times in seconds]
 
 
 def _in_turns(runs: Sequence[Callable[[], object]], more: Callable[[Sequence[float]], bool]) -> list[list[float]]:
-    """Seconds of runs that take turns, so that noise and drift of the machine meet all alike, while the first needs
-    `more`.  Turns are bursts, of which the first runs only bring the caches into the state that they have where one
-    model runs again and again, as it does where it is deployed."""
+    """Time functions in turns, so that noise and drift of the machine meet all of them alike.
+
+    A turn is a burst of runs of one function.  The first runs of a burst are not timed: they bring the caches into the
+    state that they have where one model runs again and again, as in deployment.
+
+    Args:
+        runs: the functions.
+        more: whether another turn is needed, by the seconds of the first function.
+
+    Returns:
+        The seconds of all timed runs of each function.
+    """
     seconds: list[list[float]] = [[] for _ in runs]
     while seconds and more(seconds[0]):
-        for each, times in zip(runs, seconds, strict=True):
+        for step, times in zip(runs, seconds, strict=True):
             for turn in range(BURST):
                 start = time.perf_counter()
-                each()
-                if turn >= BURST // 4:
+                step()
+                if turn >= COLD:
                     times.append(time.perf_counter() - start)
     return seconds
 
 
 def providers() -> list[str]:
-    """What this onnxruntime can run on."""
+    """Names of the execution providers of this onnxruntime, such as "CPUExecutionProvider"."""
     return list(onnxruntime.get_available_providers())
 
 
@@ -112,4 +157,5 @@ def inputs(path: str | Path) -> list[tuple[str, list[int | str], str]]:
 
 
 def version() -> str:
+    """The version of onnxruntime."""
     return str(onnxruntime.__version__)

@@ -1,10 +1,10 @@
-"""Does the file compute what the lowered graph computes?  Checked site by site, and end to end.
+"""Compare the exported file with the lowered graph, site by site and end to end.
 
-With onnxruntime's optimizations off the same float operations run on both sides, and sums in another order differ in
-the last bits.  Where a value lies on a rounding tie, that flips a code; one flipped code changes everything after it.
-So each quantized tensor is compared with the values that onnxruntime itself had at those before: `flips` counts codes
-that differ there, and `worst` is the largest relative difference of an output computed from equal codes.
-With optimizations on, integer kernels run, and only outputs are compared.
+With onnxruntime's optimizations off, the same float operations run on both sides; sums in another order differ in the
+last bits.  Where a value lies on a rounding tie, this difference flips a code, and one flipped code changes all tensors
+after it.  So the graph computes each quantized tensor from the values that onnxruntime had at the sites before it:
+`flips` counts the codes that differ then, and `worst` is the largest relative difference of an output that is computed
+from equal codes.  With optimizations on, integer kernels run, and only outputs are compared.
 """
 
 import tempfile
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hawqfx.export.exporter import expose_sites, operators
-from hawqfx.frontend.context import Batch
+from hawqfx.export.inspection import expose_sites, operators
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.custom_ops import FAKE_QUANTIZE
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import SCALE, Program
@@ -27,9 +27,15 @@ from hawqfx.runtime import ort
 
 @dataclass(frozen=True)
 class Parity:
-    """flips of `codes` compared; worst relative difference of the outputs, to the largest of them, from equal codes.
+    """The differences between a file and the graph that it was exported from.
 
-    mean_difference and agreement: of the optimized file's outputs, mean absolute difference and equal top-1."""
+    Args:
+        codes: codes of activations that were compared.
+        flips: codes that differ.
+        worst: largest difference of an output that is computed from equal codes, relative to the largest output.
+        mean_difference: mean absolute difference of the optimized file's outputs.
+        agreement: share of samples for which the optimized file has the same largest output.
+    """
 
     codes: int
     flips: int
@@ -40,30 +46,29 @@ class Parity:
 
 @torch.no_grad()
 def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
-    """The lowered program against the file that was exported from it, on one batch."""
+    """Compare the first output and all quantized activations of a lowered program and of its file, on one batch.
+
+    Args:
+        program: lowered.
+        path: the file that was exported from it.
+        batch: the inputs.
+    """
     inputs = [tensor.numpy() for tensor in batch.tensors]
-    content, keys = expose_sites(path)
-    values = ort.run(ort.session(content, optimize=False), inputs)
-    outputs = len(values) - len(keys)
-    counts = {"codes": 0, "flips": 0}
-    nodes = _quantizers(program)
-    for name in _parted(program, nodes, keys):
-        del nodes[name]
-    assert [key for key, _ in nodes.values()] == keys, "the file quantizes other tensors than the graph"
-    theirs = {name: torch.from_numpy(value) for name, value in zip(nodes, values[outputs:], strict=True)}
+    scales, reference, exposed = _run_exposed(program, path, inputs)
+    codes, flips = 0, 0
 
     def follow(name: str, value: Tensor) -> Tensor:
-        counts["codes"] += value.numel()
-        counts["flips"] += int(((value - theirs[name]).abs() > nodes[name][1] / 2).sum())
-        return theirs[name]
+        nonlocal codes, flips
+        codes += value.numel()
+        flips += int(((value - exposed[name]).abs() > scales[name] / 2).sum())
+        return exposed[name]
 
-    followed = _first(program.run(batch.args, batch.kwargs, follow, at=nodes))
-    reference = torch.from_numpy(values[0])
+    followed = _first(program.run(batch.args, batch.kwargs, follow, at=scales))
     free = _first(program.run(batch.args, batch.kwargs))
     optimized = torch.from_numpy(ort.run(ort.session(path), inputs)[0])
     return Parity(
-        codes=counts["codes"],
-        flips=counts["flips"],
+        codes=codes,
+        flips=flips,
         worst=float((followed - reference).abs().max() / reference.abs().max()),
         mean_difference=float((optimized - free).abs().mean()),
         agreement=float((optimized.argmax(1) == free.argmax(1)).float().mean()),
@@ -71,29 +76,53 @@ def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
 
 
 def kernels(path: str | Path) -> dict[str, int]:
-    """How often each operator stands in the graph that onnxruntime runs on this machine."""
+    """Name of an operator -> its number of nodes in the graph that onnxruntime runs on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "optimized.onnx"
         ort.session(path, save=saved)
         return dict(operators(saved))
 
 
+def _run_exposed(
+    program: Program, path: str | Path, inputs: ort.Arrays
+) -> tuple[dict[str, float], Tensor, dict[str, Tensor]]:
+    """Run the file without optimizations, and look at its quantized activations.
+
+    Returns:
+        The name of each fake-quantize node that the file has too -> its scale; the first output of the file; the name
+        of each of these nodes -> the tensor that the file has there.
+    """
+    content, keys = expose_sites(path)
+    values = [torch.from_numpy(value) for value in ort.run(ort.session(content, optimize=False), inputs)]
+    quantizers = _quantizers(program)
+    for name in _quantizers_in_parts(program, quantizers, keys):
+        del quantizers[name]
+    assert [key for key, _ in quantizers.values()] == keys, "the file quantizes other tensors than the graph"
+    scales = {name: scale for name, (_, scale) in quantizers.items()}
+    return scales, values[0], dict(zip(quantizers, values[len(values) - len(keys) :], strict=True))
+
+
 def _quantizers(program: Program) -> dict[str, tuple[str, float]]:
-    """The fake-quantize nodes of activations -> the key of the site and its scale."""
+    """Name of each fake-quantize node of an activation -> the key of the site and the scale."""
     sites = {site.key for site in program.activations}
-    found: dict[str, tuple[str, float]] = {}
+    quantizers: dict[str, tuple[str, float]] = {}
     for node in program.graph.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE):
         key = str(getattr(node.args[1], "target", "")).removesuffix(SCALE)
         if key in sites:
-            found[node.name] = key, float(program.tensor(key + SCALE))
-    return found
+            quantizers[node.name] = key, float(program.tensor(key + SCALE))
+    return quantizers
 
 
-def _parted(program: Program, nodes: Mapping[str, tuple[str, float]], keys: Collection[str]) -> list[str]:
-    """Quantizers of inputs that the file has not, since it quantizes blocks of their pixels: the same values elsewhere,
-    of which no sums are taken."""
-    of_inputs = {n.name for n in program.graph.graph.nodes if n.name in nodes and operands(n)[0].op == "placeholder"}
-    return [name for name, (key, _) in nodes.items() if name in of_inputs and key not in keys]
+def _quantizers_in_parts(
+    program: Program, quantizers: Mapping[str, tuple[str, float]], keys: Collection[str]
+) -> list[str]:
+    """The quantizers of inputs that the file replaces: it quantizes blocks of their pixels.
+
+    The values are the same at other places; no sums come before them, so that there is nothing to compare.
+    """
+    nodes = [node for node in program.graph.graph.nodes if node.name in quantizers]
+    inputs = {node.name for node in nodes if operands(node)[0].op == "placeholder"}
+    return [name for name, (key, _) in quantizers.items() if name in inputs and key not in keys]
 
 
 def _first(output: Any) -> Tensor:

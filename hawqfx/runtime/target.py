@@ -1,4 +1,4 @@
-"""The processors that a file is made for, as far as the numbers depend on them.
+"""The processors that a file is made for, as far as the results depend on them.
 
 On x86 without VNNI, onnxruntime multiplies unsigned activations by signed weights with vpmaddubsw, which adds two
 products in 16 bits and saturates there: 255 * 127 * 2 does not fit, 255 * 64 * 2 does.  Weights within 7 bits never
@@ -8,14 +8,25 @@ saturate.
 from collections.abc import Mapping, Sequence
 
 from hawqfx.errors import HawqfxError
-from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.maths.formats import FLOAT_BITS
 
-# the widest weights whose sums are exact there; "any" has VNNI, is an ARM processor or a GPU
+# target -> bits of the widest weights whose sums are exact there; "any": with VNNI, an ARM processor, or a GPU
 WIDEST: Mapping[str, int] = {"any": 8, "x86-avx2": 7}
 
 
 def exact_widths(target: str, widths: Sequence[int]) -> tuple[int, ...]:
-    """Those of the widths of weights that compute exactly on the target.  Raises HawqfxError if there are none."""
+    """The bits of weights that compute exactly on a target.
+
+    Args:
+        target: a key of WIDEST.
+        widths: bits that weights may have, 32 being float.
+
+    Returns:
+        The members of `widths` that are exact, in the same order.
+
+    Raises:
+        HawqfxError: if there is no such target, or if no member is exact.
+    """
     if target not in WIDEST:
         raise HawqfxError(f"target={target!r}: must be one of {', '.join(WIDEST)}")
     kept = tuple(bits for bits in widths if bits <= WIDEST[target] or bits == FLOAT_BITS)

@@ -1,6 +1,7 @@
 """Which nodes compute with integers: the minimum cut against all choices, and what each network comes to."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from hawqfx.analysis import partition
+from hawqfx import pipeline
+from hawqfx.analysis.partition import fused_output, partition
+from hawqfx.ir.facts import Account
+from hawqfx.ir.graph import captured_shape
 from hawqfx.ir.operators import elementwise, is_data_movement, is_tensor
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
@@ -69,13 +73,13 @@ def conversions(graph: fx.Graph, fixed: set[fx.Node], free: set[fx.Node], intege
     """Elements that are converted where these of the free nodes compute with integers; linear layers hand out what
     costs least."""
     total = 0
-    ends = {partition.end(node): node for node in fixed | free}
+    ends = {fused_output(node): node for node in fixed | free}
     for node in graph.nodes:
-        if not is_tensor(node) or (node in fixed | free and partition.end(node) is not node):
+        if not is_tensor(node) or (node in fixed | free and fused_output(node) is not node):
             continue
         reads = {user in fixed or user in integer for user in node.users}
         kernel = ends.get(node, node)
-        size = partition.elements(node)
+        size = math.prod(captured_shape(node))
         if kernel in fixed and node is kernel and "linear" in str(kernel.target):
             total += size * (len(reads) > 1)
         else:
@@ -88,7 +92,7 @@ def conversions(graph: fx.Graph, fixed: set[fx.Node], free: set[fx.Node], intege
 def test_no_choice_converts_less(make: type[nn.Module]) -> None:
     program = run(_before_borders(), captured(make), context())
     graph = program.graph.graph
-    found = partition.find(graph)
+    found = partition(graph)
     free = {node for node in graph.nodes if elementwise(node) or is_data_movement(node)}
     fixed = set(found.kernels) - free
     chosen = free & ({*found.kernels} | found.data_movement)
@@ -99,10 +103,8 @@ def test_no_choice_converts_less(make: type[nn.Module]) -> None:
 
 
 def _before_borders() -> list[Any]:
-    from hawqfx import pipeline
-
-    steps = [*pipeline.folding(), *pipeline.finding()]
-    return [step for step in steps if not isinstance(step, (InsertCopies, FindSites))]
+    steps = pipeline.recipe().prepare
+    return list(itertools.takewhile(lambda step: not isinstance(step, (InsertCopies, FindSites)), steps))
 
 
 def sites(make: type[nn.Module]) -> Program:
@@ -218,7 +220,5 @@ def test_bops_count_products_of_activations() -> None:
     multiplied += [(*product.inputs, product.macs) for product in program.products]
     assert [macs for *_, macs in multiplied] == [6 * 8 * 24, 8 * 30 * 6, 6 * 6 * 8, 6 * 6 * 8]
     total = sum(bits[one] * bits[other] * macs for one, other, macs in multiplied)
-    account = program.account
-    assert account is not None
-    assert account.limits["bops"].amount == total
+    assert program.about(Account).limits["bops"].amount == total
     assert total <= 0.05 * 32 * 32 * sum(macs for *_, macs in multiplied)

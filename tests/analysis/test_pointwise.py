@@ -11,6 +11,7 @@ from hawqfx.analysis.pointwise import function_of, nonlinearity, square_slope
 from hawqfx.ir.facts import QuantizationError
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at
+from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.decompose import Decompose
@@ -92,11 +93,13 @@ def test_errors_count_after_the_function(bits: int) -> None:
     program = run([Calibration(), Rounding("nearest"), Perturbation()], program, context())
     key = source(program).name
     x = torch.cat([tensor_at(program, batch, key) for batch in context().batches])
-    became = activation_at(program, key, bits, x)
+    became = activation_at(program, key, Format(bits), x)
     error = (F.gelu(became.double()) - F.gelu(x.double())).square().sum() / len(x)
     slope = torch.func.vmap(torch.func.grad(F.gelu))(x.double().flatten()).square().mean()
     fact = program.facts.get(key, QuantizationError)
-    assert fact.squared_error[bits] == pytest.approx(float(error / slope), rel=1e-4)  # float32 values in float64 sums
+    assert fact.squared_error[Format(bits)] == pytest.approx(
+        float(error / slope), rel=1e-4
+    )  # float32 values in float64 sums
     low, high = float(x.min()), float(x.max())
     plain = torch.round((x - low) / (high - low) * (2**bits - 1)) / (2**bits - 1) * (high - low) + low
     assert error < (F.gelu(plain) - F.gelu(x)).double().square().sum() / len(x)

@@ -1,11 +1,13 @@
-"""Latencies from parts: which kernels are integer, as onnxruntime itself has it; the folder of timings; budgets."""
+"""Latencies from parts: the kernels that are integer, as onnxruntime itself has them; timings; budgets on latency."""
 
 import json
 import logging
 import math
-import os
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,21 @@ import pytest
 from torch import nn
 
 import hawqfx
-from hawqfx import Compiled
 from hawqfx.errors import HawqfxError, InfeasibleBudget
-from hawqfx.ir.facts import ChosenFormat, Fact, Quantizers
-from hawqfx.ir.program import WeightSite
+from hawqfx.export.exporter import export
+from hawqfx.ir.facts import Account, ChosenFormat, Fact, Quantizers
+from hawqfx.ir.program import Program
+from hawqfx.ir.sites import WeightSite
 from hawqfx.latency import profiler
+from hawqfx.latency.micro_timing import MicroTimer
+from hawqfx.latency.profile_latency import ProfileLatency
+from hawqfx.maths.formats import FLOAT, Format
 from hawqfx.maths.latency_model import LatencyModel
+from hawqfx.pass_manager.manager import run
+from hawqfx.passes.lowering import Lowering
 from hawqfx.runtime import ort, parity
 from tests.nets import Concat, Plain, Residual, build, images
-from tests.tools import quick
+from tests.tools import after, context, quick
 
 INTEGER = (
     "QLinearConv", "QLinearAdd", "QLinearMul", "QLinearGlobalAveragePool", "QGemm", "QLinearMatMul",
@@ -44,117 +52,159 @@ class Clipped(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Timings of their own, taken in no time."""
-    monkeypatch.setenv("HAWQFX_CACHE", str(tmp_path / "timings"))
-    monkeypatch.setattr(profiler, "PIECE_SECONDS", 0.001)
-    monkeypatch.setattr(profiler, "WHOLE_SECONDS", 0.005)
-    return tmp_path / "timings"
+@cache
+def measured(make: Callable[[], nn.Module]) -> Program:
+    """The network with quantizers and codes, which a profile needs."""
+    return after("rounding", make)
 
 
-def table_of(compiled: Compiled, **options: Any) -> LatencyModel:
-    return profiler.measure(compiled.session.measured, compiled.session.context.batches[0], **options)
+def profiled(make: Callable[[], nn.Module], **options: Any) -> LatencyModel:
+    return profiler.profile(measured(make), context().batches[0], **options)
 
 
-def integers(compiled: Compiled, table: LatencyModel, bits: dict[str, int]) -> int:
-    """How many layers, additions and averages the rule takes for integer kernels."""
-    nodes = {node.name: node for node in compiled.session.measured.graph.graph.nodes}
+@pytest.fixture
+def no_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Parts and networks that take a millisecond without being run; the list grows by a name for each."""
+    timed: list[str] = []
+
+    def part(*_: Any) -> float:
+        timed.append("part")
+        return 1e-3
+
+    def networks(programs: Any, *_: Any) -> list[float]:
+        timed.append("networks")
+        return [1e-3] * len(programs)
+
+    monkeypatch.setattr(MicroTimer, "_time", part)
+    monkeypatch.setattr(profiler, "whole_networks", networks)
+    return timed
+
+
+def uniform(program: Program, width: Format) -> dict[str, Format]:
+    return {site.key: width for site in program.sites}
+
+
+def integer_kernels(program: Program, model: LatencyModel, formats: dict[str, Format]) -> int:
+    """The number of layers, additions and averages that the rule takes for integer kernels."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
 
     def counts(name: str) -> bool:
         return "max_pool" not in str(nodes[name].target) and "cat" not in str(nodes[name].target)
 
-    return sum(timed.is_integer(bits) for timed in table.timed if counts(timed.node))
+    return sum(kernel.is_integer(formats) for kernel in model.timed if counts(kernel.node))
 
 
 @pytest.mark.parametrize("make", [Plain, Residual, Concat, Clipped])
-def test_onnxruntime_runs_the_integer_kernels_that_the_rule_says(make: type[nn.Module], tmp_path: Path) -> None:
+def test_onnxruntime_runs_the_integer_kernels_that_the_rule_says(
+    make: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of all float, all 8 bits and six random plans with float among them."""
-    compiled = quick(make)
-    table = table_of(compiled)
-    keys = [site.key for site in compiled.planned.sites]
+    # the first two plans export the whole networks
+    monkeypatch.setattr(profiler, "_whole_seconds", lambda *_: {"floating": 1e-3, "integer": 1e-3})
+    program, model = measured(make), profiled(make)
+    keys = [site.key for site in program.sites]
     draw = random.Random(0)
-    plans = [dict.fromkeys(keys, 8), dict.fromkeys(keys, 32)]
-    plans += [{key: draw.choice((8, 8, 4, 32)) for key in keys} for _ in range(6)]
-    found = []
-    for bits in plans:
-        facts: dict[str, Fact] = {key: ChosenFormat(width, 0.0) for key, width in bits.items()}
-        compiled.session.lowered(compiled.session.measured.learn(facts), "").export(tmp_path / "m.onnx")
+    plans = [uniform(program, Format(8)), uniform(program, FLOAT)]
+    plans += [{key: draw.choice((Format(8), Format(8), Format(4), FLOAT)) for key in keys} for _ in range(6)]
+    counts = []
+    for formats in plans:
+        facts: dict[str, Fact] = {key: ChosenFormat(width, 0.0) for key, width in formats.items()}
+        lowered = run([Lowering()], program.learn(facts), context())
+        export(lowered, context().batches[0], tmp_path / "m.onnx")
         kernels = parity.kernels(tmp_path / "m.onnx")
-        found.append(sum(kernels.get(name, 0) for name in INTEGER))
-    assert found == [integers(compiled, table, bits) for bits in plans]
-    assert found[0] == len(compiled.planned.layers) + 1 + (make is Residual)  # an average over all pixels
-    assert found[1] == 0
+        counts.append(sum(kernels.get(name, 0) for name in INTEGER))
+    assert counts == [integer_kernels(program, model, formats) for formats in plans]
+    assert counts[0] == len(program.layers) + 1 + (make is Residual)  # an average over all pixels
+    assert counts[1] == 0
 
 
-def test_parts_are_times_and_the_ends_are_as_measured() -> None:
-    compiled = quick(Residual)
-    table = table_of(compiled)
-    every = [x for timed in table.timed for x in (timed.integer, timed.floating, timed.unpacking)]
-    every += [x for c in table.converted for x in (c.quantize, c.dequantize, c.clip)]
-    assert all(0 < x < 1 and math.isfinite(x) for x in (table.rest, *every))
-    keys = [site.key for site in compiled.planned.sites]
-    kept = json.loads(next(Path(os.environ["HAWQFX_CACHE"]).glob("*.json")).read_text())["seconds"]
+def test_parts_are_times_and_the_ends_are_as_measured(timings: Path, tmp_path: Path) -> None:
+    profiled(Residual)
+    (shared,) = timings.iterdir()
+    parts = json.loads(shared.read_text())["seconds"]
+    parts = {key: seconds for key, seconds in parts.items() if not key.startswith("network")}
+    path = tmp_path / shared.name
+    path.write_text(json.dumps({"seconds": parts}))
+    program, model = measured(Residual), profiled(Residual, cache=tmp_path)
+    seconds = [x for kernel in model.timed for x in (kernel.integer, kernel.floating, kernel.unpacking)]
+    seconds += [x for tensor in model.converted for x in (tensor.quantize, tensor.dequantize, tensor.clip)]
+    assert all(0 < x < 1 and math.isfinite(x) for x in (model.rest, *seconds))
+    kept = json.loads(path.read_text())["seconds"]
     whole = {key.rpartition(" ")[2]: value for key, value in kept.items() if key.startswith("network")}
-    assert table.seconds(dict.fromkeys(keys, 32)) == pytest.approx(whole["float"])
+    assert model.seconds(uniform(program, FLOAT)) == pytest.approx(whole["float"])
     # the rest may take more than all of the integer network, of which the kernels are left at least a fiftieth
-    assert table.seconds(dict.fromkeys(keys, 8)) >= whole["integer"] * (1 - 1e-9)
-    assert {weight for timed in table.timed if (weight := timed.weight)} == {s.key for s in compiled.planned.weights}
+    assert model.seconds(uniform(program, Format(8))) >= whole["integer"] * (1 - 1e-9)
+    assert {weight for kernel in model.timed if (weight := kernel.weight)} == {site.key for site in program.weights}
+    assert model.sites == {site.key for site in program.sites}
 
 
-def test_a_second_call_times_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    compiled = quick(Plain)
-    first = table_of(compiled)
+def test_a_second_call_times_nothing(timings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = profiled(Plain)
+    folder = shutil.copytree(timings, tmp_path / "timings")
 
     def refuse(*_: Any, **__: Any) -> list[float]:
         raise AssertionError("timed again")
 
     monkeypatch.setattr(ort, "steady", refuse)
-    assert table_of(compiled) == first
+    assert profiled(Plain, cache=folder) == first
     with pytest.raises(AssertionError, match="timed again"):
-        table_of(compiled, threads=2)
+        profiled(Plain, threads=2, cache=folder)
     assert len(list(folder.iterdir())) == 1
 
 
-def test_damaged_timings_are_taken_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    compiled = quick(Plain)
-    table_of(compiled)
-    (path,) = folder.iterdir()
+def test_damaged_timings_are_taken_again(tmp_path: Path, no_runs: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    first = profiled(Plain, cache=tmp_path)
+    count = len(no_runs)
+    (path,) = tmp_path.iterdir()
     path.write_text('{"seconds": 7')
     with caplog.at_level(logging.WARNING):
-        table_of(compiled)
+        assert profiled(Plain, cache=tmp_path) == first
     assert "are damaged" in caplog.text
     assert json.loads(path.read_text())["seconds"]
+    assert len(no_runs) == 2 * count > 0
 
 
-def test_a_budget_on_latency_is_kept_and_may_leave_sites_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a table in which integer kernels are twice as fast and conversions cost something."""
-    compiled = quick(Residual)
-    session = compiled.session
-    table = table_of(compiled)
-    table = replace(
-        table,
+def test_the_pass_gives_the_model_of_the_first_batch(no_runs: list[str], tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    listening = replace(context(), progress=lambda label, done, total, note="": heard.append((label, done, total)))
+    program = run([ProfileLatency(threads=1, batch=4, cache=tmp_path)], measured(Plain), listening)
+    assert program.about(LatencyModel) == profiled(Plain, batch=4, cache=tmp_path)
+    assert heard[-1] == ("latency", 4, 4)
+
+
+def made_up(make: Callable[[], nn.Module], cache: Path) -> LatencyModel:
+    """A model in which integer kernels are twice as fast and conversions cost something."""
+    model = profiled(make, cache=cache)
+    return replace(
+        model,
         rest=1e-4,
-        timed=tuple(replace(t, integer=1e-3, floating=2e-3, unpacking=3e-3) for t in table.timed),
-        converted=tuple(replace(c, quantize=1e-4, dequantize=1e-4, clip=2e-4) for c in table.converted),
+        timed=tuple(replace(kernel, integer=1e-3, floating=2e-3, unpacking=3e-3) for kernel in model.timed),
+        converted=tuple(replace(t, quantize=1e-4, dequantize=1e-4, clip=2e-4) for t in model.converted),
     )
-    monkeypatch.setattr(profiler, "measure", lambda *_, **__: table)
+
+
+@pytest.mark.usefixtures("no_runs")
+def test_a_budget_on_latency_is_kept_and_may_leave_sites_in_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, model = quick(Residual).session, made_up(Residual, tmp_path)
+    monkeypatch.setattr(profiler, "profile", lambda *_, **__: model)
     monkeypatch.setattr(profiler, "whole_networks", lambda *_: [0.0])
-    keys = [site.key for site in session.measured.sites]
-    ends = [table.seconds(dict.fromkeys(keys, bits)) for bits in (8, 32)]
+    ends = [model.seconds(uniform(session.measured, width)) for width in (Format(8), FLOAT)]
     losses = []
     for step in (0.05, 0.4, 0.7, 1.0):
         most = ends[0] + step * (ends[1] - ends[0])
         found = session.at(f"latency={1e3 * most:.6f}ms", against_uniform=False)
-        assert table.seconds(found.plan.bits) <= most + 1e-9
-        assert found.planned.account is not None
-        losses.append(found.planned.account.loss)
-        assert f"latency: {1e3 * table.seconds(found.plan.bits):.4g} ms, measured 0 ms" in found.plan.explain()
+        seconds = model.seconds(found.planned.formats())
+        assert seconds <= most + 1e-9
+        losses.append(found.planned.about(Account).loss)
+        assert f"latency: {1e3 * seconds:.4g} ms, measured 0 ms" in found.plan.explain()
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == 0
     floats = {key for key, bits in found.plan.bits.items() if bits == 32}
     assert {site.key for site in session.measured.sites if isinstance(site, WeightSite)} <= floats
-    assert session.at("latency=0.1ms").plan.bits == dict.fromkeys(keys, 8)  # the fastest: what is run decides
+    fastest = session.at("latency=0.1ms").plan.bits  # the fastest: what is run decides
+    assert fastest == dict.fromkeys((site.key for site in session.measured.sites), 8)
     monkeypatch.setattr(profiler, "whole_networks", lambda *_: [1.0])
     with pytest.raises(InfeasibleBudget, match=r"latency=0.0001 cannot be met: the fastest network, .* at 1000 ms"):
         session.at("latency=0.1ms")
@@ -162,47 +212,41 @@ def test_a_budget_on_latency_is_kept_and_may_leave_sites_in_float(monkeypatch: p
         session.at("latency=1s, size=10B")
 
 
-def test_a_network_that_runs_slower_than_predicted_is_planned_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_runs")
+def test_a_network_that_runs_slower_than_predicted_is_planned_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every network takes a fifth longer than its parts: the budget is kept by the network, not by the prediction."""
-    session = quick(Residual).session
-    table = table_of(quick(Residual))
-    table = replace(
-        table,
-        rest=1e-4,
-        timed=tuple(replace(t, integer=1e-3, floating=2e-3, unpacking=3e-3) for t in table.timed),
-        converted=tuple(replace(c, quantize=1e-4, dequantize=1e-4, clip=2e-4) for c in table.converted),
-    )
-    keys = [site.key for site in session.measured.sites]
-    asked: list[dict[str, int]] = []
+    session, model = quick(Residual).session, made_up(Residual, tmp_path)
+    asked: list[dict[str, Format]] = []
 
     def slower(programs: Any, *_: Any) -> list[float]:
-        asked.append(programs[0].bits())
-        return [1.2 * table.seconds(asked[-1])]
+        asked.append(programs[0].formats())
+        return [1.2 * model.seconds(asked[-1])]
 
-    monkeypatch.setattr(profiler, "measure", lambda *_, **__: table)
+    monkeypatch.setattr(profiler, "profile", lambda *_, **__: model)
     monkeypatch.setattr(profiler, "whole_networks", slower)
-    most = 0.9 * table.seconds(dict.fromkeys(keys, 32))
+    most = 0.9 * model.seconds(uniform(session.measured, FLOAT))
     found = session.at(f"latency={1e3 * most:.6f}ms")
     assert len(asked) > 1
-    assert 1.2 * table.seconds(found.plan.bits) <= 0.98 * most
-    assert found.planned.account is not None
-    use = found.planned.account.limits["latency"]
-    assert use.measured == 1.2 * table.seconds(found.plan.bits)
+    seconds = model.seconds(found.planned.formats())
+    assert 1.2 * seconds <= 0.98 * most
+    use = found.planned.about(Account).limits["latency"]
+    assert use.measured == 1.2 * seconds
     assert use.bound == pytest.approx(most, rel=1e-6)  # as the text has it
     with pytest.raises(InfeasibleBudget, match=r"cannot be met: the fastest network, predicted to take"):
-        session.at(f"latency={1e3 * table.seconds(dict.fromkeys(keys, 8)):.6f}ms")
+        session.at(f"latency={1e3 * model.seconds(uniform(session.measured, Format(8))):.6f}ms")
 
 
 def test_measure_latency_needs_no_sensitivity() -> None:
-    table = hawqfx.measure_latency(build(Plain), images(), threads=1)
-    assert len(table.timed) == 4
-    assert "onnxruntime" in table.setting
+    model = hawqfx.measure_latency(build(Plain), images(), threads=1)
+    assert len(model.timed) == 4
+    assert "onnxruntime" in model.setting
 
 
-def test_what_cannot_be_timed_is_refused() -> None:
-    compiled = quick(Plain)
+def test_profiles_of_missing_data_or_formats_are_refused() -> None:
     with pytest.raises(HawqfxError, match="the example has only 16 samples"):
-        table_of(compiled, batch=17)
+        profiled(Plain, batch=17)
     four: dict[str, Fact] = {"conv1.weight": Quantizers({})}
     with pytest.raises(HawqfxError, match=r"'conv1\.weight' was not measured there: let it have 8"):
-        profiler.measure(compiled.session.measured.learn(four), compiled.session.context.batches[0])
+        profiler.profile(measured(Plain).learn(four), context().batches[0])

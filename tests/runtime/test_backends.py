@@ -27,13 +27,14 @@ def loader() -> Any:
     return images()
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A file and its plan."""
+    folder = tmp_path_factory.mktemp("made")
     compiled = quick(Plain, "weight_bits=8")
-    compiled.export(tmp_path / "m.onnx")
-    compiled.plan.write(tmp_path / "plan.json")
-    return tmp_path / "m.onnx", tmp_path / "plan.json"
+    compiled.export(folder / "m.onnx")
+    compiled.plan.write(folder / "plan.json")
+    return folder / "m.onnx", folder / "plan.json"
 
 
 def test_a_file_is_timed_and_compared_in_one_run(made: tuple[Path, Path]) -> None:

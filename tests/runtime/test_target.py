@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import hawqfx
 from hawqfx.errors import ExportError, HawqfxError
-from hawqfx.export import exporter
+from hawqfx.export import write
+from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.maths.formats import Format
 from hawqfx.runtime import ort
 from tests.nets import Plain, build, images
 from tests.tools import quick
@@ -57,10 +59,8 @@ def test_a_layer_on_a_processor_that_saturates(target: str, bits: int, exact: bo
     metadata = {each.key: each.value for each in onnx.load(path).metadata_props}
     assert metadata["hawqfx_target"] == target
     layer, program = compiled.planned.layers[0], compiled.planned
-    from hawqfx.ir.facts import Quantizers, RoundedWeights
-
-    weight = program.facts.get("head.weight", RoundedWeights).codes[bits].numpy()
-    quantizer = program.facts.get(layer.input, Quantizers).by_bits[8]
+    weight = program.facts.get("head.weight", RoundedWeights).codes[Format(bits)].numpy()
+    quantizer = program.facts.get(layer.input, Quantizers).by_format[Format(8)]
     x = torch.full((1, 1, 8, 8), 10.0)
     codes = (torch.relu(x.flatten(1)) / quantizer.scale[0]).round().clamp(0, 255).numpy().astype(np.int64)
     products = codes[:, None] * weight.astype(np.int64)
@@ -68,7 +68,9 @@ def test_a_layer_on_a_processor_that_saturates(target: str, bits: int, exact: bo
     pairs = saturated(products[..., 0::2], products[..., 1::2]).sum(-1)
     assert np.array_equal(pairs, exactly) == exact
     if exact:
-        scale = quantizer.scale[0] * np.array(program.facts.get("head.weight", Quantizers).by_bits[bits].scale)
+        scale = quantizer.scale[0] * np.array(
+            program.facts.get("head.weight", Quantizers).by_format[Format(bits)].scale
+        )
         expected = exactly * scale + build(Summing).head.bias.detach().numpy()  # type: ignore[union-attr, operator]
         theirs = ort.run(ort.session(path), [x.numpy()])[0]
         assert np.abs(theirs - expected).max() <= 1e-3 * np.abs(expected).max()  # the bias has steps of the scale
@@ -87,7 +89,7 @@ def test_a_target_refuses_what_would_saturate() -> None:
 def test_large_files_keep_their_tensors_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = quick(Summing, "weight_bits=8", fix={"head.weight": 8})
     compiled.export(tmp_path / "one.onnx")
-    monkeypatch.setattr(exporter, "LARGEST_FILE", 100)
+    monkeypatch.setattr(write, "LARGEST_FILE", 100)
     compiled.export(tmp_path / "two.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"one.onnx", "two.onnx", "two.onnx.data"}
     assert (tmp_path / "two.onnx").stat().st_size < (tmp_path / "one.onnx").stat().st_size
