@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.compiler import compile
 from hawqfx.frontend.capture import Model, capture
-from hawqfx.frontend.context import Batch, gather
+from hawqfx.frontend.data import Batch, gather
 from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
 from hawqfx.session.plan import Plan
 

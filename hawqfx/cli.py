@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqfx import pipeline
-from hawqfx.allocation.budget import Budget
 from hawqfx.atomic_write import whole_file
 from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
 from hawqfx.errors import HawqfxError
-from hawqfx.pass_manager.base import Analysis, Observer, Pass
+from hawqfx.pass_manager.base import Analysis, Observer, options_of
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
 from hawqfx.sensitivity.distributed import launched
@@ -65,7 +64,7 @@ def compile(
     if dump is not None:
         observers.append(Dump(dump))
     if print_after is not None:
-        names = [step.name for step in _passes()]
+        names = [step.name for step in pipeline.every_pass()]
         if print_after not in names:
             raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(names)}")
         observers.append(PrintAfter(print_after))
@@ -188,19 +187,15 @@ def demo(
 
 @app.command()
 def passes() -> None:
-    """List the passes in the order in which they run, then the other metrics that --sensitivity may choose."""
-    table = Table("pass", "kind", "needs", "gives")
-    for step in _passes():
+    """List the passes in the order in which they run, then those that run when asked for, each with its options."""
+    table = Table("pass", "kind", "needs", "gives", "options")
+    for step in pipeline.every_pass():
         kind = "analysis" if isinstance(step, Analysis) else "rewrite"
-        needs, gives = (", ".join(found.__name__ for found in facts) for facts in (step.needs, step.gives))
-        table.add_row(step.name, kind, needs, gives)
-    Console().print(table)
-
-
-def _passes() -> list[Pass]:
-    """The recipe, and the metrics and other passes that are not in it."""
-    steps = list(pipeline.recipe(Budget()))
-    return steps + [make() for make in (*pipeline.METRICS.values(), *pipeline.OPTIONAL) if make() not in steps]
+        needs, gives = (", ".join(fact.__name__ for fact in facts) for facts in (step.needs, step.gives))
+        options = "\n".join(f"{entry.name}: {entry.metadata.get('doc', '')}" for entry in options_of(step))
+        table.add_row(step.name, kind, needs, gives, options)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def _metric(name: str, probes: int | None) -> Analysis:

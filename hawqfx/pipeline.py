@@ -1,9 +1,21 @@
-"""The recipe: how a captured network becomes an integer one, read from top to bottom."""
+"""The recipe: how a captured network becomes an integer one, read from top to bottom.
+
+compile(), measure_latency() and `hawqfx passes` all take their passes from here.  A compilation runs
+
+    validate    hawqfx.options: the arguments, checked
+    prepare     rewrite, price
+    measure     measure
+    decide      decide, lower (a session repeats both for every budget)
+    export      legalize
+"""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
+from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.pass_manager.base import Analysis, Pass
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.calibration import Calibration
@@ -12,6 +24,7 @@ from hawqfx.passes.decompose import Decompose
 from hawqfx.passes.equalize import Equalize
 from hawqfx.passes.find_sites import FindSites
 from hawqfx.passes.fisher import Fisher
+from hawqfx.passes.float_reference import FloatReference
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.fold_constants import FoldConstants
 from hawqfx.passes.hawq_v1 import HawqV1
@@ -26,27 +39,87 @@ from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.taylor import Taylor
 
 
-def folding() -> Sequence[Pass]:
-    """The float network that the integer one is compared with."""
-    return [FoldConstants(), FoldBatchnorm()]
+@dataclass(frozen=True)
+class Recipe:
+    """The passes of a compilation, stage by stage.
+
+    Args:
+        rewrite: from the captured graph to one whose sites are known.
+        price: the quantizers of every site, their errors, and their costs.
+        measure: the loss increase of every site in every format.
+        decide: one format per site, within the budget.
+        lower: the chosen quantizers, in the graph.
+        legalize: the form that onnxruntime's kernels take.
+    """
+
+    rewrite: Sequence[Pass]
+    price: Sequence[Pass]
+    measure: Sequence[Pass]
+    decide: Sequence[Pass]
+    lower: Sequence[Pass]
+    legalize: Sequence[Pass]
+
+    @property
+    def prepare(self) -> list[Pass]:
+        """The passes that run before anything is measured."""
+        return [*self.rewrite, *self.price]
+
+    @property
+    def passes(self) -> list[Pass]:
+        """All passes, in order."""
+        return [*self.prepare, *self.measure, *self.decide, *self.lower, *self.legalize]
 
 
-def finding(keep_float: tuple[str, ...] = ()) -> Sequence[Pass]:
-    """Operators that have integer kernels, and where bits are chosen."""
-    return [Decompose(), Equalize(keep_float=keep_float), InsertCopies(keep_float), FindSites(keep_float)]
+def recipe(
+    *,
+    keep_float: tuple[str, ...] = (),
+    quantizers: Analysis | None = None,
+    rounding: Rounding | None = None,
+    metric: Analysis | None = None,
+    interactions: bool = False,
+    allocation: Allocation | None = None,
+) -> Recipe:
+    """The recipe, with default options where none are given.
+
+    Args:
+        keep_float: patterns, as in a shell, of the names of weights whose layers stay in float.
+        quantizers: Calibration, or another pass that gives Quantizers.
+        rounding: Rounding with its options.
+        metric: the pass that predicts loss increases.
+        interactions: whether the errors of two weights together are measured too.
+        allocation: Allocation with its options.
+    """
+    return Recipe(
+        rewrite=[
+            FoldConstants(),
+            FoldBatchnorm(),
+            FloatReference(),
+            Decompose(),
+            Equalize(keep_float=keep_float),
+            InsertCopies(keep_float),
+            FindSites(keep_float),
+        ],
+        price=[
+            quantizers or Calibration(),
+            rounding or Rounding(),
+            Perturbation(),
+            Cost(),
+        ],
+        measure=[metric or Fisher(), *[Interactions()] * interactions],
+        decide=[allocation or Allocation(Budget())],
+        lower=[Lowering()],
+        legalize=legalization(),
+    )
 
 
-def quantizing(calibration: Calibration) -> Sequence[Pass]:
-    """The quantizer of each site at each width."""
-    return [calibration]
+def profiling(threads: int = 1, batch: int | None = None, cache: Path | None = None) -> Sequence[Pass]:
+    """The times of a network's parts in onnxruntime, which a limit on latency needs."""
+    from hawqfx.latency.profile_latency import ProfileLatency  # loads onnx and onnxruntime
+
+    return [ProfileLatency(threads, batch, cache)]
 
 
-def pricing(rounding: Rounding) -> Sequence[Pass]:
-    """What each quantizer leaves of a tensor, and what it costs."""
-    return [rounding, Perturbation(), Cost()]
-
-
-# how the loss increase of a site at a width is predicted, by name on the command line
+# how the loss increase of a site in a format is predicted, by name on the command line
 METRICS: Mapping[str, Callable[[], Analysis]] = {
     "hawq-v2": HawqV2,
     "fisher": Fisher,
@@ -56,19 +129,23 @@ METRICS: Mapping[str, Callable[[], Analysis]] = {
     "hawq-v1": HawqV1,
 }
 
-
-# steps that compile() takes when asked to
-OPTIONAL: Sequence[Callable[[], Pass]] = (Interactions,)
-
-# what ranks best and costs least in benchmarks/fidelity.py; it draws targets from the model's own distribution
+# ranks best and costs least in benchmarks/fidelity.py; it draws targets from the model's own distribution
 DEFAULT_METRIC = "fisher"
 # for losses of which no distribution is known
 GENERAL_METRIC = "hawq-v2"
 
 
 def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
-    """The pass of this name, with default options; a pass stays as it is.  None: the default, where targets can be
-    `drawn`, else the one that every loss has.  Raises HawqfxError."""
+    """The metric of a name, with default options; a pass stays as it is.
+
+    Args:
+        name: of METRICS, or a pass; None: the default.
+        drawn: whether targets can be drawn from the model's distribution; if not, the default is the metric that every
+            loss has.
+
+    Raises:
+        HawqfxError: if there is no such name.
+    """
     if name is None:
         name = DEFAULT_METRIC if drawn else GENERAL_METRIC
     if not isinstance(name, str):
@@ -78,29 +155,8 @@ def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
     return METRICS[name]()
 
 
-def measuring(metric: Analysis, interactions: bool = False) -> Sequence[Pass]:
-    """What each quantizer does to the loss, alone and with others."""
-    return [metric, *[Interactions()] * interactions]
-
-
-def deciding(allocation: Allocation) -> Sequence[Pass]:
-    """One width per site, within the budget."""
-    return [allocation]
-
-
-def lowering() -> Sequence[Pass]:
-    """The chosen quantizers, in the graph."""
-    return [Lowering()]
-
-
-def recipe(budget: Budget) -> Sequence[Pass]:
-    """All of it, with default options."""
-    return [
-        *folding(),
-        *finding(),
-        *quantizing(Calibration()),
-        *pricing(Rounding()),
-        *measuring(metric(DEFAULT_METRIC)),
-        *deciding(Allocation(budget)),
-        *lowering(),
-    ]
+def every_pass() -> list[Pass]:
+    """The recipe, then the passes that it takes when asked to."""
+    steps = recipe().passes
+    optional = [*(make() for make in METRICS.values()), Interactions(), *profiling()]
+    return steps + [step for step in optional if step.name not in {known.name for known in steps}]

@@ -1,0 +1,219 @@
+"""compile()'s arguments, checked before anything is measured."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hawqfx import pipeline
+from hawqfx.allocation.budget import Budget
+from hawqfx.allocation.rules import Order
+from hawqfx.errors import DataError, HawqfxError
+from hawqfx.frontend.capture import Model
+from hawqfx.frontend.context import Context, Progress
+from hawqfx.frontend.data import Batch, gather
+from hawqfx.frontend.losses import Draw, Loss, cross_entropy
+from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
+from hawqfx.pass_manager.base import Analysis, Observer
+from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.rounding import Rounding
+from hawqfx.runtime.target import exact_widths
+from hawqfx.session.plan import FollowPlan, Plan
+from hawqfx.session.planner import Score, Scoring
+
+STRONGEST = 64  # pairs of weights whose interaction enters the integer program
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compilation does, as far as its arguments say; made by `validated`.
+
+    Args:
+        budget: the limits; None where a plan is followed without one.
+        plan: the plan to follow, if there is one.
+        recipe: the passes.
+        context: batches, loss, seed, device.
+        scoring: the judge of a budget on `drop`.
+        allocation: the rules that a choice of formats keeps to, whatever the budget.
+        observers: of the passes.
+        threads: of the runs that a budget on latency is for.
+        target: the processors that files are made for.
+    """
+
+    budget: Budget | None
+    plan: Plan | None
+    recipe: pipeline.Recipe
+    context: Context
+    scoring: Scoring | None
+    allocation: Allocation
+    observers: tuple[Observer, ...]
+    threads: int
+    target: str
+
+
+def validated(
+    model: Model,
+    budget: Budget | str | None,
+    data: Iterable[Any],
+    *,
+    loss: Loss,
+    metric: Score | None,
+    holdout: Iterable[Any] | None,
+    sensitivity: str | Analysis | None,
+    weight_bits: Sequence[int],
+    activation_bits: Sequence[int],
+    schemes: Sequence[Scheme] | None,
+    rounding: Literal["compensated", "nearest"],
+    keep_float: Sequence[str],
+    fix: Mapping[str, int] | None,
+    rule: Order,
+    interactions: bool,
+    target: str,
+    plan: Plan | str | Path | None,
+    draw: Draw | None,
+    samples: int | None,
+    batch: int | None,
+    cache: str | Path | None,
+    device: str | torch.device,
+    threads: int,
+    seed: int,
+    observers: Sequence[Observer],
+    progress: Progress,
+) -> Options:
+    """The arguments of compile() as options; see there for each.
+
+    Raises:
+        HawqfxError: if an argument is out of range, or arguments contradict each other.
+        BudgetError: if the budget's text is not understood.
+        PlanError: if the plan cannot be read.
+        DataError: if the data are empty, not finite or of different shapes.
+    """
+    limits = Budget.parse(budget) if isinstance(budget, str) else budget
+    given = Plan.read(plan) if plan is not None else None
+    _check_budget(limits, given, metric)
+    if batch is not None and batch < 1:
+        raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
+    predictor = pipeline.metric(sensitivity, drawn=loss is cross_entropy or draw is not None)
+    offered = _schemes(schemes, limits)
+    weights, activations = exact_widths(target, _bits(weight_bits)), _bits(activation_bits)
+    place = usable_device(device)
+    check_device(model, place)
+    batches = tuple(part.to(place) for part in gather(data, samples))
+    scoring = None
+    if metric is not None:
+        batches, held = _held_out(batches, holdout, place)
+        scoring = Scoring(metric, held)
+    folder = None if cache is None else Path(cache)
+    return Options(
+        budget=limits,
+        plan=given,
+        recipe=pipeline.recipe(
+            keep_float=tuple(keep_float),
+            quantizers=_quantizers(given, weights, activations, offered, target),
+            rounding=Rounding(rounding),
+            metric=predictor,
+            interactions=interactions,
+        ),
+        context=Context(batches, loss, seed, place, progress, draw, batch, folder),
+        scoring=scoring,
+        allocation=Allocation(
+            Budget(),
+            weight_bits=weights if FLOAT_BITS in weights else None,
+            activation_bits=activations if FLOAT_BITS in activations else None,
+            schemes=None if schemes is None else offered,
+            fix=tuple((fix or {}).items()),
+            rule=rule,
+            interactions=STRONGEST if interactions else 0,
+        ),
+        observers=tuple(observers),
+        threads=threads,
+        target=target,
+    )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        HawqfxError: if tensors cannot be made there.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise HawqfxError(f"device={str(device)!r} cannot be used: {error}") from error
+    return place
+
+
+def check_device(model: Model, device: torch.device) -> None:
+    """Raises HawqfxError if the model is on another device."""
+    state = model.state_dict if isinstance(model, torch.export.ExportedProgram) else model.state_dict()
+    stray = next((tensor.device for tensor in state.values() if tensor.device.type != device.type), None)
+    if stray is not None:
+        raise HawqfxError(f"the model is on {stray} and device={str(device)!r}: move it with model.to({str(device)!r})")
+
+
+def _check_budget(limits: Budget | None, plan: Plan | None, metric: Score | None) -> None:
+    if limits is None and plan is None:
+        raise HawqfxError("give a budget, such as 'size=12.5%', or a plan")
+    if limits is not None and limits.drop is not None and metric is None:
+        raise HawqfxError("a budget on drop needs metric=, a function of (output, target), higher being better")
+
+
+def _quantizers(
+    plan: Plan | None,
+    weights: tuple[int, ...],
+    activations: tuple[int, ...],
+    schemes: tuple[Scheme, ...],
+    target: str,
+) -> Analysis:
+    """The pass that gives the quantizer of every site in every format."""
+    if plan is None:
+        integer = [tuple(bits for bits in every if bits < FLOAT_BITS) for every in (weights, activations)]
+        return Calibration(integer[0], integer[1], schemes)
+    for key, quantizer in plan.quantizers.items():
+        if quantizer is not None and quantizer.per_channel:  # a weight
+            exact_widths(target, [plan.bits[key]])
+    return FollowPlan(plan)
+
+
+def _held_out(
+    batches: tuple[Batch, ...], holdout: Iterable[Any] | None, device: torch.device
+) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """The data for calibration, and the data for validation."""
+    if holdout is not None:
+        return batches, tuple(batch.to(device) for batch in gather(holdout))
+    total = sum(batch.size for batch in batches)
+    kept, held, seen = [], [], 0
+    for batch in batches:
+        left = max(0, total - total // 4 - seen)
+        seen += batch.size
+        if left:
+            kept.append(batch.first(left))
+        if left < batch.size:
+            held.append(batch.last(batch.size - left))
+    if not held:
+        raise DataError("the data is too little to hold some out for the metric: give holdout=")
+    return tuple(kept), tuple(held)
+
+
+def _schemes(wanted: Sequence[Scheme] | None, limits: Budget | None) -> tuple[Scheme, ...]:
+    """The schemes that quantizers are made for: by default all where the budget weighs time or memory of weights."""
+    known: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
+    if wanted is None:
+        weighs = limits is not None and (limits.latency is not None or limits.weight_memory is not None)
+        return known if weighs else known[:1]
+    odd = [scheme for scheme in wanted if scheme not in known]
+    if odd or not wanted:
+        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(known)}")
+    return tuple(scheme for scheme in known if scheme in wanted)
+
+
+def _bits(wanted: Sequence[int]) -> tuple[int, ...]:
+    bits = tuple(sorted(set(wanted)))
+    if not bits or not all(b in STATIC_BITS or b == FLOAT_BITS for b in bits) or bits == (FLOAT_BITS,):
+        raise HawqfxError(f"bit widths must be from 2 to 8, with 32 for float beside them, not {tuple(wanted)}")
+    return bits

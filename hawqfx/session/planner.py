@@ -1,0 +1,148 @@
+"""Plans of a measured network: choose formats, lower them, and run the lowered network on data."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hawqfx.allocation.budget import Budget, Limit
+from hawqfx.allocation.explain import explained
+from hawqfx.allocation.search_space import Formats
+from hawqfx.errors import HawqfxError
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import Batch
+from hawqfx.ir.facts import Account, ChosenFormat, LossIncrease
+from hawqfx.ir.program import Program
+from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Format
+from hawqfx.pass_manager.base import Observer
+from hawqfx.pass_manager.manager import run
+from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.lowering import Lowering
+
+Score = Callable[[Any, Any], float | torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The judge of a budget on `drop`.
+
+    Args:
+        score: a function of (output, target), the mean over a batch, higher being better.
+        holdout: data held out of calibration, that a drop is validated on.
+    """
+
+    score: Score
+    holdout: tuple[Batch, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and the network made of it.
+
+    Args:
+        planned: the float program with the chosen formats.
+        program: the lowered one.
+        budget: the text that the plan is for.
+    """
+
+    planned: Program
+    program: Program
+    budget: str
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans for a measured network, and lowers them.
+
+    Args:
+        measured: the float program with all facts that no budget changes.
+        context: the calibration data and the loss.
+        observers: of the passes that run.
+        scoring: the judge of a budget on `drop`, if there is one.
+    """
+
+    measured: Program
+    context: Context
+    observers: Sequence[Observer] = ()
+    scoring: Scoring | None = None
+
+    @property
+    def quiet(self) -> "Planner":
+        """A planner for plans that are only tried: nobody observes them."""
+        return replace(self, observers=())
+
+    def plan(self, allocation: Allocation) -> Program:
+        """The program with the formats that the allocation chooses.
+
+        Raises:
+            InfeasibleBudget: if no choice keeps the budget.
+        """
+        return run([allocation], self.measured, self.context, self.observers)
+
+    def explain(self, allocation: Allocation, chosen: Formats) -> Program:
+        """The program with formats that were chosen elsewhere, explained under the limits of an allocation."""
+        return explained(allocation.task(self.measured, chosen), chosen, None)
+
+    def uniform(self, chosen: Formats) -> Program:
+        """The program with formats that keep no budget, and the increase predicted for each where it was measured."""
+        choices = {key: ChosenFormat(width, self._increase(key, width)) for key, width in chosen.items()}
+        return self.measured.learn(choices)
+
+    def lower(self, planned: Program, budget: str) -> Candidate:
+        """The lowered network of a plan."""
+        return Candidate(planned, run([Lowering()], planned, self.context, self.observers), budget)
+
+    @torch.no_grad()
+    def loss(self, program: Program) -> float:
+        """The mean loss of a program over the calibration data."""
+        losses = (
+            float(self.context.loss_of(program.run(batch.args, batch.kwargs), batch, index)) * batch.size
+            for index, batch in enumerate(self.context.batches)
+        )
+        return sum(losses) / self.context.samples
+
+    @torch.no_grad()
+    def score(self, program: Program, batches: Sequence[Batch]) -> float:
+        """The mean score of a program over batches, weighed by their size.
+
+        Raises:
+            HawqfxError: if it is not finite.
+        """
+        assert self.scoring is not None
+        total = 0.0
+        for batch in batches:
+            total += batch.size * float(self.scoring.score(program.run(batch.args, batch.kwargs), batch.target))
+        score = total / sum(batch.size for batch in batches)
+        if not math.isfinite(score):
+            raise HawqfxError(f"the metric is {score}: it must be finite, the mean over a batch, higher being better")
+        return score
+
+    def range_of(self, allocation: Allocation, limit: str, count: int) -> list[float]:
+        """Amounts of a limit from that of the narrowest formats to that of the widest, a constant factor apart."""
+        whole = replace(allocation, budget=Budget(**{limit: Limit(1.0, relative=True)}))
+        ends = []
+        for pick in (min, max):
+            chosen = {key: pick(formats) for key, formats in allocation.rules.formats(self.measured).items()}
+            ends.append(self.explain(whole, chosen).about(Account).limits[limit].amount)
+        low, high = ends
+        return [low * (high / low) ** (step / (count - 1)) for step in range(count)]
+
+    def _increase(self, key: str, width: Format) -> float:
+        """The increase that is predicted for a site; NaN where nothing was measured."""
+        if width.is_float:
+            return 0.0
+        known: Mapping[Format, float] = {}
+        if self.measured.facts.has(key, LossIncrease):
+            known = self.measured.facts.get(key, LossIncrease).by_format
+        return known.get(width, math.nan)
+
+
+def with_float(allocation: Allocation) -> Allocation:
+    """The allocation with float among the formats of every site, unless its rules say which bits."""
+    every = (*STATIC_BITS, FLOAT_BITS)
+    weights, activations = (
+        every if bits is None else bits for bits in (allocation.weight_bits, allocation.activation_bits)
+    )
+    return replace(allocation, weight_bits=weights, activation_bits=activations)
