@@ -1,15 +1,23 @@
-# make demo: set up and run the main job.  make test: set up, lint, type-check and test.
+# make demo: set up and run the main job.  make test: set up, lint, type-check and test, on all cores.
+# make quick: lint, types and the tests that compile no network, in a minute.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
+# one torch thread for each of as many processes as there are cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durations 10
+UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/frontend tests/ir tests/maths \
+    tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: $(READY)
 	$(BIN)/hawqfx demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: lint
+	$(PYTEST) $(UNITS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

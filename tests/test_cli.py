@@ -1,6 +1,7 @@
 """The command line does what compile() does."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hawqfx import cli
-from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
-from hawqfx.pipeline import recipe
+from hawqfx.pass_manager.base import options_of
+from hawqfx.pipeline import every_pass, recipe
 from hawqfx.session.plan import Plan
 from tests.nets import Plain, build, images
 
@@ -51,7 +52,7 @@ def test_compile_writes_the_file_the_plan_and_the_dump(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "model.onnx").stat().st_size > 1000
     assert set(Plan.read(plan).bits) == {"conv1.weight", "conv2.weight", "head.weight", "x", "relu", "relu_1", "mean"}
-    steps = (f"{number:02}_{step.name}.txt" for number, step in enumerate(recipe(Budget()), 1))
+    steps = (f"{number:02}_{step.name}.txt" for number, step in enumerate(recipe().passes, 1))
     assert sorted(path.name for path in dump.iterdir()) == list(steps)
     assert "conv1.weight" in result.output
     assert "time per pass" in result.output
@@ -79,7 +80,9 @@ def test_torchrun_writes_one_file_and_speaks_with_one_voice(tmp_path: Path) -> N
 def test_print_after_names_a_pass(tmp_path: Path) -> None:
     result = run.invoke(cli.app, arguments(tmp_path, "--print-after", "nonsense"))
     assert isinstance(result.exception, HawqfxError)
-    assert "fold_constants, fold_batchnorm, decompose, equalize, insert_copies, find_sites" in str(result.exception)
+    assert "fold_constants, fold_batchnorm, float_reference, decompose, equalize, insert_copies, find_sites" in str(
+        result.exception
+    )
 
 
 def test_errors_are_one_line_without_a_traceback(
@@ -107,6 +110,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
     names = [
         "fold_constants",
         "fold_batchnorm",
+        "float_reference",
         "decompose",
         "equalize",
         "insert_copies",
@@ -118,7 +122,15 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "fisher",
         "allocation",
         "lowering",
+        "integer_constants",
+        "linear_kernels",
+        "space_to_depth",
+        "float_weights",
+        "global_average",
+        "table_rows",
     ]
-    names += ["hawq_v2", "taylor", "measured", "mse", "hawq_v1", "interactions"]
-    positions = [output.index(f" {name} ") for name in names]
-    assert positions == sorted(positions)
+    names += ["hawq_v2", "taylor", "measured", "mse", "hawq_v1", "interactions", "profile_latency"]
+    assert re.findall(r"(\w+) +│ (?:analysis|rewrite)", output) == names
+    steps = every_pass()
+    undocumented = [(step.name, entry.name) for step in steps for entry in options_of(step) if not entry.metadata]
+    assert undocumented == []

@@ -30,9 +30,9 @@ LAW: dict[str, set[str]] = {
     "runtime": {"errors", "export", "frontend", "ir", "maths"},
     "latency": {
         "analysis", "atomic_write", "errors", "export", "frontend", "ir", "maths", "pass_manager", "passes",
-        "pipeline", "runtime",
+        "runtime",
     },
-    "pipeline": {"allocation", "errors", "frontend", "ir", "maths", "pass_manager", "passes"},
+    "pipeline": {"allocation", "errors", "export", "frontend", "ir", "latency", "maths", "pass_manager", "passes"},
     "session": {
         "allocation", "atomic_write", "errors", "export", "frontend", "ir", "latency", "maths", "pass_manager",
         "passes", "pipeline", "runtime",

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 import hawqfx
 from hawqfx import pipeline
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.context import Batch, Context, Loss, cross_entropy, gather
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import Batch, gather
+from hawqfx.frontend.losses import Loss, cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Pass
 from hawqfx.pass_manager.manager import run
-from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.hawq_v2 import HawqV2
-from hawqfx.passes.rounding import Rounding
 from tests.nets import build, images
 
 
@@ -28,13 +28,8 @@ def captured(make: Callable[[], nn.Module]) -> Program:
 
 def measuring(probes: int = 4) -> list[Pass]:
     """All passes before a budget is known, with few probes."""
-    return [
-        *pipeline.folding(),
-        *pipeline.finding(),
-        *pipeline.quantizing(Calibration()),
-        *pipeline.pricing(Rounding()),
-        *pipeline.measuring(HawqV2(probes, tolerance=0)),
-    ]
+    recipe = pipeline.recipe(metric=HawqV2(probes, tolerance=0))
+    return [*recipe.prepare, *recipe.measure]
 
 
 def after(name: str, make: Callable[[], nn.Module], probes: int = 4) -> Program:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hawqfx.maths.curvature import Hessian, Moments, dot, gradient, is_finite, pooled, rademacher, top_eigenvalues
 
 SHAPES = ((4, 3), (2, 4), (3, 4))  # two weights, and a perturbation of the hidden activation of 3 samples
-SMALL, LARGE, FEW, MANY = 4, 64, 512, 128  # FEW estimates of SMALL probes, then MANY estimates of LARGE probes
+SMALL, LARGE, FEW, MANY = 2, 32, 512, 128  # FEW estimates of SMALL probes, then MANY estimates of LARGE probes
 PROBES = SMALL * FEW + LARGE * MANY
 
 
@@ -72,7 +72,7 @@ def test_mean_is_the_dense_trace(hessian: list[list[Tensor]], samples: Tensor, b
     mean, stderr = pooled([Moments.of(samples[:, block].tolist())], [1.0])
     # 5 standard errors: a correct estimate fails for one seed in two million
     assert abs(mean - float(hessian[block][block].trace())) < 5 * stderr
-    assert stderr == pytest.approx(math.sqrt(_variance(hessian, block) / PROBES), rel=0.05)  # deviates by 0.8 %
+    assert stderr == pytest.approx(math.sqrt(_variance(hessian, block) / PROBES), rel=0.05)  # deviates by 1.1 %
 
 
 @pytest.mark.parametrize("block", range(3))

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,21 @@ from torch import Tensor, nn
 import hawqfx
 from hawqfx import Compiled
 from hawqfx.allocation.budget import Budget
+from hawqfx.allocation.task import increases
 from hawqfx.errors import HawqfxError, InfeasibleBudget
-from hawqfx.ir.facts import ByteCost, ChosenFormat, Fact, LossIncrease, Quantizers, RoundedWeights
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, Fact, LossIncrease, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths import affine, packing
-from hawqfx.maths.formats import BLOCK, BLOCKWISE, DYNAMIC, Scheme, bits_of, described, layer_scheme, scheme, width_of
+from hawqfx.maths.formats import BLOCK, BLOCKWISE, DYNAMIC, FLOAT, Format, Scheme, known_format, layer_scheme
 from hawqfx.maths.latency_model import ConversionTimes, KernelTimes, LatencyModel
 from hawqfx.pass_manager.manager import run
-from hawqfx.passes.allocation import Allocation, increases
+from hawqfx.passes.allocation import Allocation
 from hawqfx.runtime import ort, parity
 from hawqfx.session.plan import Plan
 from tests.tools import context
 
 EVERY: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
-WIDTHS = (*range(2, 9), BLOCKWISE, DYNAMIC, 32)
+FORMATS = (*map(Format, range(2, 9)), BLOCKWISE, DYNAMIC, FLOAT)
 
 
 class Words(nn.Module):
@@ -71,13 +71,13 @@ def compiled_by(schemes: tuple[Scheme, ...], budget: str = "weight_bits=8", net:
     return hawqfx.compile(net().eval(), budget, data, schemes=schemes, sensitivity="mse")
 
 
-def test_every_width_is_told_from_the_others() -> None:
-    assert len({(bits_of(width), scheme(width)) for width in WIDTHS}) == len(WIDTHS)
-    assert [width_of(bits_of(width), scheme(width)) for width in WIDTHS] == list(WIDTHS)
-    assert len({described(width) for width in WIDTHS}) == len(WIDTHS)
+def test_every_format_is_told_from_the_others() -> None:
+    assert [known_format(width.bits, width.scheme) for width in FORMATS] == list(FORMATS)
+    assert sorted(random.Random(0).sample(FORMATS, len(FORMATS))) == list(FORMATS)
+    assert len({str(width) for width in FORMATS}) == len(FORMATS)
     for bits, name in ((5, "weight-only"), (4, "dynamic"), (9, "static"), (1, "static")):
-        with pytest.raises(ValueError, match="no width"):
-            width_of(bits, name)
+        with pytest.raises(ValueError, match="no format"):
+            known_format(bits, name)
 
 
 @pytest.mark.parametrize("columns", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 7])
@@ -153,7 +153,7 @@ def test_a_weight_only_layer_in_exact_integers(tmp_path: Path) -> None:
     x[:, ::BLOCK] = 127.0  # every block has a step of one
     compiled = hawqfx.compile(model, "size=100%", [x], schemes=("weight-only",), sensitivity="mse")
     (site,) = compiled.planned.weights
-    quantizer = compiled.planned.facts.get(site.key, Quantizers).by_bits[BLOCKWISE]
+    quantizer = compiled.planned.facts.get(site.key, Quantizers).by_format[BLOCKWISE]
     codes = compiled.planned.facts.get(site.key, RoundedWeights).codes[BLOCKWISE].double()
     scale = torch.tensor(quantizer.scale).double().reshape(7, 3)
     parts = [(x.double()[:, at : at + BLOCK] @ codes[:, at : at + BLOCK].T) for at in range(0, 300, BLOCK)]
@@ -172,25 +172,25 @@ def test_blocks_lose_less_than_channels() -> None:
     options = {"schemes": EVERY, "sensitivity": "mse", "rounding": "nearest"}
     facts = hawqfx.compile(Words().eval(), "weight_bits=8", words(), **options).planned.facts  # type: ignore[arg-type]
     for key in ("wide.weight", "narrow.weight"):
-        increase = facts.get(key, LossIncrease).by_bits
-        assert increase[8] < increase[BLOCKWISE] < increase[4]
+        increase = facts.get(key, LossIncrease).by_format
+        assert increase[Format(8)] < increase[BLOCKWISE] < increase[Format(4)]
         rounding = facts.get(key, RoundedWeights)
         assert rounding.codes[BLOCKWISE].abs().max() <= 8
 
 
 def test_a_table_that_is_read_too_has_no_blocks() -> None:
     compiled = compiled_by(("weight-only",))
-    assert BLOCKWISE not in compiled.planned.facts.get("table.weight", Quantizers).by_bits
+    assert BLOCKWISE not in compiled.planned.facts.get("table.weight", Quantizers).by_format
     assert compiled.plan.schemes["table.weight"] == "static"
 
 
 def test_convolutions_have_only_static_integers() -> None:
     compiled = compiled_by(EVERY, net=Mixed)
     facts = compiled.planned.facts
-    assert BLOCKWISE not in facts.get("stem.weight", Quantizers).by_bits
+    assert BLOCKWISE not in facts.get("stem.weight", Quantizers).by_format
     reads = {layer.weight: layer.input for layer in compiled.planned.layers}
-    assert DYNAMIC not in facts.get(reads["stem.weight"], Quantizers).by_bits
-    assert DYNAMIC in facts.get(reads["head.weight"], Quantizers).by_bits
+    assert DYNAMIC not in facts.get(reads["stem.weight"], Quantizers).by_format
+    assert DYNAMIC in facts.get(reads["head.weight"], Quantizers).by_format
 
 
 @pytest.mark.parametrize("schemes", [("static",), ("dynamic",), ("weight-only",), ("dynamic", "weight-only")])
@@ -229,15 +229,14 @@ def test_memory_of_weights_is_traded_for_loss() -> None:
     for most in (4 * whole, whole, int(0.7 * whole)):
         found = session.at(f"weight_memory={most}B", against_uniform=False)
         costs = {s.key: found.planned.facts.get(s.key, ByteCost).bytes for s in found.planned.weights}
-        schemes, bits = found.plan.schemes, found.planned.bits()
+        schemes, bits = found.plan.schemes, found.plan.bits
         taken = sum(
             costs[key][BLOCKWISE] if schemes[key] == "weight-only" else sizes[key] * (4 if bits[key] == 32 else 1)
             for key in sizes
         )
         assert taken <= most
-        assert found.planned.account is not None
-        assert found.planned.account.limits["weight_memory"].amount == taken
-        losses.append(found.planned.account.loss)
+        assert found.planned.about(Account).limits["weight_memory"].amount == taken
+        losses.append(found.planned.about(Account).loss)
     assert losses == sorted(losses)
     assert "weight-only" in found.planned.schemes().values()
     with pytest.raises(InfeasibleBudget, match=r"weight_memory=.* cannot be met: the least is"):
@@ -255,8 +254,12 @@ def _invented(program: Program, seed: int) -> Program:
 
     facts: dict[str, Fact] = {}
     for site in program.sites:
-        kept = [b for b in program.facts.get(site.key, LossIncrease).by_bits if b in (4, 8, BLOCKWISE, DYNAMIC)]
-        losses = {bits: draw.random() / bits_of(bits) for bits in kept}
+        kept = [
+            b
+            for b in program.facts.get(site.key, LossIncrease).by_format
+            if b in (Format(4), Format(8), BLOCKWISE, DYNAMIC)
+        ]
+        losses = {width: draw.random() / width.bits for width in kept}
         facts[site.key] = LossIncrease(losses, dict.fromkeys(losses, 0.0))
     makers = {site.nodes[0]: site.key for site in program.activations}
     timed = []
@@ -272,7 +275,7 @@ def _invented(program: Program, seed: int) -> Program:
         readers = tuple(layer.node for layer in program.layers if layer.input == site.key)
         converted.append(ConversionTimes(site.key, maker, readers, *(seconds(1e-3) for _ in range(3))))
     table = LatencyModel(seconds(1e-3), tuple(timed), tuple(converted), "invented")
-    return replace(program.learn(facts), latency_model=table)
+    return program.learn(facts).learn_about_network(table)
 
 
 @pytest.mark.parametrize("floats", [False, True])
@@ -280,31 +283,31 @@ def _invented(program: Program, seed: int) -> Program:
 def test_the_choice_of_schemes_equals_brute_force(seed: int, floats: bool) -> None:
     """Mixed has three weights and three activations: every plan that the schemes allow, under a latency."""
     program = _invented(compiled_by(EVERY, net=Mixed).session.measured, seed)
-    assert program.latency_model is not None
-    options = [[*program.facts.get(site.key, LossIncrease).by_bits, 32] for site in program.sites]
+    model = program.about(LatencyModel)
+    options = [[*program.facts.get(site.key, LossIncrease).by_format, FLOAT] for site in program.sites]
     losses = {site.key: increases(program, site) for site in program.sites}
     plans = []
     for widths in itertools.product(*options):
         bits = {site.key: width for site, width in zip(program.sites, widths, strict=True)}
         pairs = [(bits[layer.weight], bits[layer.input]) for layer in program.layers]
-        if any(weight == BLOCKWISE and read != 32 for weight, read in pairs):
+        if any(weight == BLOCKWISE and read != FLOAT for weight, read in pairs):
             continue
         if not floats:
-            if any(bits[layer.weight] == 32 for layer in program.layers):
+            if any(bits[layer.weight] == FLOAT for layer in program.layers):
                 continue
             linear = {layer.input for layer in program.layers if layer.operator == "linear"}
-            if any(bits[site.key] == 32 and site.key not in linear for site in program.activations):
+            if any(bits[site.key] == FLOAT and site.key not in linear for site in program.activations):
                 continue
             if any(layer_scheme(*pair) == "float" for pair in pairs):
                 continue
-        plans.append((sum(losses[key][width] for key, width in bits.items()), program.latency_model.seconds(bits)))
+        plans.append((sum(losses[key][width] for key, width in bits.items()), model.seconds(bits)))
     latencies = sorted(seconds for _, seconds in plans)
     most = round(latencies[len(latencies) // 20], 9)
     every = (4, 8, 32) if floats else None
     allocation = Allocation(Budget.parse(f"latency={most:.9f}s"), every, every)
     planned = run([allocation], program, context())
     best = min(loss for loss, seconds in plans if seconds <= most * (1 + 1e-12))
-    assert program.latency_model.seconds(planned.bits()) <= most * (1 + 1e-12)
+    assert model.seconds(planned.formats()) <= most * (1 + 1e-12)
     # sums of 7 floats in another order
     assert sum(planned.facts.get(s.key, ChosenFormat).increase for s in planned.sites) == pytest.approx(best, rel=1e-12)
 

@@ -5,23 +5,28 @@ import itertools
 import math
 import random
 import re
-from dataclasses import replace
+from collections.abc import Mapping
 
 import pytest
 
 from hawqfx.allocation.budget import Budget
+from hawqfx.allocation.task import increases
 from hawqfx.analysis.liveness import live
 from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
-from hawqfx.ir.facts import ByteCost, ChosenFormat, Fact, LossIncrease, QuantizationError, Sensitivity
-from hawqfx.ir.program import Program, Site, WeightSite
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, Fact, LossIncrease, QuantizationError, Sensitivity
+from hawqfx.ir.program import Program
+from hawqfx.ir.sites import Site, WeightSite
+from hawqfx.maths.formats import FLOAT, Format
 from hawqfx.maths.latency_model import ConversionTimes, KernelTimes, LatencyModel
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.pass_manager.manager import run
-from hawqfx.passes.allocation import Allocation, increases
+from hawqfx.passes.allocation import Allocation
 from tests.nets import Plain, Residual, SharedLayer
 from tests.tools import after, context
 
-WIDTHS = range(2, 9)
+WIDTHS = tuple(map(Format, range(2, 9)))
+WIDTHS_OF_WEIGHTS = (Format(2), Format(4), Format(8))
+WIDTHS_OF_ACTIVATIONS = (Format(4), Format(8))
 MEASURED: dict[type, Program] = {}
 
 
@@ -58,17 +63,19 @@ def narrowed(program: Program, seed: int) -> Program:
     facts: dict[str, Fact] = {}
     for site in program.sites:
         kept = (2, 4, 8) if isinstance(site, WeightSite) else (4, 8)
-        errors = {b: program.facts.get(site.key, QuantizationError).squared_error[b] for b in kept}
+        known = program.facts.get(site.key, QuantizationError).squared_error
+        errors = {Format(bits): known[Format(bits)] for bits in kept}
         facts[site.key] = Sensitivity(draw.lognormvariate(0, 2), 0.0, 8).times(errors)
-    return replace(program.learn(facts), latency_model=latency_model(program, draw))
+    return program.learn(facts).learn_about_network(latency_model(program, draw))
 
 
-def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
+def totals(program: Program, formats: Mapping[str, Format]) -> dict[str, float]:
     """What a plan takes of every limit, counted in the plainest way."""
+    bits = {key: width.bits for key, width in formats.items()}
     weights = sum(site.numel for site in program.weights)
     return {
         "size": program.fixed_bytes()
-        + sum(program.facts.get(s.key, ByteCost).bytes[bits[s.key]] for s in program.weights),
+        + sum(program.facts.get(s.key, ByteCost).bytes[formats[s.key]] for s in program.weights),
         "weight_bits": sum(bits[site.key] * site.numel for site in program.weights) / weights,
         "bops": sum(layer.macs * bits[layer.weight] * bits[layer.input] for layer in program.layers),
         "activation_memory": max(
@@ -76,12 +83,12 @@ def totals(program: Program, bits: dict[str, int]) -> dict[str, float]:
             + sum(packed_bytes(count, bits[key]) for key, counts in step.elements.items() for count in counts)
             for step in live(program)
         ),
-        "latency": program.latency_model.seconds(bits) if program.latency_model is not None else math.nan,
+        "latency": program.about(LatencyModel).seconds(formats) if program.knows(LatencyModel) else math.nan,
     }
 
 
 def brute_force(program: Program, bounds: dict[str, float], floats: bool = False) -> float:
-    options = [[*program.facts.get(site.key, LossIncrease).by_bits, *[32] * floats] for site in program.sites]
+    options = [[*program.facts.get(site.key, LossIncrease).by_format, *[FLOAT] * floats] for site in program.sites]
     losses = {site.key: increases(program, site) for site in program.sites}
     best = math.inf
     for widths in itertools.product(*options):
@@ -94,12 +101,12 @@ def brute_force(program: Program, bounds: dict[str, float], floats: bool = False
 
 def bounded(program: Program, limits: tuple[str, ...], seed: int) -> tuple[dict[str, float], str]:
     """Bounds between the least and the most that the widths can take, and their text."""
-    facts = {site.key: program.facts.get(site.key, LossIncrease).by_bits for site in program.sites}
-    narrow, wide = (totals(program, {key: pick(by_bits) for key, by_bits in facts.items()}) for pick in (min, max))
+    facts = {site.key: program.facts.get(site.key, LossIncrease).by_format for site in program.sites}
+    narrow, wide = (totals(program, {key: pick(by_format) for key, by_format in facts.items()}) for pick in (min, max))
     draw = random.Random(seed)
     bounds = {name: narrow[name] + (wide[name] - narrow[name]) * draw.uniform(0.1, 0.8) for name in limits}
-    if "latency" in limits and program.latency_model is not None:
-        ends = [program.latency_model.seconds(dict.fromkeys(facts, bits)) for bits in (8, 32)]
+    if "latency" in limits and program.knows(LatencyModel):
+        ends = [program.about(LatencyModel).seconds(dict.fromkeys(facts, width)) for width in (Format(8), FLOAT)]
         bounds["latency"] = round(min(ends) + abs(ends[1] - ends[0]) * draw.uniform(0.3, 0.9), 9)
     units = {"latency": "s"}
     return bounds, ", ".join(f"{name}={bound:.9f}{units.get(name, '')}" for name, bound in bounds.items())
@@ -116,15 +123,14 @@ def test_equals_brute_force(make: type, limits: tuple[str, ...], seed: int) -> N
     bounds, text = bounded(program, limits, seed)
     planned = run([Allocation(Budget.parse(text))], program, context())
     # the text has 9 decimals, and every total is a multiple of more than that
-    assert all(totals(program, planned.bits())[name] <= bound + 1e-6 for name, bound in bounds.items())
+    assert all(totals(program, planned.formats())[name] <= bound + 1e-6 for name, bound in bounds.items())
     found = sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
     # sums of 8 floats in another order
     assert found == pytest.approx(brute_force(program, bounds), rel=1e-12)
-    account = planned.account
-    assert account is not None
+    account = planned.about(Account)
     assert account.optimal
     for name, use in account.limits.items():
-        assert use.amount == pytest.approx(totals(program, planned.bits())[name], rel=1e-12)
+        assert use.amount == pytest.approx(totals(program, planned.formats())[name], rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -140,12 +146,13 @@ def test_a_latency_with_boundaries_equals_brute_force(limits: tuple[str, ...], s
             run([allocation], program, context())
         return
     planned = run([allocation], program, context())
-    assert all(totals(program, planned.bits())[name] <= bound * (1 + 1e-12) for name, bound in bounds.items())
+    assert all(totals(program, planned.formats())[name] <= bound * (1 + 1e-12) for name, bound in bounds.items())
     assert sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites) == pytest.approx(
         best, rel=1e-12
     )
-    assert planned.account is not None
-    assert planned.account.limits["latency"].amount == pytest.approx(totals(program, planned.bits())["latency"])
+    assert planned.about(Account).limits["latency"].amount == pytest.approx(
+        totals(program, planned.formats())["latency"]
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -162,7 +169,7 @@ def test_the_papers_rule_is_the_best_monotone_setting(seed: int) -> None:
         for sites in (program.weights, program.activations)
     ]
     best = math.inf
-    for widths in itertools.product(*([(2, 4, 8)] * len(groups[0]) + [(4, 8)] * len(groups[1]))):
+    for widths in itertools.product(*([WIDTHS_OF_WEIGHTS] * len(groups[0]) + [WIDTHS_OF_ACTIVATIONS] * len(groups[1]))):
         bits = {site.key: width for site, width in zip([*groups[0], *groups[1]], widths, strict=True)}
         falling = all(bits[one.key] >= bits[other.key] for group in groups for one, other in itertools.pairwise(group))
         if falling and totals(program, bits)["size"] <= bounds["size"]:
@@ -172,29 +179,28 @@ def test_the_papers_rule_is_the_best_monotone_setting(seed: int) -> None:
         best, rel=1e-12
     )
     exact = run([Allocation(Budget.parse(text))], program, context())
-    assert exact.account is not None
-    assert exact.account.loss <= best
+    assert exact.about(Account).loss <= best
 
 
 def test_every_move_is_what_it_would_do() -> None:
     program = narrowed(measured(Residual), 1)
     bounds, text = bounded(program, ("size", "bops", "activation_memory"), 1)
     planned = run([Allocation(Budget.parse(text))], program, context())
-    bits, losses = planned.bits(), {site.key: increases(program, site) for site in program.sites}
+    bits, losses = planned.formats(), {site.key: increases(program, site) for site in program.sites}
     before = totals(program, bits)
     moves = 0
     for site in planned.sites:
-        why = planned.facts.get(site.key, ChosenFormat).why
+        why = planned.facts.get(site.key, ChosenFormat).reason
         assert why is not None
         for move in filter(None, (why.wider, why.narrower)):
-            after = totals(program, {**bits, site.key: move.bits})
-            assert move.loss == pytest.approx(losses[site.key][move.bits] - losses[site.key][bits[site.key]])
+            after = totals(program, {**bits, site.key: move.format})
+            assert move.loss == pytest.approx(losses[site.key][move.format] - losses[site.key][bits[site.key]])
             assert move.amounts == pytest.approx({name: after[name] - before[name] for name in bounds})
             # one that loses less must break a limit, else the plan is not the best
             assert move.loss >= 0 or any(after[name] > bound for name, bound in bounds.items())
             moves += 1
     assert moves >= len(planned.sites)
-    whys = {site.key: planned.facts.get(site.key, ChosenFormat).why for site in planned.sites}
+    whys = {site.key: planned.facts.get(site.key, ChosenFormat).reason for site in planned.sites}
     assert sum(why.loss_share for why in whys.values() if why) == pytest.approx(1)
     weights = [whys[site.key] for site in planned.weights]
     assert sum(why.shares["size"] for why in weights if why) == pytest.approx(
@@ -205,9 +211,8 @@ def test_every_move_is_what_it_would_do() -> None:
 def test_fixed_widths_are_kept_and_named_where_they_stand_in_the_way() -> None:
     program = measured(Plain)
     planned = run([Allocation(Budget.parse("size=40%"), fix=(("conv1*", 7), ("head.*", 32)))], program, context())
-    assert (planned.bits()["conv1.weight"], planned.bits()["head.weight"]) == (7, 32)
-    least = run([Allocation(Budget.parse("size=100%"), fix=(("*.weight", 2),))], program, context()).account
-    assert least is not None
+    assert (planned.formats()["conv1.weight"], planned.formats()["head.weight"]) == (Format(7), FLOAT)
+    least = run([Allocation(Budget.parse("size=100%"), fix=(("*.weight", 2),))], program, context()).about(Account)
     tight = f"size={least.limits['size'].amount + 1:.0f}"
     run([Allocation(Budget.parse(tight))], program, context())
     with pytest.raises(InfeasibleBudget, match=r"fix 'conv2\*': 8 stands in the way, without it the budget can be met"):
@@ -230,21 +235,21 @@ def test_rules_that_cannot_be_kept_are_refused(fix: tuple[tuple[str, int], ...],
 def test_omega_is_the_mean_trace_times_the_sum_of_squares() -> None:
     program = measured(Plain)
     site = program.weights[0]
-    program = program.learn({site.key: Sensitivity(3.0, 0.1, 8).times({2: 0.5, 4: 0.125})})
-    assert increases(program, site) == {2: 1.5, 4: 0.375, 32: 0.0}
+    program = program.learn({site.key: Sensitivity(3.0, 0.1, 8).times({Format(2): 0.5, Format(4): 0.125})})
+    assert increases(program, site) == {Format(2): 1.5, Format(4): 0.375, FLOAT: 0.0}
 
 
 @pytest.mark.parametrize(
     ("mean", "stderr", "used"), [(3.0, 0.1, 3.0), (1.0, 0.6, 2.2), (-0.5, 0.6, 0.7), (-5.0, 1.0, 0.0), (0.0, 0.0, 0.0)]
 )
 def test_a_trace_that_noise_hides_enters_by_its_upper_bound(mean: float, stderr: float, used: float) -> None:
-    assert Sensitivity(mean, stderr, 8).times({4: 2.0}).upper(4) == pytest.approx(2 * used, rel=1e-12)
+    assert Sensitivity(mean, stderr, 8).times({Format(4): 2.0}).upper(Format(4)) == pytest.approx(2 * used, rel=1e-12)
 
 
 def test_a_percentage_is_of_float32() -> None:
     program = measured(Plain)
     planned = run([Allocation(Budget.parse("size=40%"))], program, context())
-    assert totals(program, planned.bits())["size"] <= 0.4 * program.float_bytes()
+    assert totals(program, planned.formats())["size"] <= 0.4 * program.float_bytes()
     parameters = 4 * 9 + 4 + 6 * 4 * 9 + 6 + 6 * 3 + 3
     assert program.float_bytes() == 4 * parameters
 
@@ -261,7 +266,7 @@ def test_a_site_without_sensitivity_takes_the_fewest_bits() -> None:
     program = measured(Plain).learn(
         {"conv2.weight": LossIncrease(dict.fromkeys(WIDTHS, 0.0), dict.fromkeys(WIDTHS, 0.0))}
     )
-    assert run([Allocation(Budget.parse("size=90%"))], program, context()).bits()["conv2.weight"] == 2
+    assert run([Allocation(Budget.parse("size=90%"))], program, context()).formats()["conv2.weight"] == Format(2)
 
 
 @pytest.mark.parametrize(

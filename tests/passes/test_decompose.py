@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.context import Batch
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.decompose import Decompose

@@ -24,22 +24,22 @@ def test_every_site_is_quantized_by_its_own_quantizer(name: str) -> None:
     """The lowered graph, run with its quantizers replaced by plain ones made from the facts, gives the same."""
     compiled = quick(IMAGES[name], "size=60%")
     planned, x = compiled.planned, images()[0][0]
-    tensors = {}
+    tensors, formats = {}, planned.formats()
     for site in planned.weights:
-        q = planned.facts.get(site.key, Quantizers).by_bits[planned.facts.get(site.key, ChosenFormat).bits]
-        codes = planned.facts.get(site.key, RoundedWeights).codes[q.bits]
+        q = planned.facts.get(site.key, Quantizers).by_format[planned.facts.get(site.key, ChosenFormat).format]
+        codes = planned.facts.get(site.key, RoundedWeights).codes[q.format]
         tensors[site.key] = codes.float() * torch.tensor(q.scale).reshape(-1, *[1] * (codes.ndim - 1))
         assert torch.equal(compiled.program.tensor(site.key), tensors[site.key])
     owner = {node: site.key for site in planned.activations for node in site.nodes}
 
     def quantize(node: str, value: torch.Tensor) -> torch.Tensor:
-        q = planned.facts.get(owner[node], Quantizers).by_bits[planned.bits()[owner[node]]]
+        q = planned.facts.get(owner[node], Quantizers).by_format[formats[owner[node]]]
         return ((value / q.scale[0]).round() + q.zero_point).clamp(q.low, q.high).sub(q.zero_point) * q.scale[0]
 
     for layer in planned.layers:
         if layer.bias is not None:
-            step = torch.tensor(planned.facts.get(layer.weight, Quantizers).by_bits[planned.bits()[layer.weight]].scale)
-            step = step * planned.facts.get(layer.input, Quantizers).by_bits[planned.bits()[layer.input]].scale[0]
+            step = torch.tensor(planned.facts.get(layer.weight, Quantizers).by_format[formats[layer.weight]].scale)
+            step = step * planned.facts.get(layer.input, Quantizers).by_format[formats[layer.input]].scale[0]
             if sum(other.bias == layer.bias for other in planned.layers) == 1:
                 tensors[layer.bias] = (planned.tensor(layer.bias) / step).round() * step
     expected, found = planned.run((x,), {}, quantize, tensors), compiled.model(x)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from hawqfx.ir.facts import ByteCost, QuantizationError, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths import affine
+from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
@@ -32,16 +33,16 @@ def test_activation_errors_are_those_of_one_sample(make: type[nn.Module]) -> Non
     program = after("perturbation", make)
     for site in program.activations:
         values = [activation(program, node) for node in site.nodes]
-        for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
+        for width, q in program.facts.get(site.key, Quantizers).by_format.items():
             exact = sum(float((quantized(x, q) - x).double().square().sum()) / len(x) for x in values)
-            found = program.facts.get(site.key, QuantizationError).squared_error[bits]
+            found = program.facts.get(site.key, QuantizationError).squared_error[width]
             assert found == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
 
 
 def test_quantizers_of_rectified_tensors_have_zero_point_zero() -> None:
     program = after("calibration", Residual)
     for site in program.activations:
-        for q in program.facts.get(site.key, Quantizers).by_bits.values():
+        for q in program.facts.get(site.key, Quantizers).by_format.values():
             assert q.zero_point == 0 or not site.nonnegative
             assert (q.low, q.high) == (0, 2**q.bits - 1)
 
@@ -49,8 +50,8 @@ def test_quantizers_of_rectified_tensors_have_zero_point_zero() -> None:
 def test_weight_quantizers_are_signed_symmetric_and_per_channel() -> None:
     program = after("calibration", Depthwise)
     for site in program.weights:
-        for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
-            assert (q.zero_point, q.low, q.high) == (0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        for width, q in program.facts.get(site.key, Quantizers).by_format.items():
+            assert (q.zero_point, q.low, q.high) == (0, -(2 ** (width.bits - 1)), 2 ** (width.bits - 1) - 1)
             assert len(q.scale) == site.shape[0]
 
 
@@ -59,8 +60,8 @@ def test_errors_fall_with_every_bit(name: str) -> None:
     """For rounding to the nearest; compensated rounding is a heuristic, and falls from 2 bits to 8 all the same."""
     compensated = after("perturbation", IMAGES[name])
     for weight in compensated.weights:
-        by_bits = compensated.facts.get(weight.key, QuantizationError).squared_error
-        assert by_bits[8] <= by_bits[2] + 1e-13
+        by_format = compensated.facts.get(weight.key, QuantizationError).squared_error
+        assert by_format[Format(8)] <= by_format[Format(2)] + 1e-13
     program = run([Rounding("nearest"), Perturbation()], compensated, context())
     for site in program.sites:
         errors = [error for _, error in sorted(program.facts.get(site.key, QuantizationError).squared_error.items())]
@@ -74,11 +75,11 @@ def test_nearest_rounding_leaves_the_plain_sum_of_squares() -> None:
     for site in program.weights:
         weight = program.tensor(site.key).detach()
         fact = program.facts.get(site.key, RoundedWeights)
-        for bits, q in program.facts.get(site.key, Quantizers).by_bits.items():
+        for width, q in program.facts.get(site.key, Quantizers).by_format.items():
             exact = float((quantized(weight, q) - weight).double().square().sum())
-            assert fact.squared_error[bits] == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
+            assert fact.squared_error[width] == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
             scale = torch.tensor(q.scale).reshape(-1, *[1] * (weight.ndim - 1))
-            assert torch.equal(fact.codes[bits] * scale, quantized(weight, q))
+            assert torch.equal(fact.codes[width] * scale, quantized(weight, q))
 
 
 def output_error(node: fx.Node, inputs: Tensor, difference: Tensor) -> float:
@@ -97,11 +98,11 @@ def test_compensated_rounding_keeps_the_layers_output_closer(make: type[nn.Modul
     for layer in compensated.layers:
         inputs = activation(compensated, nodes[layer.node].args[0].name)
         node, weight = nodes[layer.node], compensated.tensor(layer.weight).detach()
-        for bits in (2, 3, 4):
-            q = compensated.facts.get(layer.weight, Quantizers).by_bits[bits]
+        for width in map(Format, (2, 3, 4)):
+            q = compensated.facts.get(layer.weight, Quantizers).by_format[width]
             scale = torch.tensor(q.scale).reshape(-1, *[1] * (weight.ndim - 1))
             plain, kept = (
-                output_error(node, inputs, p.facts.get(layer.weight, RoundedWeights).codes[bits] * scale - weight)
+                output_error(node, inputs, p.facts.get(layer.weight, RoundedWeights).codes[width] * scale - weight)
                 for p in (nearest, compensated)
             )
             if plain > 1e-9:  # a weight with one element per channel is exact however it is rounded
@@ -113,14 +114,14 @@ def test_compensated_rounding_keeps_the_layers_output_closer(make: type[nn.Modul
 def test_cost_counts_what_the_file_holds() -> None:
     program = after("cost", Plain)
     cost = program.facts.get("conv2.weight", ByteCost).bytes
-    assert cost[3] == -(-6 * 4 * 9 * 3 // 8) + 6 * 4 + 6 * 4  # codes, scales, bias
-    assert program.facts.get("relu", ByteCost).bytes[4] == 4 * 8 * 8 // 2
+    assert cost[Format(3)] == -(-6 * 4 * 9 * 3 // 8) + 6 * 4 + 6 * 4  # codes, scales, bias
+    assert program.facts.get("relu", ByteCost).bytes[Format(4)] == 4 * 8 * 8 // 2
 
 
 def test_cost_of_a_shared_weight_has_a_bias_for_each_use() -> None:
     program = after("cost", SharedLayer)
-    assert program.facts.get("twice.weight", ByteCost).bytes[8] == 4 * 4 * 9 + 4 * 4 + 2 * 4 * 4
+    assert program.facts.get("twice.weight", ByteCost).bytes[Format(8)] == 4 * 4 * 9 + 4 * 4 + 2 * 4 * 4
 
 
 def test_cost_without_bias() -> None:
-    assert after("cost", Flattened).facts.get("head.weight", ByteCost).bytes[2] == 72 * 3 // 4 + 3 * 4
+    assert after("cost", Flattened).facts.get("head.weight", ByteCost).bytes[Format(2)] == 72 * 3 // 4 + 3 * 4

@@ -12,11 +12,11 @@ from torch import Tensor
 import hawqfx
 from hawqfx import Budget, Compiled, Plan, zoo
 from hawqfx.errors import DataError, HawqfxError, InfeasibleBudget, PlanError
-from hawqfx.ir.facts import LossIncrease
+from hawqfx.ir.facts import Account, LossIncrease
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.hawq_v2 import HawqV2
-from hawqfx.session.session import Scoring
+from hawqfx.session.planner import Candidate, Planner, Scoring
 from tests.nets import Plain, Residual, build, images
 from tests.tools import quick
 
@@ -62,13 +62,13 @@ def test_a_drop_gives_the_smallest_network_that_keeps_the_metric(trained: Compil
 
 def test_each_budget_of_a_drop_is_evaluated_once(trained: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    original = hawqfx.Session.lowered
+    original = Planner.lower
 
-    def counted(self: Any, planned: Any, budget: str) -> Compiled:
+    def counted(self: Any, planned: Any, budget: str) -> Candidate:
         made.append(budget)
         return original(self, planned, budget)
 
-    monkeypatch.setattr(hawqfx.Session, "lowered", counted)
+    monkeypatch.setattr(Planner, "lower", counted)
     trained.at("drop=5%, bops=20%")
     # bisection of 64 steps, perhaps again of those above, and the result once more under the eyes of the observers
     assert len(made) == len(set(made)) + 1 <= 13
@@ -120,8 +120,7 @@ def test_the_frontier_is_a_curve_of_plans() -> None:
     assert frontier.points[-1].measured
     for point in frontier.points:
         alone = run([Allocation(Budget.parse(point.budget))], compiled.session.measured, compiled.session.context)
-        assert alone.account is not None
-        assert alone.account.loss == pytest.approx(point.account.loss, rel=1e-12)
+        assert alone.about(Account).loss == pytest.approx(point.account.loss, rel=1e-12)
     assert "predicted only" in str([column._cells for column in frontier.table().columns])
 
 
@@ -142,9 +141,9 @@ def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
     """Sensitivities turned upside down make the plan bad: uniform bits within the same size are better."""
     session = trained.session
     upside_down = {
-        site.key: LossIncrease({bits: bits * 1e-9 for bits in known}, dict.fromkeys(known, 0.0))
+        site.key: LossIncrease({width: width.bits * 1e-9 for width in known}, dict.fromkeys(known, 0.0))
         for site in session.measured.weights
-        for known in [session.measured.facts.get(site.key, LossIncrease).by_bits]
+        for known in [session.measured.facts.get(site.key, LossIncrease).by_format]
     }
     session = replace(session, measured=session.measured.learn(upside_down))
     with caplog.at_level(logging.WARNING):
