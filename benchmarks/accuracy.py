@@ -24,7 +24,7 @@ from torch import Tensor
 
 import hawqfx
 from hawqfx import Compiled, zoo
-from hawqfx.frontend.context import Batch
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.facts import Quantizers
 from hawqfx.runtime import ort, parity
 
@@ -176,7 +176,7 @@ def measure_parity(claims: Claims, models: dict[str, Compiled], images: Tensor, 
             compiled.export(path, packing)
             result = parity.compare(compiled.program, path, Batch((images,), {}))
             found[f"{name} {packing}"] = asdict(result)
-            step = compiled.planned.facts.get("mean", Quantizers).by_bits[compiled.plan.bits["mean"]].scale[0]
+            step = compiled.planned.facts.get("mean", Quantizers).by_format[compiled.planned.formats()["mean"]].scale[0]
             claims.add(
                 f"{name}, {packing}: fx graph and onnxruntime agree",
                 result.worst <= 1e-4

@@ -57,8 +57,8 @@ PART = {"hawq-v1": 4}
 def increases(program: Program, activations: bool, most: int) -> list[float]:
     """What is predicted of every site of a kind at every width up to `most`, in the order of the sites."""
     sites = program.activations if activations else program.weights
-    facts = [program.facts.get(site.key, LossIncrease).by_bits for site in sites]
-    return [fact[bits] for fact in facts for bits in sorted(fact) if bits <= most]
+    facts = [program.facts.get(site.key, LossIncrease).by_format for site in sites]
+    return [fact[width] for fact in facts for width in sorted(fact) if width.bits <= most]
 
 
 def examine(subject: Subject) -> dict[str, Any]:
@@ -77,7 +77,9 @@ def examine(subject: Subject) -> dict[str, Any]:
     for name, metric in METRICS.items():
         start = time.perf_counter()
         try:
-            programs[name] = run(pipeline.measuring(metric), base.session.measured, fewer(base, PART.get(name, 1)))
+            programs[name] = run(
+                pipeline.recipe(metric=metric).measure, base.session.measured, fewer(base, PART.get(name, 1))
+            )
         except HawqfxError as error:
             found[name] = {"refused": str(error)}
             continue

@@ -17,7 +17,8 @@ from rich.table import Table
 from subjects import SUBJECTS
 
 import hawqfx
-from hawqfx.compiler import STRONGEST
+from hawqfx.ir.facts import Account
+from hawqfx.options import STRONGEST
 
 BUDGETS = (3, 2.5)  # bits per weight on average
 SAMPLES = {"resnet20": 512, "efficientnet-lite0": 32}
@@ -38,8 +39,8 @@ def compared(name: str, budgets: tuple[float, ...], samples: int) -> dict[str, A
             session = replace(compiled.session, allocation=replace(rules, interactions=pairs))
             plan = session.at(f"weight_bits={bits}", against_uniform=False)
             loss, score = plan.calibration_loss()[1], subject.score(plan.model)
-            account = plan.planned.account
-            found[f"{bits} bits, {word}"] = {"loss": loss, "score": score, "proven": account and account.optimal}
+            account = plan.planned.about(Account)
+            found[f"{bits} bits, {word}"] = {"loss": loss, "score": score, "proven": account.optimal}
     return found
 
 

@@ -25,8 +25,9 @@ from subjects import SUBJECTS
 import hawqfx
 from hawqfx.errors import InfeasibleBudget
 from hawqfx.ir.facts import ChosenFormat, Fact
-from hawqfx.ir.program import WeightSite
-from hawqfx.latency.profiler import measure
+from hawqfx.ir.sites import WeightSite
+from hawqfx.latency.profiler import profile
+from hawqfx.maths.formats import FLOAT, Format
 from hawqfx.runtime import ort
 from hawqfx.session.session import Session
 
@@ -36,34 +37,34 @@ STEPS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the way from all 8 bits to all f
 NEAR, KEPT = 0.15, 5
 
 
-def plans(session: Session) -> dict[str, dict[str, int]]:
+def plans(session: Session) -> dict[str, dict[str, Format]]:
     draw = random.Random(0)
     sites = session.measured.sites
     keys = [site.key for site in sites]
     weights = list(dict.fromkeys(layer.weight for layer in session.measured.layers))
     activations = [site.key for site in session.measured.activations]
     first = {*weights[: len(weights) // 2], *activations[: len(activations) // 2]}
-    mixed_weights = {s.key: draw.randint(2, 8) if isinstance(s, WeightSite) else 8 for s in sites}
-    mixed_activations = {s.key: 8 if isinstance(s, WeightSite) else draw.choice((4, 6, 8)) for s in sites}
+    mixed_weights = {s.key: Format(draw.randint(2, 8)) if isinstance(s, WeightSite) else Format(8) for s in sites}
+    mixed_activations = {s.key: Format(8 if isinstance(s, WeightSite) else draw.choice((4, 6, 8))) for s in sites}
     return {
-        "all float": dict.fromkeys(keys, 32),
-        "all 8 bits": dict.fromkeys(keys, 8),
+        "all float": dict.fromkeys(keys, FLOAT),
+        "all 8 bits": dict.fromkeys(keys, Format(8)),
         "weights of 2 to 8 bits": mixed_weights,
         "activations of 4, 6 and 8 bits": mixed_activations,
-        "a third of the sites float": {key: 32 if draw.random() < 1 / 3 else 8 for key in keys},
-        "a tenth of the sites float": {key: 32 if draw.random() < 0.1 else 8 for key in keys},
-        "first half float": {key: 32 if key in first else 8 for key in keys},
-        "second half float": {key: 8 if key in first else 32 for key in keys},
-        "every other weight float": {key: 32 if key in weights[1::2] else 8 for key in keys},
+        "a third of the sites float": {key: FLOAT if draw.random() < 1 / 3 else Format(8) for key in keys},
+        "a tenth of the sites float": {key: FLOAT if draw.random() < 0.1 else Format(8) for key in keys},
+        "first half float": {key: FLOAT if key in first else Format(8) for key in keys},
+        "second half float": {key: Format(8) if key in first else FLOAT for key in keys},
+        "every other weight float": {key: FLOAT if key in weights[1::2] else Format(8) for key in keys},
     }
 
 
-def times(session: Session, bits: dict[str, dict[str, int]]) -> dict[str, float]:
+def times(session: Session, formats: dict[str, dict[str, Format]]) -> dict[str, float]:
     """Measured seconds of the exported files."""
     sample = session.context.batches[0].first(1)
     with tempfile.TemporaryDirectory() as folder:
         paths = []
-        for number, widths in enumerate(bits.values()):
+        for number, widths in enumerate(formats.values()):
             facts: dict[str, Fact] = {key: ChosenFormat(width, 0.0) for key, width in widths.items()}
             paths.append(Path(folder) / f"{number}.onnx")
             session.lowered(session.measured.learn(facts), "").export(paths[-1])
@@ -71,13 +72,13 @@ def times(session: Session, bits: dict[str, dict[str, int]]) -> dict[str, float]
         for path in paths:
             names = [value.name for value in ort.session(path).get_inputs()]
             feeds.append(dict(zip(names, (tensor.numpy() for tensor in sample.tensors), strict=True)))
-        return dict(zip(bits, ort.steady(paths, feeds, threads=1, budget=SECONDS), strict=True))
+        return dict(zip(formats, ort.steady(paths, feeds, threads=1, budget=SECONDS), strict=True))
 
 
-def kept_bits(session: Session, budget: str) -> dict[str, int] | None:
-    """The bits for a budget on latency; None where it is refused, which counts as not kept."""
+def kept_formats(session: Session, budget: str) -> dict[str, Format] | None:
+    """The formats for a budget on latency; None where it is refused, which counts as not kept."""
     try:
-        return session.at(budget, against_uniform=False).plan.bits
+        return session.at(budget, against_uniform=False).planned.formats()
     except InfeasibleBudget as error:
         console.print(f"[yellow]{error}[/]")
         return None
@@ -90,13 +91,13 @@ def examine(name: str, cache: Path) -> dict[str, Any]:
         sensitivity="mse", rounding="nearest", samples=4,
     )  # fmt: skip
     session = compiled.session
-    table = measure(session.measured, session.context.batches[0], cache=cache, progress=session.context.progress)
+    table = profile(session.measured, session.context.batches[0], cache=cache, progress=session.context.progress)
     bits = plans(session)
     found = {plan: {"predicted": table.seconds(bits[plan]), "measured": t} for plan, t in times(session, bits).items()}
     low, high = (table.seconds(bits[plan]) for plan in ("all 8 bits", "all float"))
-    timed = replace(session, measured=replace(session.measured, latency_model=table))
+    timed = replace(session, measured=session.measured.learn_about_network(table))
     budgets = {f"latency={1e3 * (low + step * (high - low)):.4f}ms": low + step * (high - low) for step in STEPS}
-    answers = {text: kept_bits(timed, text) for text in budgets}
+    answers = {text: kept_formats(timed, text) for text in budgets}
     chosen = {text: widths for text, widths in answers.items() if widths is not None}
     measured = times(session, chosen)
     kept = {text: {"budget": budgets[text], "predicted": table.seconds(bits), "measured": measured[text]}

@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hawqfx
 from hawqfx import Compiled
-from hawqfx.maths.pricing import FLOAT_BITS
+from hawqfx.ir.facts import Account
+from hawqfx.maths.formats import FLOAT_BITS
 from hawqfx.runtime import ort, parity
 
 TRAINED = ("efficientnet-lite0", "yolox-nano", "minilm")
@@ -128,8 +129,7 @@ def activations(subject: Subject, compiled: Compiled) -> dict[str, Any]:
     for bits in (4, 6):
         session = compiled.session
         one = session.at("weight_bits=3, activation_memory=100%", fix=dict.fromkeys(keys, bits), against_uniform=False)
-        assert one.planned.account is not None
-        memory = one.planned.account.limits["activation_memory"].amount
+        memory = one.planned.about(Account).limits["activation_memory"].amount
         mixed = session.at(f"weight_bits=3, activation_memory={int(memory)}B", against_uniform=False)
         found[f"{bits} bits"] = {
             "bytes": memory, "uniform": subject.score(one.model), "mixed": subject.score(mixed.model)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import hawqfx
 from hawqfx import Compiled, zoo
-from hawqfx.export.exporter import Packing
+from hawqfx.export.opsets import Packing
 from hawqfx.maths.formats import Scheme
 from hawqfx.runtime import ort
 

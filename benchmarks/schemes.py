@@ -26,6 +26,7 @@ import hawqfx
 from hawqfx import Compiled
 from hawqfx.allocation.budget import Budget
 from hawqfx.errors import InfeasibleBudget
+from hawqfx.ir.facts import Account
 from hawqfx.maths.formats import Scheme
 from hawqfx.passes.allocation import Allocation
 from hawqfx.runtime import ort
@@ -58,9 +59,9 @@ def divergence(float_logits: Tensor, path: Path, words: Tensor) -> float:
 
 def memory(compiled: Compiled) -> float:
     planned = compiled.planned
-    account = Allocation(Budget.parse("weight_memory=100%")).given(planned, planned.bits()).account
-    assert account is not None
-    return account.limits["weight_memory"].amount
+    allocation = Allocation(Budget.parse("weight_memory=100%"))
+    explained = compiled.session.planner.explain(allocation, planned.formats())
+    return explained.about(Account).limits["weight_memory"].amount
 
 
 def examined(length: int, quick: bool, folder: Path) -> dict[str, Any]:

@@ -28,15 +28,19 @@ from torch import fx, nn
 
 from hawqfx import pipeline, zoo
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.context import Context, cross_entropy, gather, generator
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import gather
+from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
+from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v2 import HawqV2
-from hawqfx.sensitivity import malloc
 from hawqfx.sensitivity.double_backward import twice_differentiable
-from hawqfx.sensitivity.estimation import Measurement, Quantity, forward
+from hawqfx.sensitivity.forward import forward
+from hawqfx.sensitivity.malloc import keep_freed_memory
+from hawqfx.sensitivity.quantity import Measurement, Quantity
 
 FURTHER = 3  # further probes in a round
 NETWORKS = {"ResNet-50": 8, "ResNet-20": 128}  # batch
@@ -55,7 +59,7 @@ def subject(name: str) -> tuple[nn.Module, Program, Context]:
     else:
         model, data = zoo.resnet20(), zoo.calibration()[:1]
     context = Context(gather(data), cross_entropy)
-    return model, run([*pipeline.folding(), *pipeline.finding()], capture(model, context.batches[0]), context), context
+    return model, run(pipeline.recipe().rewrite, capture(model, context.batches[0]), context), context
 
 
 class Work:
@@ -158,7 +162,7 @@ def against_pyhessian(work: Work, probes: int) -> dict[str, float]:
         measurement = work.opened()
         return [sum(measurement.sample(probe, work.weights).values()) for probe in range(probes)]
 
-    with malloc.kept():
+    with keep_freed_memory():
         seconds, own = timed(ours)
     (mine, error), (other, noise) = (curvature.pooled([curvature.Moments.of(x)], [1.0]) for x in (own, samples))
     return {
@@ -195,7 +199,7 @@ def _memory(field: str) -> int:
 
 def examine(name: str, claims: Claims, table: Table) -> dict[str, Any]:
     work = Work(name)
-    with malloc.kept():
+    with keep_freed_memory():
         work.gradient()
         seconds = times(work, 3 if name == "ResNet-50" else 7)
         alone = timed(partial(work.layers_with_graphs_of_their_own, 0))[0]

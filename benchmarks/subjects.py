@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hawqfx import zoo
-from hawqfx.frontend.context import cross_entropy
+from hawqfx.frontend.losses import cross_entropy
 
 
 @dataclass(frozen=True)

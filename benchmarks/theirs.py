@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hawqfx.frontend.context import Batch
+from hawqfx.frontend.data import Batch
 from hawqfx.runtime import ort
 
 THEIRS = ("static int8", "static INT4")
