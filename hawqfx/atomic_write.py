@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Writes files whole or not at all."""
 
 import os
 import tempfile
@@ -10,7 +10,14 @@ from hawqfx.errors import ExportError
 
 
 def check_writable(path: Path) -> None:
-    """Before the work, not after it: the folder is there and takes a file.  Raises ExportError."""
+    """Check that a file can be written at a path, so that long work does not end in an error.
+
+    Args:
+        path: of the file; the file itself need not exist.
+
+    Raises:
+        ExportError: if the path is a folder, or if its folder does not exist or is not writable.
+    """
     if path.is_dir():
         raise ExportError(f"{path} is a folder: give the name of a file in it")
     if not path.parent.is_dir():
@@ -21,9 +28,17 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to, which takes its name when the block ends well.
+    """A context in which a file is written: the file appears at its path only when the block ends without an error.
 
-    When it does not, the temporary file goes and `path` is as it was.  Raises ExportError for errors of the system.
+    Args:
+        path: of the file.
+
+    Yields:
+        The path of a temporary file in the same folder.  At the end of the block it is renamed to `path`; after an
+        error it is deleted, and `path` is as before.
+
+    Raises:
+        ExportError: if the operating system refuses to write the file.
     """
     check_writable(path)
     try:

@@ -1,4 +1,4 @@
-"""A file on several backends, side by side with the float network."""
+"""Times an ONNX file on several backends, side by side with the float network."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,12 +25,28 @@ def benchmark(
     threads: int = 1,
     rounds: int = 100,
 ) -> dict[str, Result | str]:
-    """Times a file on each backend, or says why it cannot: "ort-cpu", "ort-cuda", "ort-tensorrt", "torch-cpu",
-    "torch-cuda".
+    """Time a file on several backends.
 
-    model: the float network, to compare answers with, and for torch, which times it too ("torch-cpu, float").  data: as
-    for compile(), of which the first samples are run; without it, random inputs of the file's shapes.  plan: what the
-    file was made by, for torch.  Raises BackendError where a backend has no such name, or lacks what it needs.
+    Args:
+        file: the ONNX file.
+        backends: "ort-cpu", "ort-cuda", "ort-tensorrt", "torch-cpu" or "torch-cuda".
+        model: the float network.  Outputs are compared with its outputs.  A torch backend needs it, and times it too,
+            under a name such as "torch-cpu, float".
+        data: as for compile(); the first `batch` samples are the inputs.  Without data, the inputs are random, in the
+            shapes that the file states.
+        plan: the plan that the file was made by; a torch backend needs it.
+        batch: samples in a run.
+        threads: of one operator.
+        rounds: timed runs, at least two.
+
+    Returns:
+        For every backend its result, or the reason why it cannot run here.
+
+    Raises:
+        BackendError: if there is no backend of a name, or if a backend lacks the model, the plan or the data.
+        DataError: if the data are empty or not finite.
+        CaptureError: if the model cannot be captured.
+        PlanError: if the plan does not belong to the model.
     """
     if data is not None:
         sample = gather(data)[0].first(batch)
@@ -46,8 +62,10 @@ def benchmark(
     if model is not None and plan is not None:
         data = [sample.args[0] if not sample.kwargs else dict(sample.kwargs)]
         quantized = compile(model, None, data, plan=plan).model
-    found = every(file, quantized, backends, sample, reference, threads=threads, rounds=rounds)
-    for backend in DEVICES.keys() & found.keys():
-        if floating is not None and not isinstance(found[backend], str):
-            found[f"{backend}, float"] = run_graph(floating, backend, sample, reference, threads=threads, rounds=rounds)
-    return found
+    results = every(file, quantized, backends, sample, reference, threads=threads, rounds=rounds)
+    for backend in DEVICES.keys() & results.keys():
+        if floating is not None and not isinstance(results[backend], str):
+            results[f"{backend}, float"] = run_graph(
+                floating, backend, sample, reference, threads=threads, rounds=rounds
+            )
+    return results

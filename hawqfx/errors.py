@@ -1,12 +1,12 @@
-"""Every error that hawqfx raises on purpose.  Each message says what was wrong and what to do next."""
+"""The errors that hawqfx raises on purpose.  Every message names the fault and the next thing to do."""
 
 
 class HawqfxError(Exception):
-    """The base of them all."""
+    """The base class of all errors of hawqfx."""
 
 
 class CaptureError(HawqfxError):
-    """The model cannot be turned into a graph as it is: in train mode, refused by torch.export, not finite."""
+    """The model cannot be captured: it is in train mode, torch.export refuses it, or its tensors are not finite."""
 
 
 class NothingToQuantize(HawqfxError):
@@ -18,7 +18,7 @@ class DataError(HawqfxError, ValueError):
 
 
 class LossError(HawqfxError, ValueError):
-    """The loss is not a finite scalar, or cannot be computed from what the model returns."""
+    """The loss is not a finite scalar, or cannot be computed from the model's output."""
 
 
 class DerivativeError(HawqfxError):
@@ -26,11 +26,11 @@ class DerivativeError(HawqfxError):
 
 
 class WorkerError(HawqfxError):
-    """The processes that measure together do not agree on what to measure."""
+    """The processes that share a measurement have different models, data, losses or seeds."""
 
 
 class CacheError(HawqfxError):
-    """The cache folder cannot be read or written, or the loss cannot be told from another one."""
+    """The cache folder cannot be read or written, or the cache cannot tell the loss from other losses."""
 
 
 class BudgetError(HawqfxError, ValueError):
@@ -38,8 +38,13 @@ class BudgetError(HawqfxError, ValueError):
 
 
 class InfeasibleBudget(HawqfxError, ValueError):
-    """No choice of bits meets the budget.  The message names the limit and the least it could be; `limit` and `least`
-    are these, the latter in the limit's unit."""
+    """No choice of formats keeps the budget.
+
+    Args:
+        message: names the limit, and the least amount that it could be met with.
+        limit: name of the limit.
+        least: the least amount, in the limit's unit; NaN if it is not known.
+    """
 
     def __init__(self, message: str, limit: str = "", least: float = float("nan")) -> None:
         super().__init__(message)
@@ -51,12 +56,12 @@ class PlanError(HawqfxError, ValueError):
 
 
 class BackendError(HawqfxError, ValueError):
-    """A backend is not there, or cannot run what it was given."""
+    """A backend does not exist, is not installed, or cannot run the network that it was given."""
 
 
 class PassError(HawqfxError):
-    """A pass broke its promise, or the graph after it breaks the law of the graph."""
+    """A pass breaks its promise, or leaves a graph that breaks the law of the graph (hawqfx.pass_manager.verify)."""
 
 
 class ExportError(HawqfxError):
-    """The file could not be made or written.  What was at the path before is still there."""
+    """The file cannot be made or written.  An older file at the same path is still there, unchanged."""

@@ -1,10 +1,10 @@
 """Find every place where bits are chosen, and tie the tensors that must share a quantizer.
 
-A weight is a site if a layer multiplies by it, or if rows of it are gathered.  A tensor is a site if an integer kernel
-reads it, or makes it (analysis.partition): onnxruntime fuses a convolution or an addition into an integer kernel only
-when its output is quantized too.  A rectifier after a layer belongs to the layer's quantizer, whose range starts at 0.
-Carriers (reshape, max-pool, concat) only move values, so what goes in and what comes out share a quantizer; the groups
-are the connected components of the graph of carriers.
+A weight is a site if a layer multiplies by it, or if an embedding gathers rows of it.  A tensor is a site if an integer
+kernel reads it or makes it (hawqfx.analysis.partition), because onnxruntime fuses a convolution or an addition into an
+integer kernel only when its output is quantized too.  A rectifier after a layer belongs to the layer's quantizer, whose
+range starts at 0.  Data-movement operators (reshape, max-pool, concat) change no value, so their inputs and outputs
+share a quantizer: the groups of such tensors are the connected components of the graph whose edges are data movements.
 """
 
 import math
@@ -42,38 +42,42 @@ from hawqfx.pass_manager.base import Analysis, Kind, option
 
 
 def _sample_shape(node: fx.Node) -> tuple[int, ...]:
-    """The shape of one sample: the dimension that the batch is part of is divided by it, and dropped if it is 1."""
+    """The shape of a node's tensor for one sample.
+
+    The first dimension that is a multiple of the batch is divided by the batch, and dropped if it is 1 then.
+    """
     batch = batch_size(node.graph)
     sizes = captured_shape(node)
     at = next((axis for axis, size in enumerate(sizes) if size % batch == 0), None)
     if at is None:
         raise CaptureError(f"{node.name} has shape {tuple(sizes)}, of which the batch of {batch} is no part")
-    each = sizes[at] // batch
-    return (*sizes[:at], *([each] if each > 1 else []), *sizes[at + 1 :])
+    per_sample = sizes[at] // batch
+    return (*sizes[:at], *([per_sample] if per_sample > 1 else []), *sizes[at + 1 :])
 
 
-def _groups(graph: fx.Graph, found: Partition) -> dict[fx.Node, set[fx.Node]]:
-    """Node -> the tensors that share a quantizer with it, itself among them."""
+def _groups(graph: fx.Graph, parts: Partition) -> dict[fx.Node, set[fx.Node]]:
+    """Node -> the nodes whose tensors share a quantizer with its tensor, itself among them."""
     ties: networkx.Graph[fx.Node] = networkx.Graph()
     for node in graph.nodes:
         if is_tensor(node):
             ties.add_node(node)
-        if node in found.data_movement:
+        if node in parts.data_movement:
             ties.add_edges_from((node, source) for source in node.all_input_nodes if is_tensor(source))
     return {node: group for group in networkx.connected_components(ties) for node in group}
 
 
-def _activation_sites(graph: fx.Graph, found: Partition) -> list[ActivationSite]:
-    groups = _groups(graph, found)
+def _activation_sites(graph: fx.Graph, parts: Partition) -> list[ActivationSite]:
+    """The groups of tensors that an integer kernel reads or makes, in the order of the graph."""
+    groups = _groups(graph, parts)
     order = {node: number for number, node in enumerate(graph.nodes)}
     sites = []
     for node in groups:
-        if node in found.data_movement or not (
-            node in found.integer_outputs or any(found.reads_integers(user, node) for user in node.users)
+        if node in parts.data_movement or not (
+            node in parts.integer_outputs or any(parts.reads_integers(user, node) for user in node.users)
         ):
             continue
         group = sorted(groups[node], key=order.__getitem__)
-        origins = [member for member in group if member not in found.data_movement]
+        origins = [member for member in group if member not in parts.data_movement]
         if node is not origins[0]:
             continue
         shapes = [_sample_shape(origin) for origin in origins]
@@ -85,7 +89,7 @@ def _activation_sites(graph: fx.Graph, found: Partition) -> list[ActivationSite]
                 shape=shapes[0],
                 numel=sum(torch.Size(shape).numel() for shape in shapes),
                 nodes=tuple(origin.name for origin in origins),
-                data_movement=tuple(member.name for member in group if member in found.data_movement),
+                data_movement=tuple(member.name for member in group if member in parts.data_movement),
                 nonnegative=rectified,
                 ceiling=min(ceiling(origin) or math.inf for origin in origins),
             )
@@ -94,6 +98,7 @@ def _activation_sites(graph: fx.Graph, found: Partition) -> list[ActivationSite]
 
 
 def _layers(program: Program, kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Layer]:
+    """The layers among integer kernels; `site_of` maps the name of a node to the key of its activation site."""
     layers = []
     for node in kernels:
         if node.target not in WEIGHTED_LAYERS:
@@ -117,34 +122,36 @@ def _layers(program: Program, kernels: Iterable[fx.Node], site_of: Mapping[str, 
 
 
 def _products(kernels: Iterable[fx.Node], site_of: Mapping[str, str]) -> list[Product]:
-    found = []
+    """The products of activations among integer kernels; `site_of` as for `_layers`."""
+    products = []
     for node in kernels:
         if is_product(node):
-            one, other = partition.kernel_inputs(node)
-            macs = torch.Size(_sample_shape(node)).numel() * captured_shape(one)[-1]
-            found.append(Product(node.name, PRODUCTS[node.target], (site_of[one.name], site_of[other.name]), macs))
-    return found
+            left, right = partition.kernel_inputs(node)
+            macs = torch.Size(_sample_shape(node)).numel() * captured_shape(left)[-1]
+            inputs = site_of[left.name], site_of[right.name]
+            products.append(Product(node.name, PRODUCTS[node.target], inputs, macs))
+    return products
 
 
 def _tables(graph: fx.Graph, keep_float: tuple[str, ...]) -> list[str]:
-    """The weights that integer inputs gather rows of."""
+    """The names of weights that embeddings gather rows of, but for those that the user keeps in float."""
     nodes = graph.find_nodes(op="call_function", target=EMBEDDING)
     return [
         str(node.args[0].target) for node in nodes if is_constant(node.args[0]) and not kept_in_float(node, keep_float)
     ]
 
 
-def _why_float(program: Program, node: fx.Node, found: Partition, keep_float: tuple[str, ...]) -> str | None:
-    """The reason why a node that multiplies becomes no integer kernel; None if it does, or does not multiply."""
+def _why_float(program: Program, node: fx.Node, parts: Partition, keep_float: tuple[str, ...]) -> str | None:
+    """The reason why a node multiplies in float; None if it is an integer kernel, or does not multiply."""
     if (node.target in WEIGHTED_LAYERS or node.target is EMBEDDING) and kept_in_float(node, keep_float):
         return "kept in float by the user"
     if node.target in WEIGHTED_LAYERS:
         return (
-            None if node in found.kernels else f"{WEIGHTED_LAYERS[node.target]} whose weight is computed in the graph"
+            None if node in parts.kernels else f"{WEIGHTED_LAYERS[node.target]} whose weight is computed in the graph"
         )
     if node.target in FLOAT_ONLY:
         return f"onnxruntime has no integer kernel for {FLOAT_ONLY[node.target]}"
-    if node.target in PRODUCTS and node not in found.kernels:
+    if node.target in PRODUCTS and node not in parts.kernels:
         return f"{PRODUCTS[node.target]} of a constant"
     if node.target is BATCH_NORM:
         return "batch-norm that no single layer before it could take in"
@@ -157,19 +164,25 @@ def _why_float(program: Program, node: fx.Node, found: Partition, keep_float: tu
 
 @dataclass(frozen=True)
 class FindSites(Analysis):
-    """Finds the sites of a graph, ties those that share a quantizer, and names the nodes that stay in float."""
+    """Finds the sites of a graph, ties the tensors that share a quantizer, and names the nodes that stay in float."""
 
     keep_float: tuple[str, ...] = option((), "patterns, as in a shell, of weights whose layers stay in float")
     gives: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
 
     def learn(self, program: Program, context: Context) -> Program:
+        """The program with its sites, layers, products, elementwise kernels, and nodes that multiply in float.
+
+        Raises:
+            NothingToQuantize: if no layer has a constant weight that may be quantized.
+            CaptureError: if the batch is no part of a tensor's shape.
+        """
         graph = program.graph.graph
-        found = partition.partition(graph, lambda layer: kept_in_float(layer, self.keep_float))
-        reasons = {node.name: _why_float(program, node, found, self.keep_float) for node in graph.nodes}
+        parts = partition.partition(graph, lambda layer: kept_in_float(layer, self.keep_float))
+        reasons = {node.name: _why_float(program, node, parts, self.keep_float) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}
-        activations = _activation_sites(graph, found)
+        activations = _activation_sites(graph, parts)
         site_of = {name: site.key for site in activations for name in site.tensors}
-        layers = _layers(program, found.kernels, site_of)
+        layers = _layers(program, parts.kernels, site_of)
         if not layers:
             raise NothingToQuantize(
                 "the graph has no convolution or linear layer with constant weights to quantize"
@@ -182,7 +195,7 @@ class FindSites(Analysis):
             program,
             sites=(*weights, *activations),
             layers=tuple(layers),
-            products=tuple(_products(found.kernels, site_of)),
-            elementwise=tuple(node.name for node in found.kernels if elementwise(node)),
+            products=tuple(_products(parts.kernels, site_of)),
+            elementwise=tuple(node.name for node in parts.kernels if elementwise(node)),
             left_float=left_float,
         )

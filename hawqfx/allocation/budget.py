@@ -1,4 +1,4 @@
-"""A budget: the limits that a plan must keep, and the text that they are written in."""
+"""A budget: the limits that a plan must keep, and their text form."""
 
 import re
 from collections.abc import Mapping
@@ -20,30 +20,40 @@ _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)")
 
 @dataclass(frozen=True)
 class Limit:
-    """An amount, or with `relative` a fraction of what the float32 model takes."""
+    """The largest amount of a resource that a plan may take.
+
+    Args:
+        amount: in the unit of the limit, or a fraction.
+        relative: whether `amount` is a fraction of the amount that the float32 model takes.
+    """
 
     amount: float
     relative: bool = False
 
     def of(self, reference: float) -> float:
+        """The limit in its unit, if the float32 model takes the amount `reference`."""
         return self.amount * reference if self.relative else self.amount
 
     def __str__(self) -> str:
+        """The limit as text: a percentage, or a number without a unit."""
         return f"{self.amount:.10%}".rstrip("0%").rstrip(".") + "%" if self.relative else f"{self.amount:.12g}"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Several limits hold at once.
+    """Limits that a plan keeps all at once; None stands for no limit.
 
-    size: bytes of the exported file that belong to weights (packed integers, scales, biases, and what stays float).
-    weight_bits: average bits per quantized weight.
-    bops: MACs x weight bits x activation bits, summed over the layers, for one sample.
-    activation_memory: bytes of the tensors that are live at once, at their widths, where that is most, for one sample.
-    weight_memory: bytes of the weights as onnxruntime holds them while it runs: one each on integer kernels, four in
-        float, the bits themselves where a layer is weight-only.
-    latency: seconds of a run in onnxruntime, predicted from parts that are timed on this machine.
-    drop: by how much a metric on data may fall; then the smallest network that keeps it, and the other limits.
+    Args:
+        size: bytes of the exported file that belong to weights: packed integers, scales, biases, and float constants.
+        weight_bits: average bits of an element of the weights.
+        bops: MACs x weight bits x activation bits of one sample, summed over layers and products of activations.
+        activation_memory: bytes of the tensors of one sample that are live at once, packed in their formats, at the
+            node of the graph where the sum is largest.
+        weight_memory: bytes of the weights as onnxruntime holds them while it runs: 1 byte for an element on integer
+            kernels, 4 bytes in float, and the packed bits in weight-only layers.
+        latency: seconds of a run in onnxruntime, predicted from parts that are timed on this machine.
+        drop: the largest fall of a metric on data.  The plan is then the smallest network that keeps this limit and the
+            others.
     """
 
     size: Limit | None = None
@@ -56,7 +66,17 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> "Budget":
-        """A budget from text such as "size=12.5%" or "size=1.2MB, bops=3%".  Raises BudgetError."""
+        """Read a budget from text.
+
+        Args:
+            text: such as "size=12.5%" or "size=1.2MB, bops=3%".
+
+        Returns:
+            The budget.
+
+        Raises:
+            BudgetError: if the text does not parse.
+        """
         limits: dict[str, Limit] = {}
         for part in text.split(","):
             name, equals, amount = (piece.strip() for piece in part.partition("="))
@@ -72,8 +92,9 @@ class Budget:
 
     @property
     def limits(self) -> dict[str, Limit]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: limit for name, limit in found.items() if limit is not None}
+        """The limits that are given, by name."""
+        by_name = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: limit for name, limit in by_name.items() if limit is not None}
 
     def __str__(self) -> str:
         """The text that parses to the same budget."""
@@ -85,6 +106,7 @@ _NAMES = tuple(field.name for field in fields(Budget))
 
 
 def _limit(name: str, text: str) -> Limit:
+    """Read the amount of the limit `name`; raise BudgetError if the text does not parse."""
     match = _NUMBER.fullmatch(text)
     if match is None:
         raise BudgetError(f"{name}={text!r}: an amount is a number with a unit or %, as in 12.5%, 300kB, 1.2MB or 3ms")

@@ -1,4 +1,4 @@
-"""The resource that each limit of a budget bounds, as integer terms over the choices of formats."""
+"""The resources that the limits of a budget bound, as integer terms over the choices of formats."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,12 +18,14 @@ from hawqfx.maths.packing import packed_bytes
 
 @dataclass(frozen=True)
 class Resource:
-    """The amount that a limit bounds: the largest of some parts, each a constant and a sum of terms, in integers.
+    """The amount that a limit bounds: the largest of several parts.
+
+    A part is a constant plus a sum of terms.  Both count in integers, of which 1 stands for `unit_size` units.
 
     Args:
         name: of the limit.
-        unit: in which amounts are given.
-        unit_size: units in an integer 1.
+        unit: of amounts, such as "bytes".
+        unit_size: units that the integer 1 stands for.
         reference: the amount of the float32 network, in units.
         parts: pairs of a constant and terms.
         where: names of the parts, if there are several.
@@ -38,47 +40,80 @@ class Resource:
 
     @cached_property
     def _pairs_of(self) -> list[dict[int, list[tuple[int, int]]]]:
-        """For each part, the pairs that an item is in."""
-        found: list[dict[int, list[tuple[int, int]]]] = []
+        """For every part: item -> the pairs of terms that contain it."""
+        by_part: list[dict[int, list[tuple[int, int]]]] = []
         for _, terms in self.parts:
             pairs: dict[int, list[tuple[int, int]]] = {}
             for pair in terms.pairs:
                 for item in pair:
                     pairs.setdefault(item, []).append(pair)
-            found.append(pairs)
-        return found
+            by_part.append(pairs)
+        return by_part
 
     def totals(self, picks: Sequence[int]) -> list[float]:
-        """The sum of each part."""
+        """The sums of all parts, as integers, at a choice.
+
+        Args:
+            picks: the option of every item.
+        """
         return [fixed + terms.total(picks) for fixed, terms in self.parts]
 
     def amount(self, picks: Sequence[int]) -> float:
+        """The amount in units at a choice, the option of every item."""
         return self.unit_size * max(self.totals(picks))
 
     def own(self, part: int, items: Collection[int], picks: Sequence[int]) -> float:
-        """The sum of those terms of a part that contain one of the items."""
+        """The contribution of some items to a part.
+
+        Args:
+            part: number of the part.
+            items: numbers of the items.
+            picks: the option of every item.
+
+        Returns:
+            The sum, as an integer, of the terms that contain at least one of the items.
+        """
         terms = self.parts[part][1]
         pairs = {pair for item in items for pair in self._pairs_of[part].get(item, ())}
         own = sum(terms.single[item][picks[item]] for item in items if item in terms.single)
         return own + sum(terms.pairs[i, j][picks[i]][picks[j]] for i, j in pairs)
 
     def share(self, item: int, picks: Sequence[int], totals: Sequence[float]) -> float:
-        """The fraction of the amount that terms with this item add up to, in the largest part."""
+        """The share of an item in the amount.
+
+        Args:
+            item: number of the item.
+            picks: the option of every item.
+            totals: the sums of all parts at `picks`.
+
+        Returns:
+            The contribution of the item to the largest part, as a fraction of that part; 0 if the part is 0.
+        """
         part = max(range(len(totals)), key=totals.__getitem__)
         return self.own(part, [item], picks) / totals[part] if totals[part] else 0.0
 
     def change(
         self, items: Collection[int], picks: Sequence[int], moved: Sequence[int], totals: Sequence[float]
     ) -> float:
-        """The rise of the amount when the picks of these items become those of `moved`."""
+        """The rise of the amount between two choices.
+
+        Args:
+            items: numbers of the items that differ.
+            picks: the option of every item before.
+            moved: the option of every item after.
+            totals: the sums of all parts at `picks`.
+
+        Returns:
+            The rise in units; a fall is negative.
+        """
         after = (
             total + self.own(part, items, moved) - self.own(part, items, picks) for part, total in enumerate(totals)
         )
         return self.unit_size * (max(after) - max(totals))
 
     def constraints(self, limit: Limit) -> list[LinearConstraint]:
-        """One linear constraint for each part."""
-        # 12.5% of 8 is 1, whatever rounding
+        """A linear constraint for every part, which keeps the part within the limit."""
+        # the tolerance absorbs floating-point rounding: 12.5% of 8 must allow 1
         bound = math.floor(limit.of(self.reference) / self.unit_size * (1 + 1e-12))
         return [
             LinearConstraint(self._named(number), bound - fixed, terms)
@@ -90,9 +125,11 @@ class Resource:
         return next((number for number in range(len(self.parts)) if self._named(number) == constraint), None)
 
     def _named(self, number: int) -> str:
+        """The name of a part's constraint."""
         return self.name if not self.where else f"{self.name} at {self.where[number]}"
 
     def written(self, amount: float) -> str:
+        """An amount in units as text, with the unit."""
         if self.unit == "s":
             return f"{1e3 * amount:.4g} ms"
         return f"{amount:.4g} {self.unit}" if isinstance(amount, float) and amount % 1 else f"{int(amount)} {self.unit}"
@@ -119,15 +156,15 @@ def _bops(program: Program, space: SearchSpace) -> Resource:
     pairs: dict[tuple[int, int], list[list[int]]] = {}
     multiplied = [(layer.weight, layer.input, layer.macs) for layer in program.layers]
     multiplied += [(*product.inputs, product.macs) for product in program.products]
-    for one, other, macs in multiplied:
-        rows, columns = ([width.bits for width in space.formats[site]] for site in (one, other))
-        if one == other:  # a product of a tensor with itself
-            row = single.setdefault(space.item[one], [0] * len(rows))
+    for left, right, macs in multiplied:
+        rows, columns = ([width.bits for width in space.formats[site]] for site in (left, right))
+        if left == right:  # a product of a tensor with itself
+            row = single.setdefault(space.item[left], [0] * len(rows))
             for number, bits in enumerate(rows):
                 row[number] += bit_operations(macs, bits, bits)
             continue
-        key = space.item[one], space.item[other]
-        table = [[bit_operations(macs, mine, its) for its in columns] for mine in rows]
+        key = space.item[left], space.item[right]
+        table = [[bit_operations(macs, left_bits, right_bits) for right_bits in columns] for left_bits in rows]
         before = pairs.get(key, [[0] * len(columns)] * len(rows))
         pairs[key] = [[a + b for a, b in zip(*both, strict=True)] for both in zip(before, table, strict=True)]
     reference = sum(bit_operations(macs, FLOAT_BITS, FLOAT_BITS) for _, _, macs in multiplied)
@@ -138,7 +175,9 @@ def _activation_memory(program: Program, space: SearchSpace) -> Resource:
     steps = live(program)
 
     def taken(elements: Sequence[int], width: Format) -> int:
-        bits = width.bits if width.is_static else FLOAT_BITS  # what is quantized in each run lives as floats
+        bits = (
+            width.bits if width.is_static else FLOAT_BITS
+        )  # a dynamic tensor lives as floats, until its reader quantizes it
         return sum(packed_bytes(count, bits) for count in elements)
 
     parts = []
@@ -153,8 +192,8 @@ def _activation_memory(program: Program, space: SearchSpace) -> Resource:
 
 
 def _weight_memory(program: Program, space: SearchSpace) -> Resource:
-    """On integer kernels every weight takes a byte, however it is stored; weight-only kernels read what is stored, and
-    so do tables."""
+    """Bytes of the weights in memory: 1 byte for an element of a static weight, however the file stores it, 4 bytes in
+    float, and the bytes of the file for weight-only layers, whose kernels read the packed bits."""
 
     def taken(site: WeightSite, width: Format) -> int:
         if width.is_float or (width.is_static and site.kind != "embedding"):

@@ -1,4 +1,4 @@
-"""A latency as integer terms over the choices of formats (hawqfx.maths.latency_model)."""
+"""The latency of hawqfx.maths.latency_model as integer terms over the choices of formats."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -14,6 +14,18 @@ NANO = 1e-9  # latencies are counted in nanoseconds
 
 
 def latency(program: Program, space: SearchSpace) -> Resource:
+    """The resource that a limit on latency bounds.
+
+    Args:
+        program: with a LatencyModel.
+        space: the items of the allocation; derived items and nogoods are added to it.
+
+    Returns:
+        The latency, in seconds.
+
+    Raises:
+        PassError: if the program has no LatencyModel.
+    """
     model = program.about(LatencyModel)
     encoder = _Encoder(model, space)
     reference = model.seconds({site.key: FLOAT for site in program.sites})
@@ -25,38 +37,54 @@ def _nanoseconds(seconds: float) -> int:
 
 
 class _Encoder:
-    """LatencyModel.seconds as terms: a kernel is an item with the options that it can run as, tied to its sites;
-    a conversion that hangs on several kernels is an item with the options no and yes."""
+    """Writes LatencyModel.seconds as terms, in nanoseconds.
 
-    def __init__(self, table: LatencyModel, space: SearchSpace) -> None:
-        self.table, self.space = table, space
-        self.timed = {timed.node: timed for timed in table.timed}
+    A kernel whose way to run depends on formats is a derived item, whose options are the members of KERNELS.  A
+    conversion that depends on such kernels is a derived item with the options no and yes.  Nogoods tie derived items to
+    the sites.
+
+    Args:
+        model: the latency model.
+        space: takes the derived items and the nogoods.
+    """
+
+    def __init__(self, model: LatencyModel, space: SearchSpace) -> None:
+        self.model, self.space = model, space
+        self.timed = {timed.node: timed for timed in model.timed}
         self.single: dict[int, list[int]] = {}
-        self.fixed = _nanoseconds(table.rest)
-        self.kernels: dict[str, int | bool] = {}  # an item, or whether it is integer whatever is chosen
+        self.fixed = _nanoseconds(model.rest)
+        self.kernels: dict[str, int | bool] = {}  # the kernel's item, or whether it is integer in all formats
 
     def encoded(self) -> tuple[int, Terms]:
-        for timed in self.table.timed:
+        """The nanoseconds that no format changes, and the terms that add up to the others."""
+        for timed in self.model.timed:
             self.kernels[timed.node] = self._kernel(timed)
-        for tensor in self.table.converted:
+        for tensor in self.model.converted:
             self._add(tensor.site, lambda width, t=tensor: _nanoseconds(t.clip) if width.bits < 8 else 0)  # type: ignore[misc]
             self._conversion(tensor.site, [tensor.maker], tensor.quantize)
             self._conversion(tensor.site, tensor.readers, tensor.dequantize)
         return self.fixed, Terms(self.single, {})
 
     def _add(self, site: str, cost: Callable[[Format], int]) -> None:
-        """A cost of the static widths of a site."""
+        """Add a cost in nanoseconds to the static formats of a site."""
         row = self.single.setdefault(self.space.item[site], [0] * len(self.space.formats[site]))
         for number, width in enumerate(self.space.formats[site]):
             row[number] += cost(width) if width.is_static else 0
 
     def _static(self, site: str) -> frozenset[int]:
+        """The options of a site that are static formats."""
         return self.space.options(site, lambda width: width.is_static)
 
     def _others(self, site: str) -> frozenset[int]:
+        """The options of a site that are not static formats."""
         return self.space.options(site, lambda width: not width.is_static)
 
     def _kernel(self, timed: KernelTimes) -> int | bool:
+        """Add the seconds of a kernel.
+
+        Returns:
+            The number of the kernel's item; or, if formats do not change how it runs, whether it runs in integers.
+        """
         if not any(map(self._others, timed.sites)):
             self.fixed += _nanoseconds(timed.integer)
             return True
@@ -65,10 +93,11 @@ class _Encoder:
             return False
         item = self.space.add(lambda formats: KERNELS.index(timed.kernel(formats)), len(KERNELS))
         seconds = [getattr(timed, kernel) for kernel in KERNELS]
-        # what a layer has no kernel for is forbidden below, and must look cheap to no relaxation
-        worst = max(each for each in seconds if math.isfinite(each))
-        self.single[item] = [_nanoseconds(min(each, worst)) for each in seconds]
-        self._forbid({self.space.item[site]: self._static(site) for site in timed.sites} | _but("integer", item))
+        # a kernel that does not exist takes infinite time, and nogoods below forbid it; the largest finite time stands
+        # in, so that no relaxation without these nogoods takes such a kernel for cheap
+        worst = max(time for time in seconds if math.isfinite(time))
+        self.single[item] = [_nanoseconds(min(time, worst)) for time in seconds]
+        self._forbid({self.space.item[site]: self._static(site) for site in timed.sites} | _all_but("integer", item))
         for site in timed.sites:
             self._forbid({self.space.item[site]: self._others(site)} | _only(item, "integer"))
         if timed.weight is None:
@@ -77,23 +106,30 @@ class _Encoder:
         weight, read = self.space.item[timed.weight], self.space.item[timed.sites[0]]
 
         def of(site: str, width: Format) -> frozenset[int]:
-            return self.space.options(site, lambda each: each == width)
+            return self.space.options(site, lambda option: option == width)
 
         static, dynamic = self._static(timed.weight), of(timed.sites[0], DYNAMIC)
-        self._forbid({weight: of(timed.weight, FLOAT)} | _but("floating", item))
-        self._forbid({weight: of(timed.weight, BLOCKWISE)} | _but("blockwise", item))
+        self._forbid({weight: of(timed.weight, FLOAT)} | _all_but("floating", item))
+        self._forbid({weight: of(timed.weight, BLOCKWISE)} | _all_but("blockwise", item))
         self._forbid({weight: static} | _only(item, "floating", "blockwise"))
-        self._forbid({weight: static, read: dynamic} | _but("dynamic", item))
-        not_dynamic = self.space.options(timed.sites[0], lambda each: each != DYNAMIC)
+        self._forbid({weight: static, read: dynamic} | _all_but("dynamic", item))
+        not_dynamic = self.space.options(timed.sites[0], lambda option: option != DYNAMIC)
         self._forbid({read: not_dynamic} | _only(item, "dynamic"))
         return item
 
     def _forbid(self, nogood: Mapping[int, Set[int]]) -> None:
+        """Add a nogood, item -> options; an item without options makes it void."""
         if all(nogood.values()):
             self.space.nogoods.append({item: frozenset(options) for item, options in nogood.items()})
 
     def _conversion(self, site: str, ends: Sequence[str | None], seconds: float) -> None:
-        """Needed where the site is quantized and one of the kernels at the other end, None being one, is in float."""
+        """Add the seconds of a conversion, which runs if the site is static and a kernel at the other end is in float.
+
+        Args:
+            site: key of the activation site.
+            ends: nodes of the kernels at the other end; None stands for a kernel that is always in float.
+            seconds: of the conversion.
+        """
         kernels = [False if end is None else self.kernels[end] for end in ends]
         if any(kernel is False for kernel in kernels):
             self._add(site, lambda width: _nanoseconds(seconds))
@@ -109,12 +145,14 @@ class _Encoder:
         item = self.space.add(needed, 2)
         self.single[item] = [0, _nanoseconds(seconds)]
         for kernel in undecided:
-            self._forbid({self.space.item[site]: self._static(site), item: {0}} | _but("integer", kernel))
+            self._forbid({self.space.item[site]: self._static(site), item: {0}} | _all_but("integer", kernel))
 
 
 def _only(item: int, *kernels: str) -> dict[int, Set[int]]:
+    """The options of a kernel's item that stand for `kernels`, as a part of a nogood."""
     return {item: frozenset(map(KERNELS.index, kernels))}
 
 
-def _but(kernel: str, item: int) -> dict[int, Set[int]]:
+def _all_but(kernel: str, item: int) -> dict[int, Set[int]]:
+    """The options of a kernel's item that do not stand for `kernel`, as a part of a nogood."""
     return {item: frozenset(range(len(KERNELS))) - {KERNELS.index(kernel)}}

@@ -1,1 +1,1 @@
-"""What can be said about a graph: integer or float, pointwise functions, tensors in memory."""
+"""Analyses of a graph: nodes that compute with integers, pointwise functions, tensors in memory."""

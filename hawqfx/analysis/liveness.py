@@ -1,4 +1,4 @@
-"""Which tensors are in memory while each node of the graph runs.
+"""The tensors that are in memory while a node of the graph runs.
 
 The schedule is the order of the graph.  A storage is live from the node that makes it to the last node that reads it;
 inputs are live from the start, and outputs to the end.  Views and in-place operators share the storage of their source,
@@ -27,7 +27,7 @@ class Live:
     Args:
         node: name of the fx node.
         fixed: bytes that no choice of formats changes.
-        elements: key of an activation site -> the elements of each of its storages.
+        elements: key of an activation site -> the elements of all its storages.
     """
 
     node: str
@@ -36,9 +36,14 @@ class Live:
 
 
 def live(program: Program) -> list[Live]:
-    """The memory at every node that makes a storage, in the order of the graph.
+    """The memory at every node that makes a storage.
 
-    Nodes at which no more is live than at another node, whatever the formats, are left out.
+    Args:
+        program: with activation sites.
+
+    Returns:
+        The memory of one sample, in the order of the graph.  A node is left out if the memory at another node is at
+        least as large in all formats.
     """
     storages = _storages(program)
     steps = []
@@ -59,7 +64,7 @@ def live(program: Program) -> list[Live]:
 
 
 def _within(step: Live, other: Live) -> bool:
-    """Whether no more is live at `step` than at `other`, whatever the formats."""
+    """Whether the memory at `other` is at least as large as that at `step`, in all formats."""
     return step.fixed <= other.fixed and all(
         sum(elements) <= sum(other.elements.get(site, ())) and set(elements) <= set(other.elements.get(site, ()))
         for site, elements in step.elements.items()
@@ -68,7 +73,15 @@ def _within(step: Live, other: Live) -> bool:
 
 @dataclass(frozen=True)
 class _Storage:
-    """A piece of memory: the first and the last step of its life, its size in one sample, and its activation site."""
+    """A piece of memory.
+
+    Args:
+        start: position in the graph of the first node that it is live at.
+        end: position of the last.
+        elements: of one sample.
+        bytes: of one sample, in the types of the float graph.
+        site: key of the activation site, if the storage belongs to one.
+    """
 
     start: int
     end: int
@@ -78,6 +91,7 @@ class _Storage:
 
 
 def _storages(program: Program) -> list[_Storage]:
+    """The storages of a graph: the connected components, if nodes are tied to the source of their storage."""
     nodes = list(program.graph.graph.nodes)
     step = {node: number for number, node in enumerate(nodes)}
     batch = batch_size(program.graph.graph)
@@ -121,4 +135,5 @@ def _storage_source(node: fx.Node) -> fx.Node | None:
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
+    """The tensors that a node returns, as recorded at capture."""
     return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]

@@ -1,9 +1,9 @@
-"""Which nodes compute with integers.
+"""The partition of a graph into nodes that compute with integers and nodes that compute in float.
 
-Layers and products of activations do, always.  An addition, a multiplication, a pooling, a sigmoid or a movement of
-data has an integer kernel too, but beside a float operator this kernel has to convert its inputs and outputs.  So
-those run in integers where the fewest values cross between float and integers: a minimum cut of the graph, in which a
-tensor that a node reads weighs as much as it has elements.
+Layers and products of activations always compute with integers.  An addition, a multiplication, a pooling, a sigmoid or
+a data-movement operator has an integer kernel too, but beside a float operator this kernel has to convert its inputs
+and outputs.  In the partition, the fewest values cross between float and integers: it is a minimum cut of the graph, in
+which a tensor that a node reads weighs as much as it has elements.
 """
 
 import math
@@ -36,8 +36,8 @@ class Partition:
 
     Args:
         kernels: layers, products and elementwise operators that compute with integers, in the order of the graph.
-        data_movement: nodes that move integers about.
-        integer_outputs: the tensors that kernels and data movement hand out as integers; each needs a quantizer.
+        data_movement: data-movement operators on integers.
+        integer_outputs: the tensors that kernels and data movement hand out as integers; all of them need a quantizer.
     """
 
     kernels: tuple[fx.Node, ...]
@@ -45,7 +45,7 @@ class Partition:
     integer_outputs: frozenset[fx.Node]
 
     def reads_integers(self, node: fx.Node, tensor: fx.Node) -> bool:
-        """Whether `node` reads this tensor as integers."""
+        """Whether `node` reads `tensor` as integers."""
         return node in self.data_movement or (node in self.kernels and tensor in kernel_inputs(node))
 
 
@@ -106,7 +106,7 @@ def share_ceiling(tensors: Iterable[fx.Node]) -> bool:
 
 
 def _tied_tensors(tensor: fx.Node) -> set[fx.Node]:
-    """The tensors that share a quantizer with this one if all data movement is on integers."""
+    """The tensors that share a quantizer with `tensor` if all data-movement operators work on integers."""
     tied, waiting = {tensor}, [tensor]
     while waiting:
         node = waiting.pop()
@@ -122,6 +122,11 @@ class _MinimumCut:
 
     A node on the integer side computes with integers and makes integers.  A tensor that is made on one side and read
     on the other is converted once, however many nodes read it: a vertex of its own stands for the conversion.
+
+    Args:
+        graph: a captured graph.
+        fixed: the nodes that compute with integers in any case.
+        free: the nodes whose side the cut decides.
     """
 
     def __init__(self, graph: fx.Graph, fixed: list[fx.Node], free: set[fx.Node]) -> None:
@@ -144,6 +149,7 @@ class _MinimumCut:
         return (node in self.fixed or bool(elementwise(node))) and fused_output(node) is not node
 
     def _add_tensor(self, node: fx.Node) -> None:
+        """Add the conversions of a tensor, with its number of elements as the cost."""
         self._add_maker(node)
         readers = [self._reader(user) for user in value_readers(node)]
         for reader in dict.fromkeys(readers):
@@ -155,7 +161,7 @@ class _MinimumCut:
             self.edges.add_edge(("quantize", node), node, capacity=elements * self.unit)
 
     def _add_maker(self, node: fx.Node) -> None:
-        """The side of the kernel that makes a tensor."""
+        """Tie a tensor to the side of the kernel that makes it."""
         kernel = self.kernel_of.get(node, node)
         if kernel in self.fixed:
             if not _may_make_floats(kernel, node):
@@ -174,17 +180,18 @@ class _MinimumCut:
                 self.edges.add_edge(INTEGER, node, capacity=1)
 
     def _reader(self, user: fx.Node) -> object:
+        """The vertex of a node that reads a tensor."""
         if user in self.fixed:
             return INTEGER
         return user if user in self.free else FLOAT
 
     def _require(self, dependent: object, required: object) -> None:
-        """`dependent` is on the integer side only together with `required`."""
+        """Let `dependent` be on the integer side only if `required` is there too."""
         if dependent != required:
             self.edges.add_edge(dependent, required, capacity=UNCUTTABLE)
 
 
 def _may_make_floats(kernel: fx.Node, tensor: fx.Node) -> bool:
-    """Whether the integer kernel can hand out floats: linear layers and products without a rectifier can, convolutions
+    """Whether an integer kernel can hand out floats: linear layers and products without a rectifier can, convolutions
     cannot."""
     return tensor is kernel and (is_product(kernel) or WEIGHTED_LAYERS[kernel.target] == "linear")

@@ -1,4 +1,4 @@
-"""Functions of each value of a tensor, such as SiLU and GELU, as the nodes that compute them."""
+"""Pointwise functions, such as SiLU and GELU, as the nodes of a graph that compute them."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -13,11 +13,14 @@ Function = Callable[[Tensor], Tensor]
 
 
 def nonlinearity(source: fx.Node) -> list[fx.Node]:
-    """The nodes that compute one function of each value of `source`.
+    """The nodes that compute a pointwise function of the values of `source`.
+
+    Args:
+        source: a node with a tensor.
 
     Returns:
-        The nodes in the order of the graph; the last is the first node that all values pass through.  The list is
-        empty if other nodes read the values too.
+        The nodes in the order of the graph.  The last of them is the first node that all values pass through.  The list
+        is empty if other nodes read the values too.
     """
     body: list[fx.Node] = []
     inside, node = {source}, source.next
@@ -32,15 +35,15 @@ def nonlinearity(source: fx.Node) -> list[fx.Node]:
 
 
 def evaluate(body: Sequence[fx.Node], source: fx.Node, values: Tensor) -> Tensor:
-    """The function of `nonlinearity`.
+    """Compute the function that `nonlinearity` returns the nodes of.
 
     Args:
         body: the nodes of the function, in the order of the graph.
         source: the node whose values the function takes.
-        values: stand in for those of `source`; of any shape.
+        values: of any shape; they stand in for the values of `source`.
 
     Returns:
-        A tensor of the same shape.
+        A tensor in the shape of `values`; `values` itself if there are no nodes.
     """
     known = {source: values}
     for node in body:
@@ -51,14 +54,15 @@ def evaluate(body: Sequence[fx.Node], source: fx.Node, values: Tensor) -> Tensor
 
 
 def function_of(graph: fx.Graph, tied: Collection[str]) -> Function | None:
-    """The function through which the rest of the graph reads a tensor.
+    """The pointwise function through which the rest of the graph reads a tensor.
 
     Args:
         graph: of the nodes.
         tied: names of the nodes that make or move the tensor.
 
     Returns:
-        None if the rest of the graph reads the values otherwise too.
+        The function, from a tensor to a tensor of the same shape; None if there is no such function, or if other nodes
+        read the values too.
     """
     sources = [n for n in graph.nodes if n.name in tied and not {user.name for user in value_readers(n)} <= set(tied)]
     body = nonlinearity(sources[0]) if len(sources) == 1 else []
@@ -66,7 +70,15 @@ def function_of(graph: fx.Graph, tied: Collection[str]) -> Function | None:
 
 
 def square_slope(function: Function, values: Tensor) -> float:
-    """The sum over `values` of the squared derivative of a function of each value."""
+    """The sum of the squared derivatives of a pointwise function.
+
+    Args:
+        function: from a tensor to a tensor of the same shape.
+        values: where the derivatives are taken; of any shape.
+
+    Returns:
+        The sum over all values.
+    """
     with torch.enable_grad():
         inputs = values.detach().requires_grad_()
         (slope,) = torch.autograd.grad(function(inputs).sum(), inputs)

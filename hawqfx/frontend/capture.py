@@ -1,4 +1,7 @@
-"""nn.Module -> Program, by torch.export: one operator vocabulary, and no call_module or call_method forms."""
+"""Captures a model as a Program, by torch.export.
+
+torch.export gives a graph with a single vocabulary of operators, and without call_module and call_method nodes.
+"""
 
 import inspect
 from typing import Any
@@ -19,8 +22,17 @@ Model = nn.Module | torch.export.ExportedProgram
 def capture(model: Model, example: Batch) -> Program:
     """The program of an eval-mode model, with a dynamic batch dimension.
 
-    `model` is an nn.Module, an fx.GraphModule or an ExportedProgram; it is not changed, and its tensors are shared.
-    Raises CaptureError, with torch.export's own message, when the model cannot be captured.
+    Args:
+        model: an nn.Module, an fx.GraphModule or an ExportedProgram.  The model is not changed; the program shares its
+            tensors.  An ExportedProgram keeps the batch dimension that it was exported with.
+        example: inputs of the model; dimension 0 of every tensor is the batch.
+
+    Returns:
+        A program with a graph, and without sites and facts.
+
+    Raises:
+        CaptureError: if the model is in train mode, if torch.export refuses the model (the message contains that of
+            torch.export), or if a parameter or buffer is not finite.
     """
     if isinstance(model, torch.export.ExportedProgram):
         exported = model
@@ -34,17 +46,28 @@ def capture(model: Model, example: Batch) -> Program:
         exported = exported.run_decompositions({})
     graph = exported.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
-    _one_form_of_batchnorm(graph.graph)
+    _recompose_batchnorm(graph.graph)
     for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CaptureError(f"{name} holds NaN or infinity: the checkpoint is damaged, or training diverged")
-    _name_each_tensor_once(graph)
+    _merge_get_attr_nodes(graph)
     return Program(graph)
 
 
 def export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
-    """torch.export with dimension 0 of every input dynamic, the batch."""
-    example = _at_least_two(example)
+    """torch.export with a dynamic batch.
+
+    Args:
+        model: the module, in eval mode.
+        example: inputs of the module; dimension 0 of every tensor is the batch, and becomes dynamic.
+
+    Returns:
+        The exported program.
+
+    Raises:
+        CaptureError: if torch.export refuses the model.
+    """
+    example = _with_two_samples(example)
     try:
         return torch.export.export(
             model, example.args, dict(example.kwargs), dynamic_shapes=_dynamic_batch(model, example)
@@ -58,8 +81,8 @@ def export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _at_least_two(example: Batch) -> Batch:
-    """torch.export takes a dimension of size 1 for a constant: repeat a batch of one."""
+def _with_two_samples(example: Batch) -> Batch:
+    """The example, with a single sample repeated: torch.export takes a dimension of size 1 for a constant."""
     if example.size > 1:
         return example
 
@@ -70,6 +93,8 @@ def _at_least_two(example: Batch) -> Batch:
 
 
 def _dynamic_batch(model: nn.Module, example: Batch) -> Any:
+    """The `dynamic_shapes` of torch.export: dimension 0 of every input tensor is dynamic."""
+
     def dynamic(leaf: Any) -> Any:
         return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) else None
 
@@ -91,8 +116,11 @@ def _writes_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def _one_form_of_batchnorm(graph: fx.Graph) -> None:
-    """Decomposition splits batch-norm with frozen statistics into a triple and its first item: make it one node."""
+def _recompose_batchnorm(graph: fx.Graph) -> None:
+    """Turn every decomposed batch-norm back into a batch_norm node, the form that passes recognise.
+
+    run_decompositions splits batch-norm with frozen statistics into a node with three outputs and a getitem node.
+    """
     for node in graph.find_nodes(op="call_function", target=DECOMPOSED_BATCH_NORM):
         *arguments, momentum, epsilon = operands(node)
         (item,) = node.users  # the other two items are statistics of training
@@ -104,8 +132,8 @@ def _one_form_of_batchnorm(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _name_each_tensor_once(graph: fx.GraphModule) -> None:
-    """Let every use of a parameter go through one get_attr node, so that a shared weight is seen to be shared."""
+def _merge_get_attr_nodes(graph: fx.GraphModule) -> None:
+    """Make all uses of a tensor read the same get_attr node, so that passes see which weights are shared."""
     first: dict[int, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op != "get_attr":

@@ -1,4 +1,4 @@
-"""Calibration data: batches of what the model takes and what it should answer."""
+"""Calibration data: batches of inputs and targets."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call of the model, and what it should have answered (None: labels are sampled)."""
+    """The arguments of one call of the model, and the target of its output.
+
+    Args:
+        args: positional inputs; dimension 0 of every tensor is the batch.
+        kwargs: keyword inputs, likewise.
+        target: the correct answer, as the loss takes it; None if the data have no targets
+            (hawqfx.frontend.context.Context.target_of then makes one).
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -24,28 +31,32 @@ class Batch:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """All input tensors: positional inputs first, then keyword inputs."""
         return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
     @property
     def size(self) -> int:
+        """The number of samples."""
         return self.tensors[0].shape[0]
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch with inputs and target on a device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def split(self, most: int) -> list["Batch"]:
-        """The batch in parts of at most so many samples."""
+        """The batch in parts of at most `most` samples, in order."""
         return [self._part(start, start + most) for start in range(0, self.size, most)]
 
     def first(self, most: int) -> "Batch":
-        """The first few samples."""
+        """The first `most` samples; all samples, if there are fewer."""
         return self._part(0, most)
 
     def last(self, most: int) -> "Batch":
-        """The last few samples."""
+        """The last `most` samples; `most` must not exceed the number of samples."""
         return self._part(self.size - most, self.size)
 
     def _part(self, start: int, stop: int) -> "Batch":
+        """The samples from `start` to `stop`; a tensor without a batch dimension stays whole."""
         size = self.size
         return self._map(lambda tensor: tensor[start:stop] if tensor.shape[:1] == (size,) else tensor)
 
@@ -57,12 +68,20 @@ class Batch:
 
 
 def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]:
-    """The batches in `data`, checked: at least one, equal shapes but for dimension 0, every float finite.
+    """The batches in `data`, checked.
 
-    `samples`: how many to take; all, if there are fewer, with a warning.
+    Args:
+        data: a tensor, which is a single batch, or an iterable of batches.  A batch is a tensor, a pair (inputs,
+            target), or a dict of keyword inputs with or without `labels`.  The inputs of a pair are a tensor, a tuple
+            of tensors or a dict.
+        samples: the number of samples to take from the start; None takes all.  If there are fewer, all are taken, with
+            a warning.
 
-    A batch is a tensor, a pair (inputs, target), or a dict of keyword inputs with or without `labels`.  The inputs of
-    a pair are a tensor, a tuple of tensors or a dict.
+    Returns:
+        At least one batch.  The shapes of all batches agree but for dimension 0, and all floats are finite.
+
+    Raises:
+        DataError: if `data` cannot give such batches, or if `samples` is below 1.
     """
     if isinstance(data, Tensor):
         data = [data]
@@ -90,6 +109,7 @@ def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]
 
 
 def _batch(item: Any, index: int) -> Batch:
+    """An item of the data as a batch; `index` is for the error message."""
     if isinstance(item, Tensor):
         return Batch((item,), {})
     if isinstance(item, Mapping):
@@ -106,6 +126,7 @@ def _batch(item: Any, index: int) -> Batch:
 
 
 def _check(batch: Batch, first: Batch, index: int) -> None:
+    """Raise DataError if a batch is empty, not finite, or of other shapes than the first batch."""
     shapes = [tuple(tensor.shape) for tensor in batch.tensors]
     expected = [tuple(tensor.shape) for tensor in first.tensors]
     if not shapes or any(not shape or shape[0] == 0 for shape in shapes):

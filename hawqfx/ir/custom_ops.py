@@ -1,14 +1,22 @@
 """The operators that hawqfx adds to a graph.
 
-fake_quantize stands for a QuantizeLinear and DequantizeLinear pair, which export writes.  Its gradient passes unchanged
-where the value was in range and is zero where it was clipped (Bengio, Leonard, Courville 2013), so that a lowered
-graph can be trained.  dequantize takes its place where the codes are constants, in the graph that is exported; there
-dequantize_rows gathers rows of a table of codes, global_average is an average over all pixels, for which onnxruntime
-has an integer kernel under that name only, and phases makes the pixels of every block of an image its channels.
+A lowered graph has these operators of fake quantization:
 
-fake_quantize_dynamic and fake_quantize_blocks are what the schemes "dynamic" and "weight-only" do to what a linear
-layer reads (hawqfx.maths.formats); dynamic_linear and blockwise_linear take the places of such layers in the graph that
-is exported.
+    fake_quantize          static quantizers; export writes it as QuantizeLinear and DequantizeLinear
+    fake_quantize_dynamic  the input of a linear layer in the scheme "dynamic" (hawqfx.maths.formats)
+    fake_quantize_blocks   the input of a linear layer in the scheme "weight-only"
+
+The gradient of fake_quantize passes unchanged where the value is in range, and is zero where the value is clipped
+(Bengio, Leonard, Courville 2013), so that a lowered graph can be trained.
+
+In the graph that is exported, other operators replace them and some of ATen's:
+
+    dequantize             values of constant codes
+    dequantize_rows        rows of a table of codes
+    global_average         the average over all pixels; onnxruntime has an integer kernel under this name only
+    space_to_depth         an image whose channels are the pixels of a block
+    dynamic_linear         a linear layer in the scheme "dynamic"
+    blockwise_linear       a linear layer in the scheme "weight-only"
 """
 
 from typing import Any
@@ -21,6 +29,7 @@ from hawqfx.maths import affine
 
 @torch.library.custom_op("hawqfx::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    """`x` through a static quantizer and back; arguments and result are those of hawqfx.maths.affine.fake_quantize."""
     return affine.fake_quantize(x, scale, zero_point, low, high)
 
 
@@ -29,27 +38,36 @@ def _(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, low, high = inputs
     ctx.save_for_backward(x, scale)
     ctx.range = (low - zero_point, high - zero_point)
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient_in_range(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient for `x`: unchanged where the code is in range, zero where it is clipped."""
     x, scale = ctx.saved_tensors
     low, high = ctx.range
     codes = x.div(affine.along_channels(scale, x)).round_()
     return gradient * ((codes >= low) & (codes <= high)), None, None, None, None
 
 
-fake_quantize.register_autograd(_straight_through, setup_context=_keep)
+fake_quantize.register_autograd(_gradient_in_range, setup_context=_save_inputs)
 
 FAKE_QUANTIZE = torch.ops.hawqfx.fake_quantize.default
 
 
 @torch.library.custom_op("hawqfx::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values of signed integer codes with zero-point 0; `scale` as in fake_quantize."""
+    """The values of signed integer codes with zero-point 0.
+
+    Args:
+        codes: integers of any shape.
+        scale: as in fake_quantize; the values have its type.
+
+    Returns:
+        codes * scale, in the shape of the codes.
+    """
     values = codes.to(scale.dtype)
     return values * affine.along_channels(scale, values)
 
@@ -64,7 +82,7 @@ DEQUANTIZE = torch.ops.hawqfx.dequantize.default
 
 @torch.library.custom_op("hawqfx::global_average", mutates_args=())
 def global_average(x: Tensor) -> Tensor:
-    """(N, C, ...) -> (N, C, 1, ...)."""
+    """The mean over all axes but batch and channel: (N, C, ...) -> (N, C, 1, ...)."""
     return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
 
@@ -78,8 +96,18 @@ GLOBAL_AVERAGE = torch.ops.hawqfx.global_average.default
 
 @torch.library.custom_op("hawqfx::space_to_depth", mutates_args=())
 def space_to_depth(x: Tensor, pads: list[int], block: int) -> Tensor:
-    """(N, C, H, W) -> (N, block^2 C, H' / block, W' / block), what is at one place of every block being C channels side
-    by side; H', W' are with zeros around, `pads` being left, right, top, bottom."""
+    """Blocks of an image as pixels with more channels.
+
+    Args:
+        x: (N, C, H, W).
+        pads: columns and rows of zeros to add: left, right, top, bottom.  H' and W', the sizes with these zeros, are
+            multiples of `block`.
+        block: height and width of a block.
+
+    Returns:
+        (N, block^2 C, H' / block, W' / block).  Channel (i * block + j) * C + c holds row i, column j of every block
+        in channel c of the image.
+    """
     padded = torch.nn.functional.pad(x, pads)
     rows, columns = (size // block for size in padded.shape[2:])
     parted = padded.reshape(*padded.shape[:2], rows, block, columns, block)
@@ -98,7 +126,16 @@ SPACE_TO_DEPTH = torch.ops.hawqfx.space_to_depth.default
 
 @torch.library.custom_op("hawqfx::dequantize_rows", mutates_args=())
 def dequantize_rows(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
-    """Values of the rows of codes (V, D) with a scale (V,) each that `rows`, of any shape, asks for."""
+    """The values of some rows of a table of signed integer codes with zero-point 0.
+
+    Args:
+        codes: (V, D) integers.
+        scale: (V,), the scale of every row.
+        rows: numbers of rows, of any shape.
+
+    Returns:
+        (*rows.shape, D), in the type of `scale`.
+    """
     return codes[rows].to(scale.dtype) * scale[rows].unsqueeze(-1)
 
 
@@ -112,21 +149,23 @@ DEQUANTIZE_ROWS = torch.ops.hawqfx.dequantize_rows.default
 
 @torch.library.custom_op("hawqfx::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """`x` through an 8-bit quantizer over the range of its values; see hawqfx.maths.affine.fake_quantize_dynamic."""
     return affine.fake_quantize_dynamic(x)
 
 
 @torch.library.custom_op("hawqfx::fake_quantize_blocks", mutates_args=())
 def fake_quantize_blocks(x: Tensor) -> Tensor:
+    """Rows (..., K) through an 8-bit quantizer for every block; see hawqfx.maths.affine.fake_quantize_blocks."""
     return affine.fake_quantize_blocks(x)
 
 
-def _pass(ctx: Any, gradient: Tensor) -> Tensor:
-    return gradient  # nothing is clipped
+def _unchanged_gradient(ctx: Any, gradient: Tensor) -> Tensor:
+    return gradient  # the range covers all values: no value is clipped
 
 
 for _operator in (fake_quantize_dynamic, fake_quantize_blocks):
     _operator.register_fake(torch.empty_like)
-    _operator.register_autograd(_pass)
+    _operator.register_autograd(_unchanged_gradient)
 
 FAKE_QUANTIZE_DYNAMIC = torch.ops.hawqfx.fake_quantize_dynamic.default
 FAKE_QUANTIZE_BLOCKS = torch.ops.hawqfx.fake_quantize_blocks.default
@@ -134,14 +173,32 @@ FAKE_QUANTIZE_BLOCKS = torch.ops.hawqfx.fake_quantize_blocks.default
 
 @torch.library.custom_op("hawqfx::dynamic_linear", mutates_args=())
 def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) through fake_quantize_dynamic, times weights of codes (N, K) with scales (N,) -> (..., N)."""
+    """A linear layer without bias in the scheme "dynamic".
+
+    Args:
+        x: (..., K); it goes through fake_quantize_dynamic.
+        codes: (N, K), signed integer codes of the weight.
+        scale: (N,), per-channel scales of the weight.
+
+    Returns:
+        (..., N).
+    """
     return affine.fake_quantize_dynamic(x) @ (codes.to(scale.dtype) * scale[:, None]).T
 
 
 @torch.library.custom_op("hawqfx::blockwise_linear", mutates_args=())
 def blockwise_linear(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """x (..., K) through fake_quantize_blocks, times weights of packed codes (N, blocks, bytes) with scales
-    (N * blocks,) -> (..., N); see hawqfx.maths.packing.pack_blocks."""
+    """A linear layer without bias in the scheme "weight-only".
+
+    Args:
+        x: (..., K); it goes through fake_quantize_blocks.
+        packed: (N, blocks, bytes), 4-bit codes of the weight as hawqfx.maths.packing.pack_blocks packs them.
+        scale: (N * blocks,), the scale of every block.
+        columns: K, which leaves out the zeros that fill up the last block.
+
+    Returns:
+        (..., N).
+    """
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(2).to(scale.dtype) - 8
     weight = (codes * scale.reshape(*codes.shape[:2], 1)).flatten(1)[:, :columns]
     return affine.fake_quantize_blocks(x) @ weight.T

@@ -9,8 +9,15 @@ from torch.utils import _pytree as pytree
 
 
 def output_names(graph: fx.GraphModule) -> list[str]:
-    """Names of the tensors that a graph returns, in order: the keys or fields that lead to them, as in `logits` or
-    `past_0`, else `output`, or `output_0`, ... where there are several."""
+    """Names of the tensors that a graph returns.
+
+    Args:
+        graph: a captured graph.
+
+    Returns:
+        A name for every tensor, in order.  The keys and fields that lead to the tensor make its name, as in `logits` or
+        `past_0`.  A tensor without a key is `output`; several of them are `output_0`, `output_1`, ...
+    """
     (returned,) = next(iter(graph.graph.find_nodes(op="output"))).args
     spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     paths = zip(pytree.tree_leaves(returned), _paths(spec, ()), strict=True)
@@ -18,19 +25,24 @@ def output_names(graph: fx.GraphModule) -> list[str]:
 
 
 def _paths(spec: pytree.TreeSpec, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The keys that lead to each leaf."""
+    """The keys that lead to every leaf of a structure.
+
+    Args:
+        spec: of the structure.
+        path: the keys that lead to the structure itself.
+    """
     children = spec.children()
     if spec.is_leaf():
         yield path
         return
-    known: Any = getattr(spec.context, "_fields", spec.context)  # a named tuple's, or the keys of a dict and its like
+    known: Any = getattr(spec.context, "_fields", spec.context)  # fields of a named tuple, or keys of a mapping
     named = isinstance(known, (list, tuple)) and len(known) == len(children) and all(isinstance(k, str) for k in known)
     for key, child in zip(known if named else map(str, range(len(children))), children, strict=True):
         yield from _paths(child, (*(path or () if named else path or ("output",)), key))
 
 
 def tensor_of(graph: fx.GraphModule, key: str) -> Tensor:
-    """The parameter or buffer of a graph with this qualified name."""
+    """The parameter or buffer with a qualified name."""
     owner, _, name = key.rpartition(".")
     value = getattr(graph.get_submodule(owner), name)
     assert isinstance(value, Tensor)
@@ -44,7 +56,7 @@ def constants_of(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def captured_size(size: Any) -> int:
-    """A size, or the value that a symbolic size had when the graph was captured."""
+    """A size as a number; for a symbolic size, the number that it stood for when the graph was captured."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
@@ -59,7 +71,7 @@ def batch_size(graph: fx.Graph) -> int:
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A graph that can be rewritten while the old one stays as it was; the tensors are shared."""
+    """A copy to rewrite, which leaves the old graph as it is; both share their tensors."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     copied.set_codegen(graph.graph._codegen)
@@ -67,7 +79,14 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def set_tensor(graph: fx.GraphModule, key: str, value: Tensor, *, parameter: bool) -> None:
-    """Put a parameter or a buffer at a qualified name, over what was there."""
+    """Put a parameter or a buffer at a qualified name, in place of an older tensor.
+
+    Args:
+        graph: the module to change; submodules of the name are made where they are missing.
+        key: the qualified name.
+        value: the tensor.
+        parameter: whether the tensor becomes a parameter; else it becomes a buffer.
+    """
     owner, _, name = key.rpartition(".")
     module: torch.nn.Module = graph
     for part in filter(None, owner.split(".")):

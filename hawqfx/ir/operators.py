@@ -1,4 +1,4 @@
-"""The operators that hawqfx knows, each in the one role that decides how its tensors are quantized."""
+"""The operators that hawqfx knows, by the role that decides how their tensors are quantized."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from torch.fx.node import Target
 
 _aten = torch.ops.aten
 
-# Layers called as (input, weight, bias, ...), dimension 0 of the weight being the output channel.
+# Layers with the arguments (input, weight, bias, ...); dimension 0 of the weight is the output channel.
 WEIGHTED_LAYERS: dict[Target, str] = {
     _aten.conv1d.default: "conv1d",
     _aten.conv2d.default: "conv2d",
@@ -23,7 +23,7 @@ WEIGHTED_LAYERS: dict[Target, str] = {
     _aten.linear.default: "linear",
 }
 
-# The convolution of so many axes.
+# Number of spatial axes -> convolution.
 CONVOLUTIONS: dict[int, OpOverload[..., Any]] = {
     1: _aten.conv1d.default,
     2: _aten.conv2d.default,
@@ -33,10 +33,10 @@ CONVOLUTIONS: dict[int, OpOverload[..., Any]] = {
 # Products of two activations, as in attention; onnxruntime has integer kernels for them.
 PRODUCTS: dict[Target, str] = {_aten.matmul.default: "matmul", _aten.bmm.default: "bmm"}
 
-# Rows of a table of weights, gathered by integer inputs.
+# Gathers rows of a table of weights; integer inputs are the numbers of the rows.
 EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
 
-# Multiply by weights, and onnxruntime has no integer kernel for them.
+# Operators that multiply, and for which onnxruntime has no integer kernel.
 FLOAT_ONLY: dict[Target, str] = {
     _aten.conv_transpose1d.default: "conv_transpose1d",
     _aten.conv_transpose2d.input: "conv_transpose2d",
@@ -48,7 +48,8 @@ FLOAT_ONLY: dict[Target, str] = {
     _aten.rnn_relu.input: "rnn",
 }
 
-# Have an integer kernel in onnxruntime, but run in float beside float: the number of activations that they take.
+# Operators without weights that have an integer kernel in onnxruntime -> number of activations that they take.  Beside
+# float operators they run in float: see hawqfx.analysis.partition.
 _ELEMENTWISE: dict[Target, int] = {
     _aten.add.Tensor: 2,
     _aten.mul.Tensor: 2,
@@ -65,7 +66,7 @@ _MEANS: set[Target] = {
     _aten.adaptive_avg_pool3d.default,
 }
 
-# Cut off what is below zero, and what is above a ceiling: see `ceiling`.
+# Operators that cut off all values below zero, if their arguments say so: see `ceiling`.
 _RECTIFIERS: set[Target] = {
     _aten.relu.default,
     _aten.relu6.default,
@@ -74,7 +75,7 @@ _RECTIFIERS: set[Target] = {
     _aten.clamp_min.default,
 }
 
-# Move values about and change none: input and output share a quantizer.
+# Data-movement operators: they change no value, so that input and output share a quantizer.
 _DATA_MOVEMENT: set[Target] = {
     _aten.view.default,
     _aten.reshape.default,
@@ -105,10 +106,11 @@ _DATA_MOVEMENT: set[Target] = {
     _aten.pad.default,
     _aten.constant_pad_nd.default,
 }
-# Carriers that add nothing but zeros, which every quantizer represents; onnxruntime takes them into the layer after.
+# Data-movement operators that also add zeros, which every quantizer represents exactly; onnxruntime fuses them into the
+# layer that follows.
 PADS: set[Target] = {_aten.pad.default, _aten.constant_pad_nd.default}
 
-# Functions of each value that are finite, and so steep, wherever their values are.
+# Functions of single values; they and their slopes are finite everywhere.
 _POINTWISE: set[Target] = {
     _aten.relu.default, _aten.relu6.default, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default,
     _aten.leaky_relu.default, _aten.elu.default, _aten.selu.default, _aten.celu.default, _aten.sigmoid.default,
@@ -117,7 +119,7 @@ _POINTWISE: set[Target] = {
     _aten.neg.default, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor,
 }  # fmt: skip
 
-# What constants go into without being multiplied by.
+# Operators that may take a constant, and do not multiply by it.
 NO_PRODUCTS: set[Target] = _DATA_MOVEMENT | {
     _aten.add.Tensor,
     _aten.sub.Tensor,
@@ -127,7 +129,7 @@ NO_PRODUCTS: set[Target] = _DATA_MOVEMENT | {
 
 BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default
 DECOMPOSED_BATCH_NORM: OpOverload[..., Any] = _aten._native_batch_norm_legit_no_training.default
-# What integer kernels read of a tensor that is read in float too (passes/insert_copies.py).
+# The copy of a tensor that integer kernels read where float operators read the tensor too (passes/insert_copies.py).
 COPY: OpOverload[..., Any] = _aten.alias.default
 DROPOUT: set[Target] = {_aten.dropout.default, _aten.feature_dropout.default}
 IDENTITIES: set[Target] = {
@@ -140,14 +142,22 @@ IDENTITIES: set[Target] = {
 
 
 def operands(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a node, each of whatever type the operator's schema says."""
+    """The positional arguments of a node; their types are those of the operator's schema, which fx does not state."""
     return node.args
 
 
 def ceiling(node: fx.Node) -> float | None:
-    """The largest value that a rectifier lets pass, infinity for ReLU; None if the node is no rectifier.
+    """The largest value that a rectifier lets pass.
 
-    The quantizer of the tensor that a rectifier ends in absorbs it: it cannot represent what is cut off."""
+    The quantizer of a rectifier's output can do the rectifier's work: it cannot represent the values that the rectifier
+    cuts off.
+
+    Args:
+        node: any node.
+
+    Returns:
+        The ceiling, which is infinity for ReLU; None if the node is no rectifier.
+    """
     if node.target not in _RECTIFIERS:
         return None
     if node.target is _aten.relu.default:
@@ -164,7 +174,7 @@ def ceiling(node: fx.Node) -> float | None:
 
 
 def spatial_mean(node: fx.Node) -> bool:
-    """Whether a node averages images (N, C, ...) over all that is not batch or channel."""
+    """Whether a node averages images (N, C, ...) over all axes but batch and channel."""
     value = node.args[0].meta.get("val") if node.target in _MEANS and isinstance(node.args[0], fx.Node) else None
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or node.kwargs:
         return False
@@ -175,8 +185,14 @@ def spatial_mean(node: fx.Node) -> bool:
 
 
 def elementwise(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The activations that a node takes, if onnxruntime has an integer kernel for what it does with them and no weight
-    is in it; else none."""
+    """The activations that an elementwise operator takes.
+
+    Args:
+        node: any node.
+
+    Returns:
+        The activations, if onnxruntime has an integer kernel for the operator and no argument is a weight; else ().
+    """
     count = 1 if spatial_mean(node) else _ELEMENTWISE.get(node.target, 0)
     taken = node.args[:count]
     if not count or not is_tensor(node) or not all(map(is_tensor, taken)) or (count == 2 and node.kwargs):
@@ -190,7 +206,7 @@ def is_product(node: fx.Node) -> bool:
 
 
 def is_data_movement(node: fx.Node) -> bool:
-    """Whether a node only moves activations about, or adds zeros: input and output share a quantizer."""
+    """Whether a node only moves activations, or also adds zeros, so that its input and output share a quantizer."""
     if any(_is_float_constant(source) for source in node.all_input_nodes):
         return False
     if node.target in PADS:
@@ -201,11 +217,11 @@ def is_data_movement(node: fx.Node) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether a node computes each of its values from those at the same place, by a function that is finite, and so
-    steep, wherever they are."""
+    """Whether a node computes every value from the values at the same place, by a function that is finite everywhere,
+    with a finite slope."""
     if not is_tensor(node):
         return False
-    if node.target is _aten.div.Tensor:  # by a number
+    if node.target is _aten.div.Tensor:  # a divisor that varies may be zero
         return not isinstance(node.args[1], fx.Node)
     if node.target is _aten.pow.Tensor_Scalar:
         return isinstance(node.args[1], int) and node.args[1] > 0
@@ -213,7 +229,7 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def value_readers(node: fx.Node) -> list[fx.Node]:
-    """The users of a node but for those that only ask for a size."""
+    """The users of a node that read its values; other users read only its size."""
     return [user for user in node.users if not isinstance(user.meta.get("val"), torch.SymInt)]
 
 
@@ -225,12 +241,21 @@ def training_argument(node: fx.Node) -> bool:
 
 
 def _is_float_constant(node: fx.Node) -> bool:
+    """Whether a node reads a floating-point parameter or buffer, or a constant of unknown type."""
     value = node.meta.get("val")
     return node.op == "get_attr" and not (isinstance(value, torch.Tensor) and not value.is_floating_point())
 
 
 def kept_in_float(node: fx.Node, patterns: Iterable[str]) -> bool:
-    """Whether the name of a layer's or an embedding's weight has one of these patterns, as in a shell."""
+    """Whether the user keeps a layer or an embedding in float.
+
+    Args:
+        node: a weighted layer or an embedding.
+        patterns: of weight names, as in a shell.
+
+    Returns:
+        True if the qualified name of the node's weight matches a pattern.
+    """
     weight = node.args[0 if node.target is EMBEDDING else 1]
     name = str(weight.target) if isinstance(weight, fx.Node) else ""
     return any(fnmatch(name, pattern) for pattern in patterns)
@@ -242,7 +267,7 @@ def is_constant(value: object) -> bool:
 
 
 def is_tensor(value: object) -> bool:
-    """Whether an argument is a floating-point tensor computed from the inputs, as far as the capture recorded."""
+    """Whether an argument is an activation: a floating-point tensor, as recorded at capture, and no constant."""
     if not isinstance(value, fx.Node) or value.op == "get_attr":
         return False
     recorded = value.meta.get("val")

@@ -1,4 +1,4 @@
-"""A site's tensor in a format: the very values that the lowered graph computes with."""
+"""The tensor of a site in a format: the same values that the lowered graph computes with."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,26 @@ from hawqfx.maths.formats import Format
 
 
 def weight_at(program: Program, key: str, width: Format) -> Tensor:
-    """The weight as its rounding left it, in its own type."""
+    """A weight after rounding.
+
+    Args:
+        program: with the facts RoundedWeights and Quantizers.
+        key: of the weight's site.
+        width: a format other than float.
+
+    Returns:
+        The dequantized weight, in the shape and type of the parameter.
+
+    Raises:
+        PassError: if a fact is missing.
+    """
     codes = program.facts.get(key, RoundedWeights).codes[width]
     quantizer = program.facts.get(key, Quantizers).by_format[width]
     return dequantize(codes, scale_of(quantizer).to(codes.device)).to(program.tensor(key).dtype)
 
 
 def scale_of(quantizer: QuantParams) -> Tensor:
-    """The scale of a static or blockwise quantizer, in the shape that hawqfx.maths.affine takes."""
+    """The scale of a static or weight-only quantizer, in a shape that hawqfx.maths.affine takes: (), (C,) or (C, B)."""
     if not quantizer.per_channel:
         return torch.tensor(quantizer.scale[0])
     scale = torch.tensor(quantizer.scale)
@@ -26,7 +38,20 @@ def scale_of(quantizer: QuantParams) -> Tensor:
 
 
 def activation_at(program: Program, key: str, width: Format, x: Tensor) -> Tensor:
-    """`x` through the activation's quantizer."""
+    """An activation after fake quantization.
+
+    Args:
+        program: with the fact Quantizers.
+        key: of the activation's site.
+        width: a format other than float.
+        x: values of one of the site's tensors.
+
+    Returns:
+        A new tensor in the shape of `x`.
+
+    Raises:
+        PassError: if the fact is missing.
+    """
     quantizer = program.facts.get(key, Quantizers).by_format[width]
     if quantizer.scheme == "dynamic":
         return affine.fake_quantize_dynamic(x)

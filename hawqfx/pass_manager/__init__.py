@@ -1,1 +1,1 @@
-"""What a pass is, and what runs, checks and observes passes."""
+"""The definition of a pass, and the pass manager, which runs and checks passes and lets observers watch."""

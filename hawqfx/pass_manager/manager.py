@@ -1,4 +1,4 @@
-"""Runs passes in order and holds each to its promise."""
+"""Runs passes in order, and checks after every pass that it has kept its promise."""
 
 import time
 from collections.abc import Sequence
@@ -19,10 +19,21 @@ from hawqfx.pass_manager.verify import verify
 
 
 def run(passes: Sequence[Pass], program: Program, context: Context, observers: Sequence[Observer] = ()) -> Program:
-    """The program after all `passes`.
+    """Run passes.
 
-    Raises PassError before anything runs if a pass needs what none before it gives, and after a pass that broke its
-    promise; other errors keep their type and gain a note that names the pass.
+    Args:
+        passes: in the order in which they run.
+        program: the input of the first pass.
+        context: batches, loss, device and seed; the function of a Rewrite is checked on the first batch.
+        observers: watch the program between passes.
+
+    Returns:
+        The output of the last pass.
+
+    Raises:
+        PassError: before the first pass runs, if a pass needs facts that no pass before it gives; after a pass, if it
+            has broken its promise.
+        HawqfxError: from a pass; the error gains a note that names the pass.
     """
     _check_order(passes, program)
     for number, step in enumerate(passes, len(program.history) + 1):
@@ -51,6 +62,7 @@ def _apply(step: Pass, program: Program, context: Context) -> Program:
 
 
 def _check_order(passes: Sequence[Pass], program: Program) -> None:
+    """Raise PassError if a pass needs facts that neither the program has nor an earlier pass gives."""
     known: set[Kind] = {type(site) for site in program.sites} | {kind for _, kind in program.facts}
     before = "the program given"
     for step in passes:
@@ -62,6 +74,7 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
 
 
 def _check_promise(step: Pass, before: Program, after: Program, context: Context) -> None:
+    """Raise PassError unless a pass has given its facts, kept the law of the graph, and kept the graph or function."""
     if isinstance(step, Analysis) and (
         after.graph is not before.graph or str(after.graph.graph) != str(before.graph.graph)
     ):
@@ -84,10 +97,12 @@ def _check_promise(step: Pass, before: Program, after: Program, context: Context
 
 @torch.no_grad()
 def _check_function(step: Rewrite, before: Program, after: Program, context: Context) -> None:
+    """Raise PassError if an output on the first batch changes by more than the tolerance."""
     batch = context.batches[0]
     old, new = (_tensors(program.run(batch.args, batch.kwargs)) for program in (before, after))
-    for number, (one, other) in enumerate(zip(old, new, strict=True)):
-        change = float((one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+    for number, (wanted, output) in enumerate(zip(old, new, strict=True)):
+        largest = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        change = float((wanted - output).abs().max() / largest)
         if not change <= step.tolerance:
             raise PassError(
                 f"{step.name} changed output {number} by {change:.1e}, over its tolerance {step.tolerance:.0e}"

@@ -1,4 +1,4 @@
-"""Observers: write the graph after each pass, print it, time the passes, show progress."""
+"""Observers that write the graph after every pass, print it or time the passes; and progress bars."""
 
 import sys
 from collections.abc import Iterator
@@ -19,27 +19,31 @@ from hawqfx.pass_manager.base import Observer, Pass
 
 
 def graph_text(program: Program) -> str:
-    """The graph, a node a line, with the shape where it is known; N is the batch."""
+    """The graph as text: a line for every node, with the shape where it is known; N is the batch."""
     return "".join(f"{_node_text(node)}\n" for node in program.graph.graph.nodes)
 
 
 def _node_text(node: fx.Node) -> str:
     if node.op == "output":
         return f"return {node.args[0]}"
-    what = str(node.target).removesuffix(".default")
+    expression = str(node.target).removesuffix(".default")
     if node.op == "call_function":
         arguments = [*map(str, node.args), *(f"{name}={value}" for name, value in node.kwargs.items())]
-        what = f"{what}({', '.join(arguments)})"
+        expression = f"{expression}({', '.join(arguments)})"
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
-        return f"{node.name} = {what}"
+        return f"{node.name} = {expression}"
     shape = ", ".join(str(size) if isinstance(size, int) else "N" for size in value.shape)
-    return f"{node.name} = {what}  # [{shape}]"
+    return f"{node.name} = {expression}  # [{shape}]"
 
 
 @dataclass(frozen=True)
 class Dump(Observer):
-    """Writes NN_pass.txt into a folder after each pass."""
+    """Writes the graph after every pass into a file NUMBER_PASS.txt.
+
+    Args:
+        folder: of the files; it is made if it does not exist.
+    """
 
     folder: Path
 
@@ -50,7 +54,12 @@ class Dump(Observer):
 
 @dataclass(frozen=True)
 class PrintAfter(Observer):
-    """Prints the graph after the pass of this name."""
+    """Prints the graph after one of the passes.
+
+    Args:
+        name: of the pass.
+        stream: takes the text.
+    """
 
     name: str
     stream: TextIO = field(default_factory=lambda: sys.stderr)
@@ -62,7 +71,11 @@ class PrintAfter(Observer):
 
 @dataclass(frozen=True)
 class TimePasses(Observer):
-    """Collects seconds per pass; `table()` shows them."""
+    """Adds up the seconds of every pass.
+
+    Args:
+        seconds: name of a pass -> its seconds, over all runs.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -70,6 +83,7 @@ class TimePasses(Observer):
         self.seconds[step.name] = self.seconds.get(step.name, 0.0) + seconds
 
     def table(self) -> Table:
+        """The seconds, a row for every pass."""
         table = Table("pass", "seconds", title="time per pass")
         for name, seconds in self.seconds.items():
             table.add_row(name, f"{seconds:.2f}")
@@ -78,7 +92,14 @@ class TimePasses(Observer):
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Report]:
-    """Rich progress bars, one per label, for Context.progress; silent when `console` is not a terminal."""
+    """A context with progress bars.
+
+    Args:
+        console: shows the bars, if it is a terminal; else nothing is shown.
+
+    Yields:
+        A function for Context.progress, which shows a bar for every label.
+    """
     note = TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:

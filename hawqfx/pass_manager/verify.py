@@ -1,4 +1,8 @@
-"""The law of the graph: what holds of every Program between passes."""
+"""The law of the graph: conditions that every Program fulfils between passes.
+
+The graph is well-formed for fx, and calls only operators.  Every parameter or buffer that it reads exists, and so does
+every node or weight that a site names.  No two sites have the same key.
+"""
 
 from torch import fx
 from torch._ops import OpOverload
@@ -8,7 +12,14 @@ from hawqfx.ir.program import Program
 
 
 def verify(program: Program) -> None:
-    """Raises PassError naming the node or site that breaks the law."""
+    """Check the law of the graph.
+
+    Args:
+        program: any program.
+
+    Raises:
+        PassError: if the program breaks the law; the message names the node or site.
+    """
     graph = program.graph.graph
     try:
         graph.lint()

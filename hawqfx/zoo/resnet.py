@@ -1,8 +1,8 @@
 """ResNet-20 for 28x28 grey images.
 
 He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2: a 3x3 stem and three stages of
-three basic blocks with 16, 32 and 64 channels.  Two departures from the paper: one input channel, and the two
-shortcuts that change shape are 1x1 convolutions (the paper's option B).
+three basic blocks with 16, 32 and 64 channels.  The network departs from the paper in two points: images have one
+channel, and the two shortcuts that change the shape are 1x1 convolutions (option B of the paper).
 """
 
 import torch
@@ -15,6 +15,14 @@ def _conv_bn(channels_in: int, channels_out: int, kernel: int, stride: int) -> n
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them: (N, C, H, W) -> (N, C', H / stride, W / stride).
+
+    Args:
+        channels_in: C.
+        channels_out: C'.
+        stride: of the first convolution, and of the shortcut.
+    """
+
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.conv1 = _conv_bn(channels_in, channels_out, 3, stride)
@@ -28,7 +36,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Images (N, 1, 28, 28), standardised, to logits (N, classes)."""
+    """Takes standardised images (N, 1, 28, 28), and returns logits (N, classes).
+
+    Args:
+        classes: number of classes.
+    """
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
