@@ -66,7 +66,8 @@ def compile(
         budget: a Budget or its text, such as "size=12.5%", "size=100kB, bops=2%" or "latency=3ms"; percentages are of
             float32.
         data: an iterable of batches, each a tensor, a pair (inputs, target) or a dict of keyword inputs, with or
-            without `labels`.  Without targets, labels are sampled from the model's own output distribution.
+            without `labels`.  Without targets, networks are compared by the expected loss over labels of the float
+            network's own distribution.
         loss: a function of (output, target), the mean over the batch; cross-entropy of logits by default.
         metric: for a budget on `drop`: a function of (output, target), the mean over the batch, higher being better.
         holdout: data with targets that such a drop is validated on; by default the last quarter of `data`, which then
@@ -74,8 +75,8 @@ def compile(
         sensitivity: how the loss increase is predicted: "fisher", "hawq-v2", "taylor", "measured", "mse" or "hawq-v1",
             or such a pass with its options, as in HawqV2(probes=100).  By default "fisher", which ranks best and costs
             least, or "hawq-v2" for a loss other than cross-entropy without draw=.
-        weight_bits: bits that weights may have, within 2 to 8, and 32 for float, which budgets on latency and drop may
-            choose in any case.
+        weight_bits: bits that weights may have, within 2 to 8, and 32 for float, which a budget on latency may choose
+            in any case.
         activation_bits: bits that activations may have, likewise.  Fewer than 8 are chosen only where a limit asks for
             it.
         schemes: how layers may compute: "static" in integers, and linear layers "dynamic", with the range of their
@@ -90,7 +91,8 @@ def compile(
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
         plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
-            without targets and for "fisher"; labels by softmax of the logits by default.
+            without targets and for "fisher"; by default labels by softmax of the logits, and for cross-entropy their
+            expectation wherever networks are compared.
         samples: number of samples of the data to take; a warning says so when there are fewer.
         batch: the most samples to measure at once; by default as many as free memory allows.
         cache: a folder for measurements, batch by batch: a run that was killed goes on where it was, and the same model

@@ -25,7 +25,11 @@ class _OneAtATime(Measurement):
     def __init__(self, program: Program, context: Context, index: int) -> None:
         self.program, self.context, self.index = program, context, index
         self.nodes = {site.key: site.nodes for site in program.activations}
-        self.float_loss = self._loss()
+        batch = context.batches[index]
+        with torch.no_grad():
+            output = program.run(batch.args, batch.kwargs)
+        self.target = context.target_of(output, batch, index)
+        self.float_loss = float(context.loss_at(output, self.target, index))
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         return {q: self._loss_with(q.site, q.known_format) - self.float_loss for q in wanted}
@@ -43,7 +47,7 @@ class _OneAtATime(Measurement):
     def _loss(self, tensors: Mapping[str, Tensor] | None = None, hook: Hook | None = None) -> float:
         batch = self.context.batches[self.index]
         output = self.program.run(batch.args, batch.kwargs, hook, tensors)
-        return float(self.context.loss_of(output, batch, self.index))
+        return float(self.context.loss_at(output, self.target, self.index))
 
 
 @dataclass(frozen=True)

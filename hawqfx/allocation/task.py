@@ -1,14 +1,15 @@
 """An allocation as an integer program: the least predicted loss increase within the budget.
 
 The total is the sum over the sites (HAWQ-V2, equation 8, for Omega).  An increase that noise does not tell from zero
-enters by its upper confidence bound.  The order "hawq-v2" is the paper's own rule, to compare with: among the settings
-whose bits fall with the average trace, the least Omega (HAWQ-V2, section 3.2); weights and activations each have their
-order.
+enters by its upper confidence bound.  No site has fewer bits than the limits demand: of formats that predict the same
+loss the wider wins, by a preference that is far below the noise of any prediction.  The order "hawq-v2" is the paper's
+own rule, to compare with: among the settings whose bits fall with the average trace, the least Omega (HAWQ-V2, section
+3.2); weights and activations each have their order.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, pairwise
 
@@ -39,6 +40,22 @@ class Effort:
     start: tuple[tuple[str, Format], ...] = ()
     gap: float = 0.0
     seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A preference for wide formats, in the unit of the predicted loss: unit x 2^-bits."""
+
+    unit: float
+
+    @staticmethod
+    def among(losses: Mapping[str, Mapping[Format, float]]) -> "Preference":
+        """A millionth of the average site's largest loss; of 1 where no loss is predicted at all."""
+        largest = [max(by_format.values()) for by_format in losses.values()]
+        return Preference(1e-6 * (sum(largest) / len(largest) or 1.0))
+
+    def of(self, width: Format) -> float:
+        return 0.0 if width.is_float else self.unit * 2.0**-width.bits
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,8 @@ class AllocationTask:
         formats = rules.formats(program)
         # fewer bits never cost more of a limit but latency, but an error may make up for another
         if budget.latency is None and not interactions:
-            formats = {key: _undominated(losses[key], kept) for key, kept in formats.items()}
+            preference = Preference.among(losses)
+            formats = {key: _undominated(losses[key], kept, preference) for key, kept in formats.items()}
         space = SearchSpace({key: sorted({*kept, also.get(key, kept[0])}) for key, kept in formats.items()})
         space.nogoods.extend(rules.nogoods(program, space))
         counted = _resources(program, budget, space)
@@ -104,15 +122,28 @@ class AllocationTask:
         single = {self.space.item[key]: [self.losses[key][w] for w in kept] for key, kept in self.space.formats.items()}
         return Resource("loss", "", 1, 1, [(0, Terms(single, self._pairs()))])
 
+    @property
+    def preference(self) -> "Preference":
+        return Preference.among(self.losses)
+
     def solve(self, effort: Effort) -> Choice | Infeasible:
         """The best choice, or the limit that stands in its way; see hawqfx.allocation.solver.search.choose."""
         (_, terms), *_ = self.loss.parts
-        by_item = [*terms.single.values(), *([0.0] * derived.options for derived in self.space.derived)]
+        by_item: list[list[float]] = [
+            [self.losses[key][width] + self.preference.of(width) for width in kept]
+            for key, kept in self.space.formats.items()
+        ]
+        by_item += [[0.0] * derived.options for derived in self.space.derived]
         problem = Problem(by_item, self.constraints, self.space.nogoods, terms.pairs)
         start = dict(effort.start)
         near = {key: _nearest(kept, start[key]) for key, kept in self.space.formats.items()} if start else None
         picks = None if near is None else self.space.picks(near)
-        return choose(problem, start=picks, gap=effort.gap, seconds=effort.seconds)
+        answer = choose(problem, start=picks, gap=effort.gap, seconds=effort.seconds)
+        if isinstance(answer, Infeasible):
+            return answer
+        # without the preference, of which a plan has at most that of the narrowest formats
+        loss, most = terms.total(answer.picks), sum(self.preference.of(kept[0]) for kept in self.space.formats.values())
+        return replace(answer, loss=loss, bound=min(loss, answer.bound - most))
 
     def admits(self, chosen: Formats) -> bool:
         """Whether a plan, whose formats the space holds, keeps every limit and every rule."""
@@ -167,12 +198,15 @@ def _resources(program: Program, budget: Budget, space: SearchSpace) -> dict[str
     return {name: counted[name](program, space) for name in budget.limits if name in counted}
 
 
-def _undominated(losses: Mapping[Format, float], widths: Sequence[Format]) -> list[Format]:
-    """Formats, lowest first, of which each static one predicts a smaller loss than every narrower one: ties go to fewer
-    bits."""
+def _undominated(losses: Mapping[Format, float], widths: Sequence[Format], preference: Preference) -> list[Format]:
+    """Formats, lowest first, of which each static one is better than every narrower one."""
     kept: list[Format] = []
+
+    def worth(width: Format) -> float:
+        return losses[width] + preference.of(width)
+
     for width in widths:
-        if not kept or losses[width] < losses[kept[-1]] or not (width.is_static or width.is_float):
+        if not kept or worth(width) < worth(kept[-1]) or not (width.is_static or width.is_float):
             kept.append(width)
     return kept
 

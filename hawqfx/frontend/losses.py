@@ -1,6 +1,16 @@
-"""Losses of (output, target), and targets drawn from the distribution that a loss is the negative logarithm of."""
+"""Losses of (output, target), and the targets of data that have none.
+
+A label y that is drawn from the float network's distribution p = softmax(z) is noise; its expectation is not.  For
+logits q of any network, cross-entropy has the expectation
+
+    E_(y ~ p)[-log softmax(q)_y] = KL(p || softmax(q)) + H(p),
+
+which two networks are compared by.  At q = z its gradient is zero, and its Hessian is the Fisher information, which is
+the Gauss-Newton matrix (Martens 2020, "New insights and perspectives on the natural gradient method", section 9).
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +20,7 @@ from torch.nn import functional as F
 from hawqfx.errors import DataError, LossError
 
 Loss = Callable[[Any, Any], Tensor]
-
-
 Draw = Callable[[Any, torch.Generator], Any]
-
 
 IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
 
@@ -30,6 +37,34 @@ def cross_entropy(output: Any, target: Any) -> Tensor:
             f"but the model has {logits.shape[1]} classes, 0 to {logits.shape[1] - 1}"
         )
     return F.cross_entropy(logits, target.long())
+
+
+@dataclass(frozen=True)
+class ExpectedLabels:
+    """The distribution of labels, in place of labels that are drawn from it.
+
+    Args:
+        probabilities: (N, classes, ...), the softmax of the float network's logits.
+    """
+
+    probabilities: Tensor
+
+    @staticmethod
+    def of(output: Any) -> "ExpectedLabels":
+        """The distribution of an output's own logits."""
+        return ExpectedLabels(logits_of(output).detach().softmax(1))
+
+
+@dataclass(frozen=True)
+class DrawnTargets:
+    """Independent draws of a batch's targets, over which a loss is averaged; networks that are compared share them."""
+
+    targets: tuple[Any, ...]
+
+
+def expected_cross_entropy(output: Any, labels: ExpectedLabels) -> Tensor:
+    """Cross-entropy of each label's distribution: (N, ...) for logits (N, classes, ...)."""
+    return -(labels.probabilities * logits_of(output).log_softmax(1)).sum(1)
 
 
 def sample_labels(logits: Tensor, random: torch.Generator) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from hawqfx.errors import PassError
 from hawqfx.maths.formats import Format, Scheme
 from hawqfx.maths.latency_model import LatencyModel
+from hawqfx.maths.paired import SIGNIFICANT
 
-SIGNIFICANT = 2.0  # standard errors: an estimate below this many is not told from zero
 NETWORK = ""  # the key of facts about the whole network; no site has it
 
 
@@ -101,10 +101,13 @@ class LossIncrease:
     stderr: Mapping[Format, float]
 
     def upper(self, width: Format) -> float:
-        """The increase that the allocation uses: the estimate, or its upper confidence bound where noise hides its
-        sign."""
+        """The increase that the allocation uses: the estimate, or where noise hides its sign an upper bound that falls
+        with the bits: the largest confidence bound of this format and of those with more bits in its scheme."""
         mean, noise = self.by_format[width], SIGNIFICANT * self.stderr[width]
-        return mean if mean > noise else max(0.0, mean + noise)
+        if mean > noise:
+            return mean
+        wider = [other for other in self.by_format if other.scheme == width.scheme and other.bits >= width.bits]
+        return max(0.0, *(self.by_format[other] + SIGNIFICANT * self.stderr[other] for other in wider))
 
 
 @dataclass(frozen=True)

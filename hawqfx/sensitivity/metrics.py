@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import HawqfxError, LossError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Fact, LossIncrease, QuantizationError, Quantizers, RoundedWeights, Sensitivity
 from hawqfx.ir.program import Program
@@ -82,6 +82,7 @@ class CurvatureMetric(SensitivityMetric):
         return [Quantity(site.key) for site in program.sites]
 
     def conclude(self, program: Program, estimates: Mapping[Quantity, Estimate]) -> Program:
+        _refuse_constant(estimates, "has no curvature at any site: it is constant, or linear in the output")
         sensitivities: dict[str, Fact] = {}
         increases: dict[str, Fact] = {}
         for site in program.sites:
@@ -109,6 +110,7 @@ class WidthMetric(SensitivityMetric):
         ]
 
     def conclude(self, program: Program, estimates: Mapping[Quantity, Estimate]) -> Program:
+        _refuse_constant(estimates, "changes with no site at any format: it is constant")
         increases: dict[str, Fact] = {}
         for site in program.sites:
             by_format = {q.known_format: value for q, value in estimates.items() if q.site == site.key}
@@ -117,3 +119,13 @@ class WidthMetric(SensitivityMetric):
                 {width: value.stderr for width, value in by_format.items()},
             )
         return program.learn(increases)
+
+
+def _refuse_constant(estimates: Mapping[Quantity, Estimate], symptom: str) -> None:
+    """Raises LossError if every estimate is exactly zero: such a loss says nothing of any site."""
+    if all(estimate.mean == estimate.stderr == 0.0 for estimate in estimates.values()):
+        raise LossError(
+            f"the loss {symptom}, so that no site matters. Cross-entropy of a single output is constant, for example: "
+            "give loss= for such a network, as in loss=lambda output, target: (output - target).square().mean() with "
+            "data of pairs (inputs, float outputs)"
+        )

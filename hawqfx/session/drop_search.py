@@ -49,17 +49,23 @@ def smallest(planner: Planner, limits: Budget, rules: Allocation) -> Candidate:
         best = "no size keeps the other limits"
         if candidate is not None:
             best = f"the largest network has {planner.score(candidate.program, scoring.holdout):.4g}"
+            best += "; with 32 among weight_bits= and activation_bits= sites may stay in float"
         raise InfeasibleBudget(
             f"drop={drop} cannot be met on the data held out: the metric must be {holdout.score:.4g}, and {best}"
         )
-    return planner.lower(candidate.planned, candidate.budget)
+    scores = {
+        name: (floor.reference, planner.score(candidate.program, floor.batches))
+        for name, floor in (("calibration data", calibration), ("data held out", holdout))
+    }
+    return replace(planner.lower(candidate.planned, candidate.budget), scores=scores)
 
 
 @dataclass(frozen=True)
 class _Floor:
-    """The least score that a network may have on some batches."""
+    """The score of the float network on some batches, and the least that another may have."""
 
     batches: Sequence[Batch]
+    reference: float
     score: float
 
 
@@ -75,7 +81,7 @@ class _Search:
 
     def floor(self, batches: Sequence[Batch], drop: Limit) -> _Floor:
         score = self.planner.score(self.planner.measured, batches)
-        return _Floor(batches, score - drop.of(abs(score)))
+        return _Floor(batches, score, score - drop.of(abs(score)))
 
     def budget(self, step: int) -> Budget:
         return replace(self.limits, drop=None, size=Limit(self.sizes[step]))

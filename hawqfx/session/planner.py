@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.explain import explained
@@ -16,6 +17,7 @@ from hawqfx.frontend.data import Batch
 from hawqfx.ir.facts import Account, ChosenFormat, LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Format
+from hawqfx.maths.paired import Difference, paired_difference
 from hawqfx.pass_manager.base import Observer
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
@@ -37,6 +39,46 @@ class Scoring:
     holdout: tuple[Batch, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """The losses of a network on the calibration data.
+
+    Args:
+        values: (n,) float64, of samples, or of batches where the loss is no mean over samples.
+        weights: (n,) float64, samples that each value stands for.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    @property
+    def mean(self) -> float:
+        return float((self.values * self.weights).sum() / self.weights.sum())
+
+    def minus(self, other: "Losses") -> Difference:
+        """The mean of the paired differences, and its standard error."""
+        return paired_difference(self.values, other.values, self.weights)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Uniform bits that keep the same limits as a plan.
+
+    Args:
+        weights: the formats of weights, in words.
+        activations: those of activations.
+        loss: the mean loss on the calibration data.
+        behind: the loss of the plan less that of uniform bits, sample by sample.
+        chosen: whether uniform bits are returned in place of the plan.
+    """
+
+    weights: str
+    activations: str
+    loss: float
+    behind: Difference
+    chosen: bool
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A plan and the network made of it.
@@ -45,11 +87,15 @@ class Candidate:
         planned: the float program with the chosen formats.
         program: the lowered one.
         budget: the text that the plan is for.
+        rival: uniform bits within the same limits, if they were tried.
+        scores: the metric of the float network and of the lowered one, by the name of the data.
     """
 
     planned: Program
     program: Program
     budget: str
+    rival: Rival | None = None
+    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,13 +141,26 @@ class Planner:
         return Candidate(planned, run([Lowering()], planned, self.context, self.observers), budget)
 
     @torch.no_grad()
+    def losses(self, *programs: Program) -> "list[Losses]":
+        """The losses of programs on the calibration data, sample by sample and by the same targets."""
+        values: list[list[Tensor]] = [[] for _ in programs]
+        weights: list[Tensor] = []
+        for index, batch in enumerate(self.context.batches):
+            target = batch.target
+            if target is None:
+                target = self.context.target_of(self.measured.run(batch.args, batch.kwargs), batch, index)
+            found = [
+                self.context.sample_losses(program.run(batch.args, batch.kwargs), target, index) for program in programs
+            ]
+            fewest = min(map(len, found))
+            for parts, losses in zip(values, found, strict=True):
+                parts.append((losses if len(losses) == fewest else losses.mean().reshape(1)).cpu())
+            weights.append(torch.full((fewest,), batch.size / fewest, dtype=torch.float64))
+        return [Losses(torch.cat(parts), torch.cat(weights)) for parts in values]
+
     def loss(self, program: Program) -> float:
         """The mean loss of a program over the calibration data."""
-        losses = (
-            float(self.context.loss_of(program.run(batch.args, batch.kwargs), batch, index)) * batch.size
-            for index, batch in enumerate(self.context.batches)
-        )
-        return sum(losses) / self.context.samples
+        return self.losses(program)[0].mean
 
     @torch.no_grad()
     def score(self, program: Program, batches: Sequence[Batch]) -> float:

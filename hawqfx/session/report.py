@@ -1,6 +1,7 @@
 """A compiled network in words and tables."""
 
 import io
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -8,6 +9,7 @@ from rich.table import Table
 from hawqfx.ir.facts import ByteCost, ChosenFormat, Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.session.plan import Plan
+from hawqfx.session.planner import Rival
 
 
 def site_table(planned: Program, budget: str) -> Table:
@@ -39,7 +41,14 @@ def predicted_loss(planned: Program) -> float:
     return sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
 
 
-def summary(planned: Program, budget: str, samples: int, losses: tuple[float, float]) -> str:
+def summary(
+    planned: Program,
+    budget: str,
+    samples: int,
+    losses: tuple[float, float],
+    rival: Rival | None,
+    scores: Mapping[str, tuple[float, float]],
+) -> str:
     """The table as text, the cost in bytes and in loss, and the nodes in float with their reasons.
 
     Args:
@@ -47,6 +56,8 @@ def summary(planned: Program, budget: str, samples: int, losses: tuple[float, fl
         budget: the text that the plan is for.
         samples: number of calibration samples.
         losses: the mean loss on them, of the float network and of the compiled one.
+        rival: uniform bits within the same limits, if they were tried.
+        scores: the metric of the float network and of the compiled one, by the name of the data.
     """
     text = io.StringIO()
     console = Console(file=text, width=110)
@@ -55,9 +66,18 @@ def summary(planned: Program, budget: str, samples: int, losses: tuple[float, fl
     size, reference, (float_loss, loss) = weight_bytes(planned), planned.float_bytes(), losses
     console.print(f"weights {size} bytes, {size / reference:.2%} of float32's {reference}")
     console.print(
-        f"loss on {samples} calibration samples {loss:.4f}, float32 {float_loss:.4f}; "
+        f"loss on {samples} calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
+    if rival is not None:
+        uniform = f"uniform bits within the same limits (weights {rival.weights}, activations {rival.activations})"
+        verdict = "they are returned" if rival.chosen else "the plan is returned"
+        difference = f"the plan's loss less theirs {rival.behind}"
+        console.print(f"{uniform}: loss {rival.loss:.4g}; {difference}, paired by sample: {verdict}")
+    for data, (float_score, score) in scores.items():
+        console.print(f"metric on the {data} {score:.4g}, float32 {float_score:.4g}")
+    for key in (key for key, width in planned.formats().items() if width.is_float):
+        console.print(f"in float: {key}: chosen by the plan")
     for node, reason in planned.left_float.items():
         console.print(f"in float: {node}: {reason}")
     return text.getvalue()

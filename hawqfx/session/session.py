@@ -28,7 +28,7 @@ from hawqfx.session.drop_search import smallest
 from hawqfx.session.frontier import Frontier, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Candidate, Planner, Scoring, with_float
+from hawqfx.session.planner import Candidate, Planner, Rival, Scoring, with_float
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Session:
         Args:
             budget: a Budget or its text.
             against_uniform: try uniform bits within the same budget beside the plan, and return them with a warning if
-                the loss of the calibration data says that they are better.
+                they lose less on the calibration data by more than two standard errors of the paired differences.
             rules: those of compile(), in place of the rules given there.
 
         Raises:
@@ -87,8 +87,8 @@ class Session:
         """
         limits = Budget.parse(budget) if isinstance(budget, str) else budget
         allocation = _ruled(self.allocation, rules)
-        if limits.latency is not None or limits.drop is not None:
-            allocation = with_float(allocation)
+        if limits.latency is not None:
+            allocation = with_float(allocation)  # a float kernel may be faster than the conversions of an integer one
         ready = self._profiled() if limits.latency is not None else self
         if limits.drop is not None:
             return ready._compiled(smallest(ready.planner, limits, allocation))
@@ -142,7 +142,7 @@ class Session:
         return self._compiled(self.planner.lower(planned, budget))
 
     def _compiled(self, candidate: Candidate) -> "Compiled":
-        return Compiled(self, candidate.planned, candidate.program, candidate.budget)
+        return Compiled(self, candidate.planned, candidate.program, candidate.budget, candidate.rival, candidate.scores)
 
     def _profiled(self) -> "Session":
         """The session whose program knows its latency model."""
@@ -174,12 +174,16 @@ class Compiled:
         planned: the float program with the chosen formats.
         program: the lowered one.
         budget: the text that the plan is for.
+        rival: uniform bits within the same limits, if they were tried beside the plan.
+        scores: under a budget on `drop`, the metric of the float network and of this one, by the name of the data.
     """
 
     session: Session
     planned: Program
     program: Program
     budget: str
+    rival: Rival | None = None
+    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def model(self) -> fx.GraphModule:
@@ -210,8 +214,8 @@ class Compiled:
 
     def calibration_loss(self) -> tuple[float, float]:
         """The mean loss over the calibration data, of the float network and of the compiled one."""
-        planner = self.session.planner
-        return planner.loss(self.session.measured), planner.loss(self.program)
+        float_losses, losses = self.session.planner.losses(self.session.measured, self.program)
+        return float_losses.mean, losses.mean
 
     def export(self, path: str | Path, packing: "Packing" = "portable") -> None:
         """Write the packed integer model as ONNX, whole or not at all; see hawqfx.export.
@@ -266,4 +270,6 @@ class Compiled:
 
     def summary(self) -> str:
         """The table as text, the cost in bytes and in loss, and the nodes in float with their reasons."""
-        return report.summary(self.planned, self.budget, self.session.context.samples, self.calibration_loss())
+        return report.summary(
+            self.planned, self.budget, self.session.context.samples, self.calibration_loss(), self.rival, self.scores
+        )

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from hawqfx.allocation.search_space import Formats
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Site, WeightSite
 from hawqfx.maths.formats import FLOAT, Format
 from hawqfx.passes.allocation import Allocation
-from hawqfx.session.planner import Candidate, Planner
+from hawqfx.session.planner import Candidate, Planner, Rival
 
 log = logging.getLogger(__name__)
 
@@ -19,21 +20,29 @@ def uniform_formats(program: Program, weight: Format, activation: Format) -> dic
 
 
 def plan_or_uniform(planner: Planner, planned: Candidate, allocation: Allocation) -> Candidate:
-    """The plan, or uniform bits within the same limits if these lose less on the calibration data."""
+    """The plan, or uniform bits within the same limits where these lose less on the calibration data.
+
+    Both are judged sample by sample; a difference below two standard errors decides nothing, and the plan stays.
+    """
     uniform = _widest(planner.measured, allocation)
     if uniform is None or uniform == planned.planned.formats():
         return planned
-    rival = planner.quiet.lower(planner.explain(allocation, uniform), str(allocation.budget))
-    loss, other = planner.loss(planned.program), planner.loss(rival.program)
-    if loss <= other:
-        return planned
+    other = planner.quiet.lower(planner.explain(allocation, uniform), str(allocation.budget))
+    loss, its_loss = planner.losses(planned.program, other.program)
+    behind = loss.minus(its_loss)
+    rival = Rival(
+        _listed(uniform, planner.measured.weights), _listed(uniform, planner.measured.activations), its_loss.mean,
+        behind, chosen=behind.mean > 0 and behind.is_significant,
+    )  # fmt: skip
+    if not rival.chosen:
+        return replace(planned, rival=rival)
     log.warning(
         "uniform bits (weights %s, activations %s) keep the budget %s too and lose less on the calibration data, "
-        "%.4g against %.4g: they are returned; more calibration data or probes may tell the sites apart",
-        _listed(uniform, planner.measured.weights), _listed(uniform, planner.measured.activations), allocation.budget,
-        other, loss,
+        "%.4g against %.4g, the difference of samples being %s: they are returned; more calibration data or probes may "
+        "tell the sites apart",
+        rival.weights, rival.activations, allocation.budget, its_loss.mean, loss.mean, behind,
     )  # fmt: skip
-    return planner.lower(rival.planned, rival.budget)
+    return replace(planner.lower(other.planned, other.budget), rival=rival)
 
 
 def _widest(program: Program, allocation: Allocation) -> dict[str, Format] | None:

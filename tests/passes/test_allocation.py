@@ -262,11 +262,12 @@ def test_more_budget_never_predicts_more_loss() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_a_site_without_sensitivity_takes_the_fewest_bits() -> None:
+def test_a_site_without_sensitivity_takes_the_most_bits_that_the_limits_allow() -> None:
+    """Bits that no limit asks for are free, also where noise hides an increase and where it is negative."""
     program = measured(Plain).learn(
         {"conv2.weight": LossIncrease(dict.fromkeys(WIDTHS, 0.0), dict.fromkeys(WIDTHS, 0.0))}
     )
-    assert run([Allocation(Budget.parse("size=90%"))], program, context()).formats()["conv2.weight"] == Format(2)
+    assert run([Allocation(Budget.parse("size=90%"))], program, context()).formats()["conv2.weight"] == Format(8)
 
 
 @pytest.mark.parametrize(
@@ -291,3 +292,29 @@ def test_a_sensitivity_that_is_not_finite_never_reaches_the_solver() -> None:
     )
     with pytest.raises(PassError, match=r"sensitivity of 'conv2\.weight' is not finite"):
         run([Allocation(Budget.parse("size=50%"))], program, context())
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.0, 0.5])
+def test_no_site_has_fewer_bits_than_the_limits_demand(mean: float) -> None:
+    """Increases that are zero, negative or within two standard errors of zero, at every site; the limit is on weights
+    alone, so that activations keep 8 bits, and the weights are as wide as they may be."""
+    program = measured(Plain)
+    facts = {
+        site.key: LossIncrease(dict.fromkeys(known, mean), dict.fromkeys(known, 0.0 if mean == 0 else 1.0))
+        for site in program.sites
+        for known in [program.facts.get(site.key, LossIncrease).by_format]
+    }
+    planned = run([Allocation(Budget.parse("weight_bits=5"))], program.learn(facts), context())
+    assert {planned.formats()[site.key] for site in planned.activations} == {Format(8)}
+    average, weights = planned.about(Account).limits["weight_bits"].amount, sum(s.numel for s in program.weights)
+    for site in planned.weights:  # none has room for another bit
+        assert planned.formats()[site.key] == Format(8) or average + site.numel / weights > 5
+
+
+def test_a_bound_falls_with_the_bits() -> None:
+    """Noise that is larger at 4 bits than at 2 counts at 2 bits too."""
+    increase = LossIncrease(
+        {Format(2): 0.1, Format(4): 0.0, Format(8): 0.0}, {Format(2): 0.1, Format(4): 0.5, Format(8): 0.0}
+    )
+    assert [increase.upper(Format(bits)) for bits in (2, 4, 8)] == [1.0, 1.0, 0.0]
+    assert LossIncrease({Format(2): 3.0}, {Format(2): 1.0}).upper(Format(2)) == 3.0

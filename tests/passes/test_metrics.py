@@ -27,6 +27,8 @@ from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
+from hawqfx.sensitivity.metrics import SensitivityMetric
+from hawqfx.sensitivity.quantity import Estimate, Quantity
 from tests.nets import Attention, Mlp, Plain, SharedLayer, TiedWeights, build, images
 from tests.tools import after, context, measuring, tensor_at
 
@@ -172,11 +174,18 @@ def test_labels_are_sampled_where_none_are_given() -> None:
 
 def test_a_loss_that_ignores_a_site_gives_it_zero_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     program = double_program(Mlp)
-    zero = run(
-        [HawqV2(2, tolerance=0)], program, replace(double_context(), loss=lambda output, target: 0 * output.sum())
-    )
-    assert all(zero.facts.get(site.key, Sensitivity).curvature == 0 for site in program.sites)
+    estimates = {Quantity(site.key): Estimate(1.0, 0.1, 2) for site in program.sites}
+    zero = HawqV2(2).conclude(program, estimates | {Quantity("first.weight"): Estimate(0.0, 0.0, 2)})
+    assert zero.facts.get("first.weight", Sensitivity).curvature == 0
     assert "no curvature at 'first.weight'" in caplog.text
+
+
+@pytest.mark.parametrize("metric", [HawqV2(2, tolerance=0), Measured()])
+def test_a_constant_loss_is_refused(metric: SensitivityMetric) -> None:
+    """It would make every site free."""
+    constant = replace(double_context(), loss=lambda output, target: 0 * output.sum())
+    with pytest.raises(LossError, match=r"the loss .* so that no site matters.*give loss= for such a network"):
+        run([metric], double_program(Mlp), constant)
 
 
 def test_a_loss_that_is_no_scalar_or_not_finite_is_refused() -> None:

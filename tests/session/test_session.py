@@ -141,7 +141,7 @@ def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
     """Sensitivities turned upside down make the plan bad: uniform bits within the same size are better."""
     session = trained.session
     upside_down = {
-        site.key: LossIncrease({width: width.bits * 1e-9 for width in known}, dict.fromkeys(known, 0.0))
+        site.key: LossIncrease({width: 1.0 * width.bits for width in known}, dict.fromkeys(known, 0.0))
         for site in session.measured.weights
         for known in [session.measured.facts.get(site.key, LossIncrease).by_format]
     }
