@@ -18,7 +18,7 @@ from hawqfx.frontend.losses import Draw, Loss, cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
 from hawqfx.maths.latency_model import LatencyModel
-from hawqfx.options import Options, validated
+from hawqfx.options import Options, validated, with_loss
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.manager import run
 from hawqfx.pass_manager.observers import progress_bars
@@ -35,7 +35,7 @@ def compile(
     budget: Budget | str | None,
     data: Iterable[Any],
     *,
-    loss: Loss = cross_entropy,
+    loss: Loss | Literal["auto"] = "auto",
     metric: Score | None = None,
     holdout: Iterable[Any] | None = None,
     sensitivity: str | Analysis | None = None,
@@ -68,13 +68,15 @@ def compile(
         data: an iterable of batches, each a tensor, a pair (inputs, target) or a dict of keyword inputs, with or
             without `labels`.  Without targets, networks are compared by the expected loss over labels of the float
             network's own distribution.
-        loss: a function of (output, target), the mean over the batch; cross-entropy of logits by default.
+        loss: a function of (output, target), the mean over the batch.  "auto" takes cross-entropy of logits
+            (N, classes, ...) or (N, L, classes), or the squared error, by the shapes of output and target; the summary
+            says which.
         metric: for a budget on `drop`: a function of (output, target), the mean over the batch, higher being better.
         holdout: data with targets that such a drop is validated on; by default the last quarter of `data`, which then
             neither calibrates nor is measured.
         sensitivity: how the loss increase is predicted: "fisher", "hawq-v2", "taylor", "measured", "mse" or "hawq-v1",
             or such a pass with its options, as in HawqV2(probes=100).  By default "fisher", which ranks best and costs
-            least, or "hawq-v2" for a loss other than cross-entropy without draw=.
+            least, or "hawq-v2" for a loss of one's own without draw=.
         weight_bits: bits that weights may have, within 2 to 8, and 32 for float, which a budget on latency may choose
             in any case.
         activation_bits: bits that activations may have, likewise.  Fewer than 8 are chosen only where a limit asks for
@@ -115,7 +117,7 @@ def compile(
             samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed, observers=observers,
             progress=progress,
         )  # fmt: skip
-        prepared = prepare(model, options)
+        prepared, options = prepare(model, options)
         measured = measure(prepared, options)
         compiled = decide(measured, options)
     # bars are over: later calls are silent
@@ -123,10 +125,12 @@ def compile(
     return replace(compiled, session=quiet)
 
 
-def prepare(model: Model, options: Options) -> Program:
-    """The captured network with its sites, and the quantizers, codes and costs of each."""
+def prepare(model: Model, options: Options) -> tuple[Program, Options]:
+    """The captured network with its sites, and the quantizers, codes and costs of each; and the options with the loss
+    that the network's output asks for."""
     captured = capture(model, options.context.batches[0])
-    return run(options.recipe.prepare, captured, options.context, options.observers)
+    options = with_loss(options, captured)
+    return run(options.recipe.prepare, captured, options.context, options.observers), options
 
 
 def measure(prepared: Program, options: Options) -> Program:

@@ -1,7 +1,7 @@
 """compile()'s arguments, checked before anything is measured."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
 from hawqfx.frontend.data import Batch, gather
-from hawqfx.frontend.losses import Draw, Loss, cross_entropy
+from hawqfx.frontend.losses import KNOWN_LOSSES, Draw, Loss, cross_entropy, default_loss
+from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.passes.allocation import Allocation
@@ -29,13 +30,14 @@ STRONGEST = 64  # pairs of weights whose interaction enters the integer program
 
 @dataclass(frozen=True)
 class Options:
-    """What a compilation does, as far as its arguments say; made by `validated`.
+    """The checked arguments of a compilation; made by `validated`.
 
     Args:
         budget: the limits; None where a plan is followed without one.
         plan: the plan to follow, if there is one.
         recipe: the passes.
         context: batches, loss, seed, device.
+        chooses_loss: whether the loss is chosen by the shapes of outputs and targets, once the network is captured.
         scoring: the judge of a budget on `drop`.
         allocation: the rules that a choice of formats keeps to, whatever the budget.
         observers: of the passes.
@@ -47,6 +49,7 @@ class Options:
     plan: Plan | None
     recipe: pipeline.Recipe
     context: Context
+    chooses_loss: bool
     scoring: Scoring | None
     allocation: Allocation
     observers: tuple[Observer, ...]
@@ -59,7 +62,7 @@ def validated(
     budget: Budget | str | None,
     data: Iterable[Any],
     *,
-    loss: Loss,
+    loss: Loss | Literal["auto"],
     metric: Score | None,
     holdout: Iterable[Any] | None,
     sensitivity: str | Analysis | None,
@@ -96,7 +99,8 @@ def validated(
     _check_budget(limits, given, metric)
     if batch is not None and batch < 1:
         raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
-    predictor = pipeline.metric(sensitivity, drawn=loss is cross_entropy or draw is not None)
+    drawn = loss == "auto" or draw is not None or loss in KNOWN_LOSSES
+    predictor = pipeline.metric(sensitivity, drawn=drawn)
     offered = _schemes(schemes, limits)
     weights, activations = exact_widths(target, _bits(weight_bits)), _bits(activation_bits)
     place = usable_device(device)
@@ -117,7 +121,8 @@ def validated(
             metric=predictor,
             interactions=interactions,
         ),
-        context=Context(batches, loss, seed, place, progress, draw, batch, folder),
+        context=Context(batches, cross_entropy if loss == "auto" else loss, seed, place, progress, draw, batch, folder),
+        chooses_loss=loss == "auto",
         scoring=scoring,
         allocation=Allocation(
             Budget(),
@@ -132,6 +137,23 @@ def validated(
         threads=threads,
         target=target,
     )
+
+
+def with_loss(options: Options, program: Program) -> Options:
+    """The options with the loss that the captured network's output and the targets ask for, unless the user gave one.
+
+    Raises:
+        LossError: if the output has no tensor that a default loss looks at.
+        DataError: if no default loss fits the targets.
+    """
+    if not options.chooses_loss:
+        return options
+    batch = options.context.batches[0]
+    with torch.no_grad():
+        output = program.run(batch.args, batch.kwargs)
+    tokens = any(not tensor.is_floating_point() and tensor.ndim >= 2 for tensor in batch.tensors)
+    loss, reason = default_loss(output, batch.target, tokens)
+    return replace(options, context=replace(options.context, loss=loss, loss_reason=reason))
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
-from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
@@ -55,9 +54,10 @@ class Fisher(CurvatureMetric):
     tolerance: float = option(0.1, TOLERANCE_DOC)
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
-        if context.draw is None and context.loss is not cross_entropy:
+        if not context.knows_distribution:
             raise LossError(
                 "fisher draws targets from the distribution that the loss is the negative logarithm of, and knows only "
-                'that of cross-entropy: give draw=, a function of (output, generator), or use sensitivity="hawq-v2"'
+                "those of cross-entropy and the squared error: give draw=, a function of (output, generator), or use "
+                'sensitivity="hawq-v2"'
             )
         return _Backward(context, index, forward(program, context.batches[index], operators))

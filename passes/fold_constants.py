@@ -1,4 +1,4 @@
-"""Compute what depends on constants alone, and write a scale and shift per channel as the batch-norm that it is.
+"""Compute the nodes that depend on constants alone, and write a scale and shift per channel as a batch-norm.
 
 Frozen batch-norms, say, that are written out as sums and products: fold_batchnorm then takes them into the layer
 before.
@@ -17,7 +17,7 @@ from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
 
 _aten = torch.ops.aten
-LARGEST = 1 << 20  # elements of a constant that is computed: what is larger may well be an expanded small one
+LARGEST = 1 << 20  # elements of a computed constant: a larger constant may well be a small one that was expanded
 
 
 def _computable(node: fx.Node) -> bool:

@@ -49,7 +49,10 @@ def spoiled(value: float) -> list[tuple[Tensor, Tensor]]:
         (spoiled(float("inf")), "batch 1 holds NaN or infinity"),
         ([(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))], "labels go from 0 to 3, but the model has 3 classes"),
         ([(torch.zeros(4, 1, 8, 8), torch.tensor([0, -1, 2, 1]))], "labels go from -1 to 2"),
-        ([(torch.zeros(4, 1, 8, 8), torch.zeros(4))], "needs integer labels; give loss="),
+        (
+            [(torch.zeros(4, 1, 8, 8), torch.zeros(4))],
+            r"no default loss fits output \(N, 3\) and targets \(N\): labels are integers",
+        ),
         ([(torch.zeros(4, 1, 8, 8), torch.full((4,), NAN))], "targets of batch 0 hold NaN"),
     ],
 )

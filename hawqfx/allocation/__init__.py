@@ -1,1 +1,1 @@
-"""Budgets, the formats to choose from, what each limit counts, and the integer program that chooses."""
+"""Budgets, the formats to choose from, the resource of each limit, and the integer program that chooses."""

@@ -175,9 +175,8 @@ def _activation_memory(program: Program, space: SearchSpace) -> Resource:
     steps = live(program)
 
     def taken(elements: Sequence[int], width: Format) -> int:
-        bits = (
-            width.bits if width.is_static else FLOAT_BITS
-        )  # a dynamic tensor lives as floats, until its reader quantizes it
+        # a dynamic tensor lives as floats, until its reader quantizes it
+        bits = width.bits if width.is_static else FLOAT_BITS
         return sum(packed_bytes(count, bits) for count in elements)
 
     parts = []

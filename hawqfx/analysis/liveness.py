@@ -77,7 +77,7 @@ class _Storage:
 
     Args:
         start: position in the graph of the first node that it is live at.
-        end: position of the last.
+        end: position of the last such node.
         elements: of one sample.
         bytes: of one sample, in the types of the float graph.
         site: key of the activation site, if the storage belongs to one.

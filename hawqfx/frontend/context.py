@@ -13,15 +13,19 @@ from torch.utils import _pytree as pytree
 from hawqfx.errors import LossError
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.losses import (
+    CLASS_AXIS,
     IGNORED_LABEL,
+    KNOWN_LOSSES,
     Draw,
     DrawnTargets,
     ExpectedLabels,
     Loss,
-    cross_entropy,
+    class_second,
     expected_cross_entropy,
     logits_of,
     sample_labels,
+    squared_error,
+    tensor_of,
 )
 from hawqfx.maths.seeding import generator
 
@@ -48,6 +52,7 @@ class Context:
     Args:
         batches: the calibration data.
         loss: a function of (output, target), the mean over a batch.
+        loss_reason: the name of the loss and why it is taken, in words.
         seed: of every random draw.
         device: of the batches.
         progress: told how far the work is.
@@ -64,6 +69,7 @@ class Context:
     draw: Draw | None = None
     batch: int | None = None
     cache: Path | None = None
+    loss_reason: str = ""
 
     @property
     def samples(self) -> int:
@@ -87,8 +93,12 @@ class Context:
         """
         if batch.target is not None:
             return batch.target
-        if self.loss is cross_entropy and self.draw is None:
-            return ExpectedLabels.of(output)
+        if self.draw is None and self.loss in CLASS_AXIS:
+            return ExpectedLabels.of(output, CLASS_AXIS[self.loss])
+        if self.draw is None and self.loss is squared_error:
+            return tensor_of(output).detach()  # the mean of the targets that would be drawn
+        if self.draw is None and not _has_logits(output):
+            return None  # for a loss of one's own that needs no target
         randoms = (generator(self.seed, "labels", index, number, device=self.device) for number in range(DRAWS))
         return DrawnTargets(tuple(self.drawn(output, random) for random in randoms))
 
@@ -97,13 +107,25 @@ class Context:
         return self.loss_at(output, self.target_of(output, batch, index), index)
 
     def drawn(self, output: Any, random: torch.Generator) -> Any:
-        """A target drawn from the model's own output distribution: labels of a classifier, unless `draw` is given."""
-        return self.draw(output, random) if self.draw else sample_labels(logits_of(output), random)
+        """A target drawn from the model's own output distribution: by `draw`, if it is given; else labels, or for the
+        squared error the output with the normal noise of variance 1/2 that it is the negative logarithm of."""
+        if self.draw is not None:
+            return self.draw(output, random)
+        if self.loss is squared_error:
+            mean = tensor_of(output).detach()
+            noise = torch.randn(mean.shape, generator=random, device=mean.device, dtype=mean.dtype)
+            return mean + noise * 0.5**0.5
+        return sample_labels(class_second(logits_of(output), CLASS_AXIS.get(self.loss, 1)), random)
+
+    @property
+    def knows_distribution(self) -> bool:
+        """Whether targets can be drawn from the distribution that the loss is the negative logarithm of."""
+        return self.draw is not None or self.loss in KNOWN_LOSSES
 
     def draws(self, target: Any, index: int) -> int:
-        """The number of independent draws that the loss of a drawn target is a mean of: labels for cross-entropy, the
-        samples of the batch for another loss."""
-        if self.loss is cross_entropy and isinstance(target, Tensor):
+        """The number of independent draws that the loss of a drawn target is a mean of: labels for cross-entropy,
+        elements for the squared error, the samples of the batch for another loss."""
+        if self.loss in KNOWN_LOSSES and isinstance(target, Tensor):
             return target.numel()
         return self.batches[index].size
 
@@ -140,8 +162,8 @@ class Context:
         if isinstance(target, ExpectedLabels):
             losses = expected_cross_entropy(output, target).double()
             return losses.reshape(len(losses), -1).mean(1)
-        if self.loss is cross_entropy and isinstance(target, Tensor):
-            return _cross_entropies(logits_of(output), target)
+        if self.loss in CLASS_AXIS and isinstance(target, Tensor):
+            return _cross_entropies(class_second(logits_of(output), CLASS_AXIS[self.loss]), target)
         size = self.batches[index].size
         try:
             values = [
@@ -152,6 +174,13 @@ class Context:
             return whole.reshape(1)
         alike = bool(torch.isclose(losses.mean(), whole, rtol=SAME_LOSS, atol=0.0))
         return losses if alike else whole.reshape(1)
+
+
+def _has_logits(output: Any) -> bool:
+    try:
+        return logits_of(output).shape[1] > 1
+    except LossError:
+        return False
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:

@@ -39,20 +39,85 @@ def cross_entropy(output: Any, target: Any) -> Tensor:
     return F.cross_entropy(logits, target.long())
 
 
+def token_cross_entropy(output: Any, target: Any) -> Tensor:
+    """Cross-entropy of logits (N, ..., classes), such as those of tokens (N, L, classes), and labels (N, ...)."""
+    return cross_entropy(class_second(logits_of(output), -1), target)
+
+
+def squared_error(output: Any, target: Any) -> Tensor:
+    """The mean squared error of an output and a target of the same shape."""
+    return (tensor_of(output) - target).square().mean()
+
+
+# the dimension of the classes in the logits that a cross-entropy takes
+CLASS_AXIS: Mapping[Loss, int] = {cross_entropy: 1, token_cross_entropy: -1}
+
+
+# the losses of which the distribution of targets is known
+KNOWN_LOSSES: frozenset[Loss] = frozenset((*CLASS_AXIS, squared_error))
+
+
+def class_second(logits: Tensor, axis: int) -> Tensor:
+    """Logits with the classes in dimension 1."""
+    return logits.movedim(axis, 1)
+
+
+def default_loss(output: Any, target: Any, tokens: bool) -> tuple[Loss, str]:
+    """The loss that the shapes of an output and its target ask for, and the reason in words.
+
+    Args:
+        output: of the float network on a batch.
+        target: of the batch; None if the data have none.
+        tokens: whether an input of the network has integers, one for each position of (N, L, ...).
+
+    Raises:
+        LossError: if the network returns several tensors, none of which is named logits.
+        DataError: if the target's shape fits no loss; the message has both shapes.
+    """
+    scores = tensor_of(output)
+    shape, known = tuple(scores.shape), f"output {_written(scores)}"
+    if isinstance(target, Tensor):
+        known += f" and targets {_written(target)}"
+        if target.dtype.is_floating_point and target.shape == scores.shape:
+            return squared_error, f"squared error, for {known}"
+        labels = not target.dtype.is_floating_point
+        if labels and len(shape) == 3 and tuple(target.shape) == shape[:-1]:
+            return token_cross_entropy, f"cross-entropy over the last dimension, for {known}"
+        if labels and len(shape) > 1 and tuple(target.shape) == (shape[0], *shape[2:]):
+            return cross_entropy, f"cross-entropy over dimension 1, for {known}"
+        raise DataError(
+            f"no default loss fits {known}: labels are integers, one for each distribution over classes; targets of "
+            "a squared error are floats in the shape of the output; give loss= for others"
+        )
+    if target is not None:
+        raise DataError(f"no default loss fits targets that are a {type(target).__name__}: give loss=")
+    if len(shape) == 2 and shape[1] > 1:
+        return cross_entropy, f"cross-entropy over dimension 1, for {known} without targets"
+    if len(shape) == 3 and tokens:
+        return token_cross_entropy, f"cross-entropy over the last dimension, for {known} of tokens without targets"
+    return squared_error, f"squared error to the float output, for {known} without targets"
+
+
+def _written(tensor: Tensor) -> str:
+    return f"({', '.join(['N', *map(str, tensor.shape[1:])])})"
+
+
 @dataclass(frozen=True)
 class ExpectedLabels:
     """The distribution of labels, in place of labels that are drawn from it.
 
     Args:
         probabilities: (N, classes, ...), the softmax of the float network's logits.
+        axis: dimension of the classes in logits.
     """
 
     probabilities: Tensor
+    axis: int = 1
 
     @staticmethod
-    def of(output: Any) -> "ExpectedLabels":
+    def of(output: Any, axis: int = 1) -> "ExpectedLabels":
         """The distribution of an output's own logits."""
-        return ExpectedLabels(logits_of(output).detach().softmax(1))
+        return ExpectedLabels(class_second(logits_of(output), axis).detach().softmax(1), axis)
 
 
 @dataclass(frozen=True)
@@ -63,8 +128,8 @@ class DrawnTargets:
 
 
 def expected_cross_entropy(output: Any, labels: ExpectedLabels) -> Tensor:
-    """Cross-entropy of each label's distribution: (N, ...) for logits (N, classes, ...)."""
-    return -(labels.probabilities * logits_of(output).log_softmax(1)).sum(1)
+    """Cross-entropy of each label's distribution, (N, ...)."""
+    return -(labels.probabilities * class_second(logits_of(output), labels.axis).log_softmax(1)).sum(1)
 
 
 def sample_labels(logits: Tensor, random: torch.Generator) -> Tensor:
@@ -79,18 +144,31 @@ def sample_labels(logits: Tensor, random: torch.Generator) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns: a tensor, or the entry `logits` of a mapping or object.
+    """The logits in an output: a tensor of two dimensions or more, or the entry `logits` of a mapping or object.
 
     Raises:
         LossError: if there are none.
     """
-    found = getattr(output, "logits", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("logits")
-    if found is None:
-        found = output
-    if not isinstance(found, Tensor) or found.ndim < 2:
+    tensor = tensor_of(output)
+    if tensor.ndim < 2:
+        raise LossError(
+            f"cross-entropy needs logits (N, classes, ...), the model returned {_written(tensor)}: give loss="
+        )
+    return tensor
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that a default loss looks at: the output, or the entry `logits` of a mapping or object.
+
+    Raises:
+        LossError: if there is none.
+    """
+    named = getattr(output, "logits", None)
+    if named is None and isinstance(output, Mapping):
+        named = output.get("logits")
+    tensor = output if named is None else named
+    if not isinstance(tensor, Tensor) or tensor.ndim < 1:
         raise LossError(
             f"the default loss needs logits (N, classes, ...), the model returned {type(output).__name__}: give loss="
         )
-    return found
+    return tensor

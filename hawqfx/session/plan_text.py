@@ -40,7 +40,7 @@ def explained(key: str, choice: ChosenFormat, account: Account | None) -> str:
 
 
 def _scale(use: LimitUse) -> float:
-    """The size of the step that a shadow price is told for: what a reader would add to a limit."""
+    """The size of the step that a shadow price is told for, such as a reader would add to a limit."""
     return {"bytes": 1000.0, "s": 1e-3, "bit operations": 1e9}.get(use.unit, 1.0)
 
 

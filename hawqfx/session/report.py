@@ -48,6 +48,7 @@ def summary(
     losses: tuple[float, float],
     rival: Rival | None,
     scores: Mapping[str, tuple[float, float]],
+    loss_reason: str,
 ) -> str:
     """The table as text, the cost in bytes and in loss, and the nodes in float with their reasons.
 
@@ -57,12 +58,15 @@ def summary(
         samples: number of calibration samples.
         losses: the mean loss on them, of the float network and of the compiled one.
         rival: uniform bits within the same limits, if they were tried.
+        loss_reason: the name of the loss and why it is taken; empty for a loss that the user gave.
         scores: the metric of the float network and of the compiled one, by the name of the data.
     """
     text = io.StringIO()
     console = Console(file=text, width=110)
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
+    if loss_reason:
+        console.print(f"loss: {loss_reason}")
     size, reference, (float_loss, loss) = weight_bytes(planned), planned.float_bytes(), losses
     console.print(f"weights {size} bytes, {size / reference:.2%} of float32's {reference}")
     console.print(

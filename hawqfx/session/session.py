@@ -271,5 +271,11 @@ class Compiled:
     def summary(self) -> str:
         """The table as text, the cost in bytes and in loss, and the nodes in float with their reasons."""
         return report.summary(
-            self.planned, self.budget, self.session.context.samples, self.calibration_loss(), self.rival, self.scores
+            self.planned,
+            self.budget,
+            self.session.context.samples,
+            self.calibration_loss(),
+            self.rival,
+            self.scores,
+            self.session.context.loss_reason,
         )

@@ -27,7 +27,7 @@ ROUNDING = 1e-13  # of the amounts in a bound: more than rounding takes from sum
 
 
 class Relaxation(NamedTuple):
-    """What the linear relaxation proves.
+    """The bound and the scores that the linear relaxation proves.
 
     Args:
         bound: no choice has a smaller total loss.
