@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/frontend tests/ir tests/maths \
     tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick units lint clean
 
 demo: $(READY)
 	$(BIN)/hawqfx demo
@@ -16,7 +16,10 @@ demo: $(READY)
 test: lint
 	$(PYTEST)
 
-quick: lint
+quick: $(READY)
+	$(MAKE) --no-print-directory --jobs 2 lint units
+
+units: $(READY)
 	$(PYTEST) $(UNITS)
 
 lint: $(READY)

@@ -11,11 +11,10 @@ import torch
 from hawqfx.errors import PassError
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import ByteCost, ChosenFormat, Fact, FactTable, Sensitivity
+from hawqfx.ir.facts import Fact, Sensitivity
 from hawqfx.ir.graph import copy_graph
 from hawqfx.ir.program import Program
 from hawqfx.latency.profile_latency import ProfileLatency
-from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.manager import run
 from hawqfx.pass_manager.verify import verify
@@ -146,15 +145,3 @@ def test_the_law_of_the_graph() -> None:
         verify(replace(program, sites=(*program.sites, program.sites[0])))
     with pytest.raises(PassError, match="not in the graph"):
         verify(replace(program, sites=(replace(program.activations[0], nodes=("missing",)),)))
-
-
-def test_facts_are_typed_and_immutable() -> None:
-    table = FactTable().with_facts({"a": ChosenFormat(Format(4), 0.0)})
-    more = table.with_facts({"a": ByteCost({Format(4): 2})})
-    assert (table.has("a", ByteCost), more.has("a", ByteCost), more.get("a", ChosenFormat).format.bits) == (
-        False,
-        True,
-        4,
-    )
-    with pytest.raises(PassError, match="nothing is known about the ByteCost of 'b'"):
-        more.get("b", ByteCost)
