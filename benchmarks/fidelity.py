@@ -106,7 +106,7 @@ def examine(subject: Subject) -> dict[str, Any]:
 
 
 def fewer(base: Compiled, part: int) -> Context:
-    """The study with the first of so many parts of each of its batches."""
+    """The context with the first of so many parts of each of its batches."""
     context = base.session.context
     return replace(context, batches=tuple(batch.first(max(1, batch.size // part)) for batch in context.batches))
 

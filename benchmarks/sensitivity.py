@@ -48,7 +48,7 @@ PROBES = {"ResNet-50": 5, "ResNet-20": 50}  # for the comparison with PyHessian
 
 
 def subject(name: str) -> tuple[nn.Module, Program, Context]:
-    """A network, its folded program with its sites, and a study of one batch."""
+    """A network, its folded program with its sites, and a context of one batch."""
     if name == "ResNet-50":
         from resnet50 import resnet50
 

@@ -70,7 +70,8 @@ def compile(
             network's own distribution.
         loss: a function of (output, target), the mean over the batch.  "auto" takes cross-entropy of logits
             (N, classes, ...) or (N, L, classes), or the squared error, by the shapes of output and target; the summary
-            says which.
+            says which.  Without targets, outputs (N, classes) are logits, (N, L, classes) of integer inputs are those
+            of tokens, and all others have the squared error to the float output.
         metric: for a budget on `drop`: a function of (output, target), the mean over the batch, higher being better.
         holdout: data with targets that such a drop is validated on; by default the last quarter of `data`, which then
             neither calibrates nor is measured.
@@ -88,13 +89,13 @@ def compile(
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
-        interactions: let the joint effect of the errors of two weights enter the predicted loss (needs cross-entropy
-            or draw=); benchmarks/interactions.py shows its effect.
+        interactions: let the joint effect of the errors of two weights enter the predicted loss (not for a loss of
+            one's own without draw=); benchmarks/interactions.py shows its effect.
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
         plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
-            without targets and for "fisher"; by default labels by softmax of the logits, and for cross-entropy their
-            expectation wherever networks are compared.
+            without targets and for "fisher"; by default labels by softmax of the logits, or for the squared error
+            normal noise around the output; cross-entropy has their expectation wherever networks are compared.
         samples: number of samples of the data to take; a warning says so when there are fewer.
         batch: the most samples to measure at once; by default as many as free memory allows.
         cache: a folder for measurements, batch by batch: a run that was killed goes on where it was, and the same model

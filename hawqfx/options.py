@@ -99,6 +99,13 @@ def validated(
     _check_budget(limits, given, metric)
     if batch is not None and batch < 1:
         raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
+    if threads < 1:
+        raise HawqfxError(f"threads={threads}: onnxruntime needs at least one")
+    if isinstance(keep_float, str):
+        raise HawqfxError(f"keep_float={keep_float!r}: give a list of patterns, such as [{keep_float!r}]")
+    for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):
+        if function is not None and not callable(function):
+            raise HawqfxError(f"{name}={function!r}: must be a function")
     drawn = loss == "auto" or draw is not None or loss in KNOWN_LOSSES
     predictor = pipeline.metric(sensitivity, drawn=drawn)
     offered = _schemes(schemes, limits)

@@ -10,6 +10,7 @@ share a quantizer: the groups of such tensors are the connected components of th
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import ClassVar
 
 import networkx
@@ -18,7 +19,7 @@ from torch import fx
 
 from hawqfx.analysis import partition
 from hawqfx.analysis.partition import Partition
-from hawqfx.errors import CaptureError, NothingToQuantize
+from hawqfx.errors import CaptureError, HawqfxError, NothingToQuantize
 from hawqfx.frontend.context import Context
 from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.operators import (
@@ -162,6 +163,16 @@ def _why_float(program: Program, node: fx.Node, parts: Partition, keep_float: tu
     return None
 
 
+def _check_patterns(program: Program, keep_float: tuple[str, ...]) -> None:
+    """Raises HawqfxError for a pattern that no parameter's name has."""
+    names = list(program.constants())
+    for pattern in keep_float:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise HawqfxError(
+                f"keep_float {pattern!r}: no weight has such a name; weights are {', '.join(names[:5])}, ..."
+            )
+
+
 @dataclass(frozen=True)
 class FindSites(Analysis):
     """Finds the sites of a graph, ties the tensors that share a quantizer, and names the nodes that stay in float."""
@@ -177,6 +188,7 @@ class FindSites(Analysis):
             CaptureError: if the batch is no part of a tensor's shape.
         """
         graph = program.graph.graph
+        _check_patterns(program, self.keep_float)
         parts = partition.partition(graph, lambda layer: kept_in_float(layer, self.keep_float))
         reasons = {node.name: _why_float(program, node, parts, self.keep_float) for node in graph.nodes}
         left_float = {name: reason for name, reason in reasons.items() if reason is not None}

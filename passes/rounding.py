@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
+from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.operators import operands
@@ -116,6 +117,10 @@ class Rounding(Analysis):
     )
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers)
     gives: ClassVar[tuple[Kind, ...]] = (RoundedWeights,)
+
+    def __post_init__(self) -> None:
+        if self.method not in ("compensated", "nearest"):
+            raise HawqfxError(f"rounding={self.method!r}: must be 'compensated' or 'nearest'")
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:

@@ -127,7 +127,7 @@ def test_an_output_that_the_default_loss_cannot_read() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), 1.0
 
-    with pytest.raises(LossError, match=r"needs logits .* the model returned tuple: give loss="):
+    with pytest.raises(LossError, match=r"the default losses need a tensor, .* the model returned tuple: give loss="):
         quick(Pair)
 
 
@@ -222,3 +222,29 @@ def test_a_device_that_is_not_there_or_not_the_models() -> None:
 def test_less_than_one_sample_at_a_time() -> None:
     with pytest.raises(HawqfxError, match="batch=0"):
         hawqfx.compile(build(Plain), "size=50%", images(), batch=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounding": "neares"}, r"rounding='neares': must be 'compensated' or 'nearest'"),
+        ({"threads": 0}, "threads=0: onnxruntime needs at least one"),
+        ({"keep_float": "head.*"}, r"keep_float='head\.\*': give a list of patterns"),
+        ({"keep_float": ["nothing*"]}, r"keep_float 'nothing\*': no weight has such a name"),
+        ({"loss": "mse"}, "loss='mse': must be a function"),
+        ({"metric": "accuracy"}, "metric='accuracy': must be a function"),
+        ({"loss": lambda output, target: output.square().mean(), "interactions": True}, "interactions draw targets"),
+    ],
+)
+def test_options_that_are_wrong_are_said(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HawqfxError, match=message):
+        quick(Plain, **options)
+
+
+def test_targets_are_given_for_all_batches_or_for_none() -> None:
+    x, y = torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    for data in ([(x, y), x], [x, (x, y)]):
+        with pytest.raises(DataError, match="batch 1 and batch 0: one has targets and the other none"):
+            quick(Plain, data=data)
+    with pytest.raises(DataError, match=r"targets in the shape of the output, \(N, 3\), not \(N\)"):
+        quick(Plain, data=[(x, torch.zeros(4, 3)), (x, torch.zeros(4))])

@@ -129,7 +129,9 @@ def _check(batch: Batch, first: Batch, index: int) -> None:
     """Raise DataError if a batch is empty, not finite, or of other shapes than the first batch."""
     shapes = [tuple(tensor.shape) for tensor in batch.tensors]
     expected = [tuple(tensor.shape) for tensor in first.tensors]
-    if not shapes or any(not shape or shape[0] == 0 for shape in shapes):
+    if not shapes:
+        raise DataError(f"batch {index} holds no tensors: make tensors of its arrays, for example by torch.from_numpy")
+    if any(not shape or shape[0] == 0 for shape in shapes):
         raise DataError(f"batch {index} is empty: every input needs a batch dimension 0 of at least one sample")
     if [shape[1:] for shape in shapes] != [shape[1:] for shape in expected]:
         raise DataError(
@@ -139,6 +141,8 @@ def _check(batch: Batch, first: Batch, index: int) -> None:
     for tensor in batch.tensors:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"batch {index} holds NaN or infinity: clean the data")
+    if (batch.target is None) != (first.target is None):
+        raise DataError(f"batch {index} and batch 0: one has targets and the other none; give targets for all, or none")
     if isinstance(batch.target, Tensor):
         if batch.target.shape[:1] != (batch.size,):
             raise DataError(

@@ -26,10 +26,10 @@ IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
 
 
 def cross_entropy(output: Any, target: Any) -> Tensor:
-    """The default loss: cross-entropy of logits (N, classes, ...) and integer labels (N, ...)."""
+    """Cross-entropy of logits (N, classes, ...) and integer labels (N, ...)."""
     logits = logits_of(output)
     if not isinstance(target, Tensor) or target.dtype.is_floating_point:
-        raise DataError("the default loss is cross-entropy and needs integer labels; give loss= for other targets")
+        raise DataError("cross-entropy needs integer labels; give loss= for other targets")
     kept = target[target != IGNORED_LABEL]
     if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= logits.shape[1]):
         raise DataError(
@@ -45,8 +45,16 @@ def token_cross_entropy(output: Any, target: Any) -> Tensor:
 
 
 def squared_error(output: Any, target: Any) -> Tensor:
-    """The mean squared error of an output and a target of the same shape."""
-    return (tensor_of(output) - target).square().mean()
+    """The mean squared error of an output and a target of the same shape.
+
+    Raises:
+        DataError: if the shapes differ.
+    """
+    scores = tensor_of(output)
+    if not isinstance(target, Tensor) or scores.shape != target.shape:
+        given = _written(target) if isinstance(target, Tensor) else type(target).__name__
+        raise DataError(f"the squared error needs targets in the shape of the output, {_written(scores)}, not {given}")
+    return (scores - target).square().mean()
 
 
 # the dimension of the classes in the logits that a cross-entropy takes
@@ -169,6 +177,7 @@ def tensor_of(output: Any) -> Tensor:
     tensor = output if named is None else named
     if not isinstance(tensor, Tensor) or tensor.ndim < 1:
         raise LossError(
-            f"the default loss needs logits (N, classes, ...), the model returned {type(output).__name__}: give loss="
+            f"the default losses need a tensor, or one named logits; the model returned {type(output).__name__}: "
+            "give loss="
         )
     return tensor
