@@ -9,7 +9,7 @@ import torch
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget
-from hawqfx.allocation.rules import Order
+from hawqfx.allocation.rules import Order, known_schemes
 from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
@@ -231,14 +231,10 @@ def _held_out(
 
 def _schemes(wanted: Sequence[Scheme] | None, limits: Budget | None) -> tuple[Scheme, ...]:
     """The schemes that quantizers are made for: by default all where the budget weighs time or memory of weights."""
-    known: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
-    if wanted is None:
-        weighs = limits is not None and (limits.latency is not None or limits.weight_memory is not None)
-        return known if weighs else known[:1]
-    odd = [scheme for scheme in wanted if scheme not in known]
-    if odd or not wanted:
-        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(known)}")
-    return tuple(scheme for scheme in known if scheme in wanted)
+    if wanted is not None:
+        return known_schemes(wanted)
+    weighs = limits is not None and (limits.latency is not None or limits.weight_memory is not None)
+    return known_schemes(("static", "dynamic", "weight-only")) if weighs else ("static",)
 
 
 def _bits(wanted: Sequence[int]) -> tuple[int, ...]:

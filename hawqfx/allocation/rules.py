@@ -16,6 +16,18 @@ from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, FLOAT, FLOAT_BITS, Format, 
 Order = Literal["exact", "hawq-v2"]
 
 
+def known_schemes(wanted: Sequence[Scheme]) -> tuple[Scheme, ...]:
+    """The schemes that a user names, in a fixed order.
+
+    Raises:
+        HawqfxError: if there are none, or one is no scheme of a quantized layer.
+    """
+    known: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
+    if not wanted or any(scheme not in known for scheme in wanted):
+        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(known)}")
+    return tuple(scheme for scheme in known if scheme in wanted)
+
+
 @dataclass(frozen=True)
 class Rules:
     """Which formats each site may take.

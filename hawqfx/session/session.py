@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
-from hawqfx.allocation.rules import Order
+from hawqfx.allocation.rules import Order, known_schemes
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import FloatNetwork
+from hawqfx.ir.facts import FloatNetwork, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme, format_of
 from hawqfx.maths.latency_model import LatencyModel
@@ -87,6 +87,8 @@ class Session:
         """
         limits = Budget.parse(budget) if isinstance(budget, str) else budget
         allocation = _ruled(self.allocation, rules)
+        if "schemes" in rules:
+            self._check_calibrated(allocation.schemes or ())
         if limits.latency is not None:
             allocation = with_float(allocation)  # a float kernel may be faster than the conversions of an integer one
         ready = self._profiled() if limits.latency is not None else self
@@ -133,13 +135,29 @@ class Session:
         return Frontier(limit if budgets is None else "", tuple(curve))
 
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
-        """The network with one format for all weights and one for all activations, to compare with."""
-        chosen = uniform_formats(self.measured, format_of(weight_bits), format_of(activation_bits))
+        """The network with one format for all weights and one for all activations, to compare with.
+
+        Raises:
+            HawqfxError: if a site was not calibrated in these formats.
+        """
+        try:
+            chosen = uniform_formats(self.measured, format_of(weight_bits), format_of(activation_bits))
+        except ValueError as error:
+            raise HawqfxError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
+        for key, width in chosen.items():
+            if not width.is_float and width not in self.measured.facts.get(key, Quantizers).by_format:
+                raise HawqfxError(f"{key!r} was not calibrated at {width}: give such bits to compile()")
         return self.lowered(self.planner.uniform(chosen), f"uniform W{weight_bits}A{activation_bits}")
 
     def lowered(self, planned: Program, budget: str) -> "Compiled":
         """The network with the formats that `planned` knows."""
         return self._compiled(self.planner.lower(planned, budget))
+
+    def _check_calibrated(self, schemes: Sequence[Scheme]) -> None:
+        known = (self.measured.facts.get(site.key, Quantizers).by_format for site in self.measured.sites)
+        calibrated = {width.scheme for by_format in known for width in by_format}
+        if not calibrated & set(schemes):
+            raise HawqfxError(f"schemes={tuple(schemes)} were not calibrated: give schemes= to compile()")
 
     def _compiled(self, candidate: Candidate) -> "Compiled":
         return Compiled(self, candidate.planned, candidate.program, candidate.budget, candidate.rival, candidate.scores)
@@ -159,7 +177,7 @@ def _ruled(allocation: Allocation, rules: RuleOptions) -> Allocation:
         if name in changes:
             changes[name] = tuple(sorted(set(changes[name])))
     if "schemes" in rules:
-        changes["schemes"] = tuple(rules["schemes"])
+        changes["schemes"] = known_schemes(rules["schemes"])
     if "fix" in rules:
         changes["fix"] = tuple(rules["fix"].items())
     return replace(allocation, **changes)

@@ -206,3 +206,15 @@ def test_float_is_chosen_where_it_may_be_and_the_budget_has_room() -> None:
     assert compiled.weight_bytes == compiled.planned.float_bytes()
     tight = quick(Plain, "size=45%", weight_bits=(2, 4, 8, 32))
     assert tight.weight_bytes <= 0.45 * tight.planned.float_bytes()
+
+
+def test_formats_that_were_not_calibrated_are_refused() -> None:
+    compiled = quick(Plain, weight_bits=(4, 8))
+    with pytest.raises(HawqfxError, match=r"'conv1\.weight' was not calibrated at 3 bits: give such bits to compile"):
+        compiled.uniform(3)
+    with pytest.raises(HawqfxError, match=r"uniform\(9, 8\): there is no format of 9 bits"):
+        compiled.uniform(9)
+    with pytest.raises(HawqfxError, match=r"schemes=\('weight-only',\) were not calibrated: give schemes= to compile"):
+        compiled.at("size=50%", schemes=("weight-only",))
+    with pytest.raises(HawqfxError, match="must be some of static, dynamic, weight-only"):
+        compiled.at("size=50%", schemes=("foo",))  # type: ignore[arg-type]
