@@ -9,7 +9,7 @@ import torch
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget
-from hawqfx.allocation.rules import Order, known_schemes
+from hawqfx.allocation.rules import Order, default_schemes, known_schemes
 from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
@@ -108,7 +108,7 @@ def validated(
             raise HawqfxError(f"{name}={function!r}: must be a function")
     drawn = loss == "auto" or draw is not None or loss in KNOWN_LOSSES
     predictor = pipeline.metric(sensitivity, drawn=drawn)
-    offered = _schemes(schemes, limits)
+    offered = default_schemes(limits) if schemes is None else known_schemes(schemes)
     weights, activations = exact_widths(target, _bits(weight_bits)), _bits(activation_bits)
     place = usable_device(device)
     check_device(model, place)
@@ -227,14 +227,6 @@ def _held_out(
     if not held:
         raise DataError("the data is too little to hold some out for the metric: give holdout=")
     return tuple(kept), tuple(held)
-
-
-def _schemes(wanted: Sequence[Scheme] | None, limits: Budget | None) -> tuple[Scheme, ...]:
-    """The schemes that quantizers are made for: by default all where the budget weighs time or memory of weights."""
-    if wanted is not None:
-        return known_schemes(wanted)
-    weighs = limits is not None and (limits.latency is not None or limits.weight_memory is not None)
-    return known_schemes(("static", "dynamic", "weight-only")) if weighs else ("static",)
 
 
 def _bits(wanted: Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.explain import explained, refusal
-from hawqfx.allocation.rules import Order, Rules
+from hawqfx.allocation.rules import Order, Rules, default_schemes
 from hawqfx.allocation.search_space import NO_FORMATS, Formats
 from hawqfx.allocation.solver.problem import Infeasible
 from hawqfx.allocation.task import AllocationTask, Effort
@@ -55,9 +55,8 @@ class Allocation(Analysis):
     @property
     def rules(self) -> Rules:
         """The formats that the options allow."""
-        weighs = self.budget.latency is not None or self.budget.weight_memory is not None
-        every: tuple[Scheme, ...] = ("static", "dynamic", "weight-only") if weighs else ("static",)
-        return Rules(self.weight_bits, self.activation_bits, every if self.schemes is None else self.schemes, self.fix)
+        schemes = default_schemes(self.budget) if self.schemes is None else self.schemes
+        return Rules(self.weight_bits, self.activation_bits, schemes, self.fix)
 
     def task(self, program: Program, also: Formats = NO_FORMATS) -> AllocationTask:
         """The integer program; its space holds the formats `also`, be they worth choosing or not."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Literal
 
+from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.search_space import SearchSpace
 from hawqfx.allocation.solver.problem import Nogood
 from hawqfx.errors import HawqfxError
@@ -16,16 +17,25 @@ from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, FLOAT, FLOAT_BITS, Format, 
 Order = Literal["exact", "hawq-v2"]
 
 
+# the schemes of quantized layers
+QUANTIZED: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
+
+
 def known_schemes(wanted: Sequence[Scheme]) -> tuple[Scheme, ...]:
     """The schemes that a user names, in a fixed order.
 
     Raises:
         HawqfxError: if there are none, or one is no scheme of a quantized layer.
     """
-    known: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
-    if not wanted or any(scheme not in known for scheme in wanted):
-        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(known)}")
-    return tuple(scheme for scheme in known if scheme in wanted)
+    if not wanted or any(scheme not in QUANTIZED for scheme in wanted):
+        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(QUANTIZED)}")
+    return tuple(scheme for scheme in QUANTIZED if scheme in wanted)
+
+
+def default_schemes(budget: Budget | None) -> tuple[Scheme, ...]:
+    """All schemes where the budget weighs time or the memory of weights, else the static one alone."""
+    weighs = budget is not None and (budget.latency is not None or budget.weight_memory is not None)
+    return QUANTIZED if weighs else ("static",)
 
 
 @dataclass(frozen=True)
