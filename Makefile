@@ -5,8 +5,8 @@ BIN := .venv/bin
 READY := .venv/ready
 # one torch thread for each of as many processes as there are cores
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durations 10
-UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/frontend tests/ir tests/maths \
-    tests/pass_manager tests/test_import_law.py
+UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
+    tests/maths tests/pass_manager tests/test_import_law.py
 
 .PHONY: demo test quick units lint clean
 

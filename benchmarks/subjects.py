@@ -1,16 +1,19 @@
 """Trained networks with real data, that benchmarks compress and score.
 
 The weights and pictures are fetched when first asked for; see data.py.  All but `resnet20` need the extra `bench`.
-The data that calibrate are disjoint from those that are scored.
+The data that calibrate are disjoint from those that are scored, and from those that are held out, on which networks
+are compared by how far each answer is from the float network's (divergence.py).
 """
 
 import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import data
+import divergence
 import numpy as np
 import scipy.stats
 import torch
@@ -27,28 +30,48 @@ class Subject:
 
     name: str
     model: nn.Module  # in eval mode, float32
-    calibration: list[Any]  # pairs (inputs, target), inputs being a tensor or a dict of keyword inputs
+    calibration: list[Any]  # inputs, a tensor or a dict of keyword inputs; or pairs (inputs, target)
     loss: Callable[[Any, Any], Tensor]  # (output, target) -> mean over the batch
     metric: str
     score: Callable[[Callable[..., Any]], float]  # of the network, or of what is called as it is; higher is better
     samples: int  # that are scored
+    held_out: list[Any]  # batches of inputs that do not calibrate
+    divergence: Callable[[Tensor, Tensor], Tensor]  # (output, float output) -> (N,) float64, zero where they are equal
     draw: Callable[[Any, torch.Generator], Any] | None = None  # targets from the loss's own distribution
     more: Callable[[Callable[..., Any]], dict[str, float]] = lambda model: {}  # other metrics, by name
 
+    @cached_property
+    def held_out_float(self) -> Tensor:
+        """What the float network answers to the held-out data."""
+        return outputs(self.model, self.held_out)
+
+
+def divergences(subject: Subject, model: Callable[..., Any]) -> Tensor:
+    """How far a network's answers to the held-out data are from the float network's, (n,) float64, in the units of the
+    subject's `divergence`."""
+    return subject.divergence(outputs(model, subject.held_out), subject.held_out_float)
+
 
 def resnet20() -> Subject:
-    """Fashion-MNIST, the 10,000 test images."""
+    """Fashion-MNIST, the 10,000 test images; held out are the first 1,024 of these, which are scored too."""
     images, labels = data.fashion_mnist("t10k")
 
     def score(model: Callable[..., Any]) -> float:
         batches = (zoo.standardise(batch) for batch in images.split(500))
-        return float((_outputs(model, batches).argmax(1) == labels).double().mean())
+        return float((outputs(model, batches).argmax(1) == labels).double().mean())
 
-    return Subject("resnet20", zoo.resnet20(), zoo.calibration(), cross_entropy, "top-1", score, len(images))
+    held_out = list(zoo.standardise(images[:1024]).split(256))
+    return Subject(
+        "resnet20", zoo.resnet20(), zoo.calibration(), cross_entropy, "top-1", score, len(images), held_out,
+        divergence.kl_divergence,
+    )  # fmt: skip
 
 
 def efficientnet_lite0() -> Subject:
-    """ImageNet-1k, as far as 154 cut-out photographs show it, each on white, grey and green."""
+    """ImageNet-1k, as far as 154 cut-out photographs show it, each on white, grey and green.
+
+    Of 108 other photographs, which have no labels, 64 calibrate and 44 are held out.
+    """
     import stamps
 
     model = _efficientnet_lite0()
@@ -57,23 +80,19 @@ def efficientnet_lite0() -> Subject:
     classes = [each for _, labels in grounds for each in labels]
 
     def score(model: Callable[..., Any]) -> float:
-        answers = _outputs(model, map(_standardise, pictures.split(22))).argmax(1).tolist()
+        answers = outputs(model, map(_standardise, pictures.split(22))).argmax(1).tolist()
         return sum(answer in right for answer, right in zip(answers, classes, strict=True)) / len(classes)
 
-    wanted = _outputs(model, map(_standardise, pictures.split(22))).argmax(1)
+    wanted = outputs(model, map(_standardise, pictures.split(22))).argmax(1)
 
     def more(other: Callable[..., Any]) -> dict[str, float]:
-        answers = _outputs(other, map(_standardise, pictures.split(22))).argmax(1)
+        answers = outputs(other, map(_standardise, pictures.split(22))).argmax(1)
         return {"agreement with float": float((answers == wanted).double().mean())}
 
-    # Nobody labelled these, so labels are drawn from the network's own answers, as hawqfx does where there are none;
-    # here, once.  The expected Hessian of cross-entropy under such labels is the Fisher information.
-    calibrating = _standardise(stamps.unlabelled_pictures(64, np.random.default_rng(0)))
-    chances = _outputs(model, calibrating.split(16)).softmax(1)
-    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
-    calibration = list(zip(calibrating.split(16), drawn.split(16), strict=True))
+    every = _standardise(stamps.unlabelled_pictures(len(stamps.unlabelled()), np.random.default_rng(0)))
     return Subject(
-        "efficientnet-lite0", model, calibration, cross_entropy, "top-1", score, len(pictures), more=more
+        "efficientnet-lite0", model, list(every[:64].split(16)), cross_entropy, "top-1", score, len(pictures),
+        list(every[64:].split(22)), divergence.kl_divergence, more=more,
     )  # fmt: skip
 
 
@@ -92,7 +111,7 @@ def _standardise(pictures: Tensor) -> Tensor:
 
 
 def yolox_nano() -> Subject:
-    """COCO, as far as cut-out photographs show it, pasted into 150 scenes."""
+    """COCO, as far as cut-out photographs show it, pasted into 150 scenes; 32 other scenes are held out."""
     import stamps
     import yolox
 
@@ -101,7 +120,7 @@ def yolox_nano() -> Subject:
     pictures, truth = stamps.scenes(150, yolox.SIDE, for_scoring, np.random.default_rng(0))
 
     def found(model: Callable[..., Any]) -> list[Any]:
-        return list(map(yolox.detections, _outputs(model, map(_bgr, pictures.split(10))).numpy()))
+        return list(map(yolox.detections, outputs(model, map(_bgr, pictures.split(10))).numpy()))
 
     def score(model: Callable[..., Any]) -> float:
         return yolox.mean_average_precision(found(model), truth)
@@ -110,9 +129,11 @@ def yolox_nano() -> Subject:
         return {"mAP": yolox.mean_average_precision(found(model), truth, yolox.OVERLAPS)}
 
     others, _ = stamps.scenes(32, yolox.SIDE, for_calibration, np.random.default_rng(1))
-    calibration = [(batch, _outputs(model, [batch])) for batch in _bgr(others).split(8)]
+    calibration = [(batch, outputs(model, [batch])) for batch in _bgr(others).split(8)]
+    unseen, _ = stamps.scenes(32, yolox.SIDE, for_scoring, np.random.default_rng(2))
     return Subject(
-        "yolox-nano", model, calibration, yolox.distillation, "mAP50", score, len(pictures), yolox.drawn, more
+        "yolox-nano", model, calibration, yolox.distillation, "mAP50", score, len(pictures),
+        list(_bgr(unseen).split(8)), yolox.divergence, yolox.drawn, more,
     )  # fmt: skip
 
 
@@ -122,7 +143,8 @@ def _bgr(pictures: Tensor) -> Tensor:
 
 
 def minilm() -> Subject:
-    """Sentence embeddings of news, against those of the float network."""
+    """Sentence embeddings of news, against those of the float network; all texts that do not calibrate are scored, and
+    held out."""
     import sentences
 
     folder = data.minilm_folder()
@@ -136,12 +158,12 @@ def minilm() -> Subject:
     texts = list(dict.fromkeys(data.lee_background()))  # a few stand there twice
     # Whole texts fill all tokens, first sentences leave some to padding: half of each.
     calibrating = [text if number % 2 else _first_sentence(text) for number, text in enumerate(texts[:64])]
-    calibration = [(inputs, _outputs(model, [inputs])) for inputs in encoded(calibrating, 16)]
+    calibration = [(inputs, outputs(model, [inputs])) for inputs in encoded(calibrating, 16)]
     scored = encoded([*data.lee_documents(), *map(_first_sentence, texts[64:])], 31)
-    wanted = _outputs(model, scored)
+    wanted = outputs(model, scored)
 
     def score(model: Callable[..., Any]) -> float:
-        return float(F.cosine_similarity(_outputs(model, scored).double(), wanted.double()).mean())
+        return float(F.cosine_similarity(outputs(model, scored).double(), wanted.double()).mean())
 
     lee = encoded(data.lee_documents(), 25)
     pairs = data.wordsim353()
@@ -149,16 +171,19 @@ def minilm() -> Subject:
 
     def more(model: Callable[..., Any]) -> dict[str, float]:
         """Against what people find alike: Pearson's correlation over pairs of documents, Spearman's over words."""
-        documents = F.normalize(_outputs(model, lee).double())
+        documents = F.normalize(outputs(model, lee).double())
         upper = np.triu_indices(len(documents), 1)
-        one, other = (F.normalize(_outputs(model, batches).double()) for batches in words)
+        one, other = (F.normalize(outputs(model, batches).double()) for batches in words)
         said = [alike for *_, alike in pairs]
         return {
             "Lee": float(np.corrcoef((documents @ documents.T).numpy()[upper], data.lee_similarities()[upper])[0, 1]),
             "WordSim": float(scipy.stats.spearmanr((one * other).sum(1).numpy(), said).statistic),
         }
 
-    return Subject("minilm", model, calibration, _distance, "cosine to float", score, len(wanted), _drawn, more)
+    return Subject(
+        "minilm", model, calibration, _distance, "cosine to float", score, len(wanted), scored,
+        divergence.half_squared_distance, _drawn, more,
+    )  # fmt: skip
 
 
 def _first_sentence(text: str) -> str:
@@ -175,7 +200,7 @@ def _drawn(output: Tensor, random: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs(model: Callable[..., Any], batches: Iterable[Any]) -> Tensor:
+def outputs(model: Callable[..., Any], batches: Iterable[Any]) -> Tensor:
     """What a network answers to batches, each a tensor or a dict of keyword inputs."""
     answers = (model(**batch) if isinstance(batch, dict) else model(batch) for batch in batches)
     return torch.cat([torch.as_tensor(answer) for answer in answers])

@@ -146,7 +146,12 @@ def load(path: Path) -> YoloxNano:
 
 
 def distillation(output: Tensor, target: Tensor) -> Tensor:
-    """How far detections are from those of the float network, `target`; mean over images, of sums over anchor points.
+    """How far detections are from those of the float network, `target`; the mean over images of `distillations`."""
+    return distillations(output, target).mean()
+
+
+def distillations(output: Tensor, target: Tensor) -> Tensor:
+    """How far each image's detections are from those of the float network, `target`; (N,), sums over anchor points.
 
     Cross-entropy of the object and class probabilities with the float network's as soft labels, and squared error of
     the box; class and box count as much as the float network is sure of an object there.  The gradient is zero at the
@@ -155,7 +160,16 @@ def distillation(output: Tensor, target: Tensor) -> Tensor:
     sure = target[..., 4]
     classes = _cross_entropy(output[..., 5:], target[..., 5:]).sum(-1)
     box = (output[..., :4] - target[..., :4]).square().sum(-1)
-    return (_cross_entropy(output[..., 4], sure) + sure * (classes + box)).sum(1).mean()
+    return (_cross_entropy(output[..., 4], sure) + sure * (classes + box)).sum(1)
+
+
+def divergence(output: Tensor, float_output: Tensor) -> Tensor:
+    """The distillation loss of each image less the least that it can be, which the float output has; (N,) float64.
+
+    That is a KL divergence in nats: of Bernoulli objects, and where there is one, of classes and Gaussian boxes.
+    """
+    output, float_output = output.double(), float_output.double()
+    return distillations(output, float_output) - distillations(float_output, float_output)
 
 
 def drawn(output: Tensor, random: torch.Generator) -> Tensor:
