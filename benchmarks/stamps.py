@@ -17,6 +17,7 @@ from torch import Tensor
 Colour = tuple[int, int, int]
 Picture = Any  # PIL.Image.Image
 
+MARGIN = 32  # pixels by which a picture is wider than what is cut out of its centre
 WHITE, GREY, GREEN = (255, 255, 255), (128, 128, 128), (0, 128, 0)
 
 COCO: dict[int, tuple[str, ...]] = {  # index of COCO's 80 classes -> the stamps that show one
@@ -86,32 +87,33 @@ def pixels(pictures: Sequence[Picture]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
 
 
-def labelled_pictures(ground: Colour) -> tuple[Tensor, list[frozenset[int]]]:
-    """Every labelled stamp (154, 3, 224, 224) on a plain ground, and its classes of ImageNet.
+def labelled_pictures(ground: Colour, side: int) -> tuple[Tensor, list[frozenset[int]]]:
+    """Every labelled stamp (154, 3, side, side) on a plain ground, and its classes of ImageNet.
 
-    As for ImageNet, the picture is scaled to 256 pixels and its centre cut out; the ground is so wide that the stamp
-    is in that centre.
+    As for ImageNet, the picture is scaled to 32 pixels more and its centre cut out; the ground is so wide that the
+    stamp is in that centre.
     """
     pictures = []
     for name in data.stamp_labels():
         photo = Image.open(data.stamps() / name).convert("RGBA")
-        side = round(max(photo.size) * 256 / 224)
-        picture = Image.new("RGB", (side, side), ground)
-        picture.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2), photo)
-        pictures.append(_centre(picture.resize((256, 256), Image.Resampling.BICUBIC), 224))
+        wide = round(max(photo.size) * (side + MARGIN) / side)
+        picture = Image.new("RGB", (wide, wide), ground)
+        picture.paste(photo, ((wide - photo.width) // 2, (wide - photo.height) // 2), photo)
+        pictures.append(_centre(picture.resize((side + MARGIN, side + MARGIN), Image.Resampling.BICUBIC), side))
     return pixels(pictures), list(data.stamp_labels().values())
 
 
-def unlabelled_pictures(count: int, random: np.random.Generator) -> Tensor:
-    """Other stamps (count, 3, 224, 224) on grounds of all kinds, some of them cut off at the edge."""
+def unlabelled_pictures(side: int, random: np.random.Generator) -> Tensor:
+    """The other stamps (108, 3, side, side) in random order, on grounds of all kinds, some cut off at the edge."""
     pictures = []
-    for name in random.permutation(unlabelled())[:count]:
-        picture = ground(256, random)
-        photo = scaled(stamp(str(name)), 256 * random.uniform(0.7, 1.1), random)
+    wide = side + MARGIN
+    for name in random.permutation(unlabelled()):
+        picture = ground(wide, random)
+        photo = scaled(stamp(str(name)), wide * random.uniform(0.7, 1.1), random)
         shift = random.integers(-24, 25, 2)
-        corner = [(256 - size) // 2 + int(by) for size, by in zip(photo.size, shift, strict=True)]
+        corner = [(wide - size) // 2 + int(by) for size, by in zip(photo.size, shift, strict=True)]
         picture.paste(photo, tuple(corner), photo)
-        pictures.append(_centre(picture, 224))
+        pictures.append(_centre(picture, side))
     return pixels(pictures)
 
 

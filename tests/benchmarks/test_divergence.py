@@ -34,7 +34,8 @@ def test_bernoulli_is_the_sum_over_events() -> None:
     output, reference = normal(5, 360).sigmoid(), normal(5, 360, seed=1).sigmoid()
     expected = kl_divergence(Bernoulli(probs=reference.double()), Bernoulli(probs=output.double())).sum(1)
     found = divergence.bernoulli_divergence(output, reference)
-    torch.testing.assert_close(found, expected, atol=360 * EXACT, rtol=0)  # a sum of 360 terms near one
+    # probabilities are kept off 0 and 1 by 1e-6, which moves each of 360 logarithms of at most 5 by about as much
+    torch.testing.assert_close(found, expected, atol=360 * 5e-6, rtol=0)
 
 
 def test_bernoulli_is_finite_where_a_probability_is_rounded_to_zero_or_one() -> None:
