@@ -145,7 +145,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SAMPLES))
+    options.add_argument("--only", nargs="+", choices=SAMPLES, default=list(SAMPLES))
     args = options.parse_args()
     path = RESULTS / "fidelity.json"
     results: dict[str, Any] = {}
