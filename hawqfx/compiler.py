@@ -13,8 +13,9 @@ from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
+from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import gather
-from hawqfx.frontend.losses import Draw, Loss, cross_entropy
+from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
 from hawqfx.maths.latency_model import LatencyModel
