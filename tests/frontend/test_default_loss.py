@@ -15,7 +15,7 @@ from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.default_loss import criterion_for, default_criterion
 from hawqfx.frontend.endings import run_with_endings
 from hawqfx.ir.facts import LossIncrease
-from tests.nets import Mlp, build, images
+from tests.nets import EndingMlp, build, images
 
 CROSS_ENTROPY, TOKENS, SQUARED = Categorical(1), Categorical(-1), SquaredError()
 
@@ -244,17 +244,6 @@ def test_two_outputs_compile(target: Any) -> None:
         assert before < after
 
 
-class WithEnd(Mlp):
-    """A network with a function behind it, and the same names of sites, by which probes are drawn."""
-
-    def __init__(self, end: nn.Module) -> None:
-        super().__init__()
-        self.end = end
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.end(super().forward(x))
-
-
 @pytest.mark.parametrize("targets", [False, True])
 @pytest.mark.parametrize("metric", ["measured", "fisher", "hawq-v2", "taylor"])
 def test_a_softmax_at_the_end_changes_no_increase(targets: bool, metric: str) -> None:
@@ -262,7 +251,7 @@ def test_a_softmax_at_the_end_changes_no_increase(targets: bool, metric: str) ->
     data = [(x.double(), y) if targets else x.double() for x, y in images(count=2, batch=6)]
     found = []
     for end in (nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1)):
-        network = build(lambda end=end: WithEnd(end)).double()  # type: ignore[misc]
+        network = build(lambda end=end: EndingMlp(end)).double()  # type: ignore[misc]
         measured = hawqfx.compile(network, "size=40%", data, sensitivity=metric).session.measured
         increases = [measured.facts.get(site.key, LossIncrease).by_format for site in measured.sites]
         found.append([value for by_format in increases for value in by_format.values()])
