@@ -207,8 +207,10 @@ class Bernoulli(Criterion):
                 f"{float(target.max()):g}"
             )
         t = target.reshape(p.shape).to(p.dtype)
-        # what rounds to 0 or 1 has the logarithm of the float next to it: the least of p, and the least of 1 - p
-        yes, no = p.clamp_min(_tiny(p)).log(), (1 - p).clamp_min(torch.finfo(p.dtype).eps / 2).log()
+        # 1 - p of a float is no finer than this, or zero; p is taken as no finer, so that a zero, such as one of a
+        # quantized output, costs what a one does
+        least = torch.finfo(p.dtype).eps / 2
+        yes, no = p.clamp_min(least).log(), (1 - p).clamp_min(least).log()
         return -(t * yes + (1 - t) * no)
 
 
