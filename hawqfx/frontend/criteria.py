@@ -1,4 +1,4 @@
-"""Criteria: losses whose distribution of targets is known, so that data need none; and those of users.
+"""Criteria: losses whose distribution of targets is known, so that data need none.
 
 A target t that is drawn from the float network's distribution p is noise; the expectation of the loss over such targets
 is not.  For the distribution q of any network, a negative log likelihood has the expectation
@@ -16,23 +16,21 @@ the Gauss-Newton matrix (Martens 2020, "New insights and perspectives on the nat
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from hawqfx.errors import DataError, LossError
-from hawqfx.frontend.outputs import Key, entries, logits_of, targets_by_output, tensor_of, written
+from hawqfx.errors import DataError
+from hawqfx.frontend.outputs import logits_of, tensor_of, written
 
 Loss = Callable[[Any, Any], Tensor]
 Draw = Callable[[Any, torch.Generator], Any]
 
 IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
-SAME_LOSS = 1e-3  # relative: a mean of float32 losses over samples, and the loss of the batch
 
 
 class Criterion(ABC):
@@ -246,153 +244,6 @@ class SquaredError(Criterion):
         return (scores - target).square()
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of several outputs.
-
-    Args:
-        key: its number in a tuple, or its name in a mapping.
-        criterion: of this output alone.
-        scale: what its loss is multiplied by, so that the losses of all outputs can be added.
-    """
-
-    key: Key
-    criterion: Criterion
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class DrawnOutputs:
-    """Drawn targets of several outputs.
-
-    If L_k is the mean over c_k draws, the gradient of sum_k sqrt(s_k c_k) L_k has the second moment
-    sum_k s_k c_k E[g_k g_k^T], because draws are independent and of mean slope zero: the Gauss-Newton matrix of
-    sum_k s_k L_k, from a single draw.
-
-    Args:
-        targets: by key.
-        weights: sqrt(s_k c_k) by key.
-    """
-
-    targets: Mapping[Key, Any]
-    weights: Mapping[Key, float]
-
-
-@dataclass(frozen=True)
-class Several(Criterion):
-    """The sum of the scaled losses of several outputs in a tuple, list or mapping.
-
-    Args:
-        parts: the outputs that count.
-        keys: those of all outputs.
-    """
-
-    parts: tuple[Part, ...]
-    keys: tuple[Key, ...]
-
-    def mean(self, output: Any, target: Any) -> Tensor:
-        drawn = isinstance(target, DrawnOutputs)
-        weights = target.weights if drawn else {part.key: part.scale for part in self.parts}
-        targets = target.targets if drawn else self._targets(target)
-        found = entries(output)
-        terms = [weights[part.key] * part.criterion.mean(found[part.key], targets[part.key]) for part in self.parts]
-        return torch.stack(terms).sum()
-
-    def values(self, output: Any, target: Any, samples: int) -> Tensor:
-        targets, found = self._targets(target), entries(output)
-        terms = [part.scale * part.criterion.values(found[part.key], targets[part.key], samples) for part in self.parts]
-        return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
-
-    def expectation(self, output: Any) -> dict[Key, Any]:
-        found = entries(output)
-        return {part.key: part.criterion.expectation(found[part.key]) for part in self.parts}
-
-    def complete(self, output: Any, target: Any) -> dict[Key, Any]:
-        targets, found = self._targets(target), entries(output)
-        return {part.key: part.criterion.complete(found[part.key], targets[part.key]) for part in self.parts}
-
-    def draw(self, output: Any, random: torch.Generator) -> DrawnOutputs:
-        found = entries(output)
-        targets = {part.key: part.criterion.draw(found[part.key], random) for part in self.parts}
-        counts = {part.key: part.criterion.draws(targets[part.key]) or 1 for part in self.parts}
-        return DrawnOutputs(targets, {part.key: (part.scale * counts[part.key]) ** 0.5 for part in self.parts})
-
-    def draws(self, target: Any) -> int:
-        return 1
-
-    def _targets(self, target: Any) -> Mapping[Key, Any]:
-        return targets_by_output(target, self.keys, [part.key for part in self.parts])
-
-
-@dataclass(frozen=True)
-class Own(Criterion):
-    """A function that the user gives; without targets it gets labels that are drawn by the softmax of the logits, or
-    None where the output has none."""
-
-    loss: Loss
-
-    def mean(self, output: Any, target: Any) -> Tensor:
-        return self.loss(output, target)
-
-    def values(self, output: Any, target: Any, samples: int) -> Tensor:
-        whole = self.loss(output, target).double().reshape(1)
-        try:
-            parts = [self.loss(_sample(output, k, samples), _sample(target, k, samples)) for k in range(samples)]
-            losses = torch.stack([part.detach().double().reshape(()) for part in parts])
-        except Exception:  # it may raise anything on one sample: then only batches can be compared
-            return whole
-        alike = bool(torch.isclose(losses.mean(), whole, rtol=SAME_LOSS, atol=0.0))
-        return losses if alike else whole  # such as one that compares samples with each other
-
-    def expectation(self, output: Any) -> None:
-        return None
-
-    def draw(self, output: Any, random: torch.Generator) -> Tensor | None:
-        try:
-            logits = logits_of(output)
-        except LossError:
-            return None
-        return sample_labels(logits.detach().softmax(1), random) if logits.shape[1] > 1 else None
-
-    def draws(self, target: Any) -> None:
-        return None
-
-    @property
-    def knows_distribution(self) -> bool:
-        return False
-
-    @property
-    def identity(self) -> object:
-        return self.loss
-
-
-@dataclass(frozen=True)
-class Redrawn(Criterion):
-    """A criterion with targets that the user's function draws."""
-
-    criterion: Criterion
-    function: Draw
-
-    def mean(self, output: Any, target: Any) -> Tensor:
-        return self.criterion.mean(output, target)
-
-    def values(self, output: Any, target: Any, samples: int) -> Tensor:
-        return self.criterion.values(output, target, samples)
-
-    def expectation(self, output: Any) -> None:
-        return None
-
-    def draw(self, output: Any, random: torch.Generator) -> Any:
-        return self.function(output, random)
-
-    def draws(self, target: Any) -> int | None:
-        return self.criterion.draws(target)
-
-    @property
-    def identity(self) -> object:
-        return [self.criterion.identity, self.function]
-
-
 def sample_labels(probabilities: Tensor, random: torch.Generator) -> Tensor:
     """Labels (N, ...) drawn by probabilities (N, classes, ...)."""
     last = probabilities.movedim(1, -1)
@@ -421,13 +272,3 @@ def _by_sample(values: Tensor, samples: int) -> Tensor:
     """Means (samples,) float64 of values (n, ...), where n may be a multiple of the samples, as of their boxes."""
     groups = samples if len(values) % samples == 0 else 1
     return values.double().reshape(groups, -1).mean(1)
-
-
-def _sample(value: Any, number: int, samples: int) -> Any:
-    """The part of an output or a target that belongs to one sample of a batch."""
-
-    def of(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.shape[:1] == (samples,)
-        return leaf[number : number + 1] if batched else leaf
-
-    return pytree.tree_map(of, value)

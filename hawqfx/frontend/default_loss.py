@@ -12,8 +12,6 @@ from hawqfx.frontend.criteria import (
     Bernoulli,
     Categorical,
     Criterion,
-    Part,
-    Several,
     SquaredError,
     lies_in_unit_interval,
     same_but_for_ones,
@@ -21,6 +19,7 @@ from hawqfx.frontend.criteria import (
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.endings import Ending, class_axis, run_with_endings
 from hawqfx.frontend.outputs import counted, entries, is_structured, targets_by_output, tensor_of, written
+from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.program import Program
 
 

@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from hawqfx.errors import LossError
-from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, Draw, Loss, Own, Redrawn, Several, SquaredError
+from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, Draw, Loss, SquaredError
+from hawqfx.frontend.own import Own, Redrawn
+from hawqfx.frontend.several import Several
 
 
 def cross_entropy(output: Any, target: Any) -> Tensor:

@@ -16,8 +16,6 @@ from hawqfx.frontend.criteria import (
     Categorical,
     Criterion,
     ExpectedLabels,
-    Part,
-    Several,
     SquaredError,
     sample_labels,
 )
@@ -29,6 +27,7 @@ from hawqfx.frontend.losses import (
     squared_error,
     token_cross_entropy,
 )
+from hawqfx.frontend.several import Part, Several
 
 SAMPLES, CLASSES = 6, 5
 TWO = Several((Part("yes", Bernoulli(), 1.0), Part("size", SquaredError(), 0.3)), ("yes", "size", "number"))

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import hawqfx
 from hawqfx.errors import DataError, LossError
 from hawqfx.frontend.capture import capture
-from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, Part, Several, SquaredError
+from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, SquaredError
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.default_loss import criterion_for, default_criterion
 from hawqfx.frontend.endings import run_with_endings
+from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.facts import LossIncrease
 from tests.nets import EndingMlp, build, images
 

@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from hawqfx.errors import LossError
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.context import Context
-from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, Part, Several, SquaredError
+from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, SquaredError
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.facts import LossIncrease, QuantizationError, Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at, weight_at
