@@ -13,8 +13,9 @@ from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
+from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import gather
-from hawqfx.frontend.losses import Draw, Loss, cross_entropy
+from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
 from hawqfx.maths.latency_model import LatencyModel
@@ -66,12 +67,17 @@ def compile(
         budget: a Budget or its text, such as "size=12.5%", "size=100kB, bops=2%" or "latency=3ms"; percentages are of
             float32.
         data: an iterable of batches, each a tensor, a pair (inputs, target) or a dict of keyword inputs, with or
-            without `labels`.  Without targets, networks are compared by the expected loss over labels of the float
-            network's own distribution.
-        loss: a function of (output, target), the mean over the batch.  "auto" takes cross-entropy of logits
-            (N, classes, ...) or (N, L, classes), or the squared error, by the shapes of output and target; the summary
-            says which.  Without targets, outputs (N, classes) are logits, (N, L, classes) of integer inputs are those
-            of tokens, and all others have the squared error to the float output.
+            without `labels`.  The target of several outputs is a tuple or mapping like them, with None where there is
+            none.  Without targets, networks are compared by the expected loss over targets of the float network's own
+            distribution.
+        loss: a function of (output, target), the mean over the batch, or a criterion of hawqfx.frontend.criteria.
+            "auto" goes by the last operators of the network and the shapes of output and target: cross-entropy of
+            logits or of a softmax, (N, classes, ...) or (N, L, classes), binary cross-entropy of sigmoids, or the
+            squared error; the summary begins with the choice.  Labels that repeat the tokens of the input are shifted,
+            as in transformers.  Without targets, outputs (N, classes) are logits, (N, L, classes) of integer inputs are
+            those of tokens, and what else ends in no softmax or sigmoid has the squared error to the float output.
+            `logits` are judged alone; of other tuples and mappings all floating-point tensors are, by the sum of their
+            losses, squared errors among them over the variance of the float output.
         metric: for a budget on `drop`: a function of (output, target), the mean over the batch, higher being better.
         holdout: data with targets that such a drop is validated on; by default the last quarter of `data`, which then
             neither calibrates nor is measured.
@@ -94,8 +100,8 @@ def compile(
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
         plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
-            without targets and for "fisher"; by default labels by softmax of the logits, or for the squared error
-            normal noise around the output; cross-entropy has their expectation wherever networks are compared.
+            without targets and for "fisher", where the loss is one's own.  The known losses have such a distribution,
+            by whose expectation networks are compared; see hawqfx.frontend.criteria.
         samples: number of samples of the data to take; a warning says so when there are fewer.
         batch: the most samples to measure at once; by default as many as free memory allows.
         cache: a folder for measurements, batch by batch: a run that was killed goes on where it was, and the same model

@@ -13,8 +13,10 @@ from hawqfx.allocation.rules import Order, default_schemes, known_schemes
 from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
+from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import Batch, gather
-from hawqfx.frontend.losses import KNOWN_LOSSES, Draw, Loss, cross_entropy, default_loss
+from hawqfx.frontend.default_loss import default_criterion
+from hawqfx.frontend.losses import criterion_of, cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
@@ -37,7 +39,7 @@ class Options:
         plan: the plan to follow, if there is one.
         recipe: the passes.
         context: batches, loss, seed, device.
-        chooses_loss: whether the loss is chosen by the shapes of outputs and targets, once the network is captured.
+        chooses_loss: whether the loss is chosen once the network is captured; see hawqfx.frontend.default_loss.
         scoring: the judge of a budget on `drop`.
         allocation: the rules that a choice of formats keeps to, whatever the budget.
         observers: of the passes.
@@ -106,7 +108,7 @@ def validated(
     for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):
         if function is not None and not callable(function):
             raise HawqfxError(f"{name}={function!r}: must be a function")
-    drawn = loss == "auto" or draw is not None or loss in KNOWN_LOSSES
+    drawn = loss == "auto" or criterion_of(loss, draw).knows_distribution
     predictor = pipeline.metric(sensitivity, drawn=drawn)
     offered = default_schemes(limits) if schemes is None else known_schemes(schemes)
     weights, activations = exact_widths(target, _bits(weight_bits)), _bits(activation_bits)
@@ -128,7 +130,17 @@ def validated(
             metric=predictor,
             interactions=interactions,
         ),
-        context=Context(batches, cross_entropy if loss == "auto" else loss, seed, place, progress, draw, batch, folder),
+        context=Context(
+            batches,
+            cross_entropy if loss == "auto" else loss,
+            seed,
+            place,
+            progress,
+            draw,
+            batch,
+            folder,
+            "" if loss == "auto" else f"{getattr(loss, '__name__', type(loss).__name__)}, as given by loss=",
+        ),
         chooses_loss=loss == "auto",
         scoring=scoring,
         allocation=Allocation(
@@ -155,12 +167,9 @@ def with_loss(options: Options, program: Program) -> Options:
     """
     if not options.chooses_loss:
         return options
-    batch = options.context.batches[0]
-    with torch.no_grad():
-        output = program.run(batch.args, batch.kwargs)
-    tokens = any(not tensor.is_floating_point() and tensor.ndim >= 2 for tensor in batch.tensors)
-    loss, reason = default_loss(output, batch.target, tokens)
-    return replace(options, context=replace(options.context, loss=loss, loss_reason=reason))
+    criterion, reason = default_criterion(program, options.context.batches)
+    criterion_of(criterion, options.context.draw)  # refuses draw= where it cannot be used, before anything is measured
+    return replace(options, context=replace(options.context, loss=criterion, loss_reason=reason))
 
 
 def usable_device(device: str | torch.device) -> torch.device:

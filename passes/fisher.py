@@ -57,7 +57,7 @@ class Fisher(CurvatureMetric):
         if not context.knows_distribution:
             raise LossError(
                 "fisher draws targets from the distribution that the loss is the negative logarithm of, and knows only "
-                "those of cross-entropy and the squared error: give draw=, a function of (output, generator), or use "
+                "those of cross-entropies and the squared error: give draw=, a function of (output, generator), or use "
                 'sensitivity="hawq-v2"'
             )
         return _Backward(context, index, forward(program, context.batches[index], operators))

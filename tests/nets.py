@@ -1,6 +1,7 @@
 """Tiny networks, each named for what it exercises, and batches for them.  All are seeded and in eval mode."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,17 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.first(x.flatten(1)))
         return self.head(torch.tanh(self.second(x)))
+
+
+class EndingMlp(Mlp):
+    """The same with a function behind it, such as a softmax; the names of the sites stay."""
+
+    def __init__(self, end: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.end = end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(super().forward(x))
 
 
 class KeywordInputs(nn.Module):

@@ -123,12 +123,12 @@ def test_loss(loss: Any, message: str) -> None:
 
 
 def test_an_output_that_the_default_loss_cannot_read() -> None:
-    class Pair(Plain):
+    class Nested(Plain):
         def forward(self, x: Tensor) -> Any:
-            return super().forward(x), 1.0
+            return [super().forward(x)], x.argmax(1)
 
-    with pytest.raises(LossError, match=r"the default losses need a tensor, .* the model returned tuple: give loss="):
-        quick(Pair)
+    with pytest.raises(LossError, match=r"need a tensor of floats; the model returned tuple without .*: give loss="):
+        quick(Nested)
 
 
 @pytest.mark.parametrize(

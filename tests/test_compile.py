@@ -132,7 +132,8 @@ def test_the_summary_says_what_it_cost_and_why() -> None:
         "bits",
         "bytes",
         "loss increase",
-        "loss on 32 calibration samples",
+        "calibrated on 32 samples",
+        "loss on the calibration samples",
     ):
         assert expected in text
 

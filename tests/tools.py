@@ -9,8 +9,9 @@ import hawqfx
 from hawqfx import pipeline
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.criteria import Loss
 from hawqfx.frontend.data import Batch, gather
-from hawqfx.frontend.losses import Loss, cross_entropy
+from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Pass
 from hawqfx.pass_manager.manager import run

@@ -39,6 +39,11 @@ class Batch:
         """The number of samples."""
         return self.tensors[0].shape[0]
 
+    @property
+    def lacks_targets(self) -> bool:
+        """Whether the target is None, or has None for one of several outputs."""
+        return any(leaf is None for leaf in pytree.tree_leaves(self.target))
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with inputs and target on a device."""
         return self._map(lambda tensor: tensor.to(device))

@@ -1,6 +1,7 @@
 """The operators that hawqfx knows, by the role that decides how their tensors are quantized."""
 
 import math
+import operator
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import Target
+from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
 
@@ -140,6 +142,22 @@ IDENTITIES: set[Target] = {
     _aten.lift_fresh_copy.default,
 }
 
+# Functions whose output is a distribution, as the last operator of a network.
+SOFTMAXES: set[Target] = {_aten.softmax.int, _aten._softmax.default, _aten.special_softmax.default}
+LOG_SOFTMAXES: set[Target] = {
+    _aten.log_softmax.int,
+    _aten._log_softmax.default,
+    _aten.special_log_softmax.default,
+}
+SIGMOIDS: set[Target] = {_aten.sigmoid.default, _aten.sigmoid_.default, _aten.special_expit.default}
+
+# Operators that return elements of their input, in another place, shape or precision, beside those above.
+_ELEMENTS: set[Target] = {
+    _aten.squeeze.default, _aten.movedim.int, _aten.swapaxes.default, _aten.ravel.default, _aten.unbind.int,
+    _aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.index.Tensor, operator.getitem,
+    _aten.to.dtype, _aten._to_copy.default, _aten.type_as.default,
+}  # fmt: skip
+
 
 def operands(node: fx.Node) -> tuple[Any, ...]:
     """The positional arguments of a node; their types are those of the operator's schema, which fx does not state."""
@@ -214,6 +232,13 @@ def is_data_movement(node: fx.Node) -> bool:
         value = node.args[-1] if len(node.args) == (4 if node.target is _aten.pad.default else 3) else 0
         return constant and value in (0, None) and not node.kwargs
     return node.target in _DATA_MOVEMENT and is_tensor(node)
+
+
+def elements_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensors whose elements a node returns as they are: those that it moves, chooses or casts; () if it computes
+    new ones."""
+    kept = _DATA_MOVEMENT - PADS | IDENTITIES | DROPOUT | _ELEMENTS
+    return tuple(pytree.tree_leaves(node.args[0])) if node.target in kept else ()
 
 
 def is_pointwise(node: fx.Node) -> bool:

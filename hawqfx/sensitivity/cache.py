@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import CacheError, ExportError
 
-VERSION = 4  # of the files and of the digest: a new version does not read the files of an old one
+VERSION = 5  # of the files and of the digest: a new version does not read the files of an old one
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _open_cache(metric: Metric, program: Program, context: Context, workers: Wor
 def _identity(metric: Metric, program: Program, context: Context) -> list[object]:
     """Everything that the numbers depend on."""
     parts: list[object] = [repr(metric), str(program.graph.graph), program.constants(), context.seed, context.batch]
-    parts += [context.loss, context.draw, context.device.type, [batch.tensors for batch in context.batches]]
+    parts += [context.criterion.identity, context.device.type, [batch.tensors for batch in context.batches]]
     parts += [[batch.target for batch in context.batches], [repr(site) for site in program.sites]]
     for site in program.sites:
         if Quantizers in metric.needs:

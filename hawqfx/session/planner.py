@@ -147,7 +147,7 @@ class Planner:
         weights: list[Tensor] = []
         for index, batch in enumerate(self.context.batches):
             target = batch.target
-            if target is None:
+            if batch.lacks_targets:
                 target = self.context.target_of(self.measured.run(batch.args, batch.kwargs), batch, index)
             found = [
                 self.context.sample_losses(program.run(batch.args, batch.kwargs), target, index) for program in programs

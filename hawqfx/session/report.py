@@ -50,7 +50,7 @@ def summary(
     scores: Mapping[str, tuple[float, float]],
     loss_reason: str,
 ) -> str:
-    """The table as text, the cost in bytes and in loss, and the nodes in float with their reasons.
+    """The loss and its reason, the table, the cost in bytes and in loss, and the nodes in float with their reasons.
 
     Args:
         planned: the float program with the chosen formats.
@@ -58,19 +58,19 @@ def summary(
         samples: number of calibration samples.
         losses: the mean loss on them, of the float network and of the compiled one.
         rival: uniform bits within the same limits, if they were tried.
-        loss_reason: the name of the loss and why it is taken; empty for a loss that the user gave.
+        loss_reason: the name of the loss and why it is taken.
         scores: the metric of the float network and of the compiled one, by the name of the data.
     """
     text = io.StringIO()
     console = Console(file=text, width=110)
+    console.print(f"loss: {loss_reason}", soft_wrap=True)
+    console.print(f"calibrated on {samples} samples")
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
-    if loss_reason:
-        console.print(f"loss: {loss_reason}")
     size, reference, (float_loss, loss) = weight_bytes(planned), planned.float_bytes(), losses
     console.print(f"weights {size} bytes, {size / reference:.2%} of float32's {reference}")
     console.print(
-        f"loss on {samples} calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
+        f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
     if rival is not None:

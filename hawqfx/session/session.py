@@ -287,7 +287,7 @@ class Compiled:
         return report.site_table(self.planned, self.budget)
 
     def summary(self) -> str:
-        """The table as text, the cost in bytes and in loss, and the nodes in float with their reasons."""
+        """The loss and its reason, the table, the cost in bytes and loss, and the nodes in float with their reasons."""
         return report.summary(
             self.planned,
             self.budget,

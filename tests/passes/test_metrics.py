@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from hawqfx.errors import LossError
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, SquaredError
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.facts import LossIncrease, QuantizationError, Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at, weight_at
@@ -29,7 +32,7 @@ from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
 from hawqfx.sensitivity.metrics import SensitivityMetric
 from hawqfx.sensitivity.quantity import Estimate, Quantity
-from tests.nets import Attention, Mlp, Plain, SharedLayer, TiedWeights, build, images
+from tests.nets import Attention, EndingMlp, Mlp, Plain, SharedLayer, TiedWeights, build, images
 from tests.tools import after, context, measuring, tensor_at
 
 
@@ -217,40 +220,97 @@ def test_a_shared_layer_has_one_trace_over_all_its_uses() -> None:
     assert isinstance(program.activations[0], ActivationSite)
 
 
-def dense_fisher(program: Program, work: Context, site: str) -> float:
-    """Tr(J^T (diag(p) - p p^T) J), mean over samples: the Gauss-Newton matrix by its definition, from Jacobians."""
+def information_of_logits(logits: Tensor) -> Tensor:
+    """diag(p) - p p^T."""
+    p = logits.softmax(0)
+    return p.diag() - torch.outer(p, p)
+
+
+def dense_fisher(
+    program: Program, work: Context, site: str, information: Callable[[Tensor], Tensor] = information_of_logits
+) -> float:
+    """Tr(J^T I J), mean over samples: the Gauss-Newton matrix by its definition, from Jacobians J of the outputs and
+    the information I (outputs, outputs) that a sample's distribution has of them."""
     total = 0.0
     for batch in work.batches:
         for k in range(batch.size):
             one = Batch((batch.args[0][k : k + 1],), {})
 
-            def logits_of_shift(shift: Tensor, one: Batch = one) -> Tensor:
-                return program.run(one.args, {}, lambda _, value: value + shift, at=[site])
+            def flat(**changes: Any) -> Tensor:
+                outputs = pytree.tree_leaves(program.run(one.args, {}, **changes))  # noqa: B023
+                return torch.cat([output.reshape(-1) for output in outputs])
 
-            def logits_of_weight(weight: Tensor, one: Batch = one) -> Tensor:
-                return program.run(one.args, {}, tensors={site: weight})
+            def of_shift(shift: Tensor) -> Tensor:
+                return flat(hook=lambda _, value: value + shift, at=[site])
+
+            def of_weight(weight: Tensor) -> Tensor:
+                return flat(tensors={site: weight})
 
             if any(site == activation.key for activation in program.activations):
-                jacobian = torch.autograd.functional.jacobian(
-                    logits_of_shift, torch.zeros_like(tensor_at(program, one, site))
-                )
+                jacobian = torch.autograd.functional.jacobian(of_shift, torch.zeros_like(tensor_at(program, one, site)))
             else:
-                jacobian = torch.autograd.functional.jacobian(logits_of_weight, program.tensor(site).detach())
+                jacobian = torch.autograd.functional.jacobian(of_weight, program.tensor(site).detach())
             j = jacobian.reshape(3, -1)
-            p = program.run(one.args, {}).detach().softmax(1)[0]
-            total += float(((p.diag() - torch.outer(p, p)) @ j * j).sum()) / work.samples
+            total += float((information(flat().detach()) @ j * j).sum()) / work.samples
     return total
+
+
+def assert_fisher_is_dense(
+    program: Program, work: Context, information: Callable[[Tensor], Tensor] = information_of_logits
+) -> None:
+    """400 probes of at most 10 sites: within 5 standard errors."""
+    measured = run([Fisher(400, tolerance=0)], program, work)
+    for site in program.sites:
+        fact = measured.facts.get(site.key, Sensitivity)
+        exact = dense_fisher(program, work, site.key, information)
+        assert fact.stderr > 0
+        assert abs(fact.curvature * site.numel - exact) <= 5 * fact.stderr * site.numel
 
 
 @pytest.mark.parametrize("make", [Mlp, TiedWeights])
 def test_fisher_is_the_trace_of_the_gauss_newton_matrix(make: Callable[[], nn.Module]) -> None:
-    program, work = double_program(make), double_context()
-    measured = run([Fisher(400, tolerance=0)], program, work)
-    for site in program.sites:
-        fact = measured.facts.get(site.key, Sensitivity)
-        assert fact.stderr > 0
-        # 400 probes, at most 10 sites: 5 standard errors
-        assert abs(fact.curvature * site.numel - dense_fisher(program, work, site.key)) <= 5 * fact.stderr * site.numel
+    assert_fisher_is_dense(double_program(make), double_context())
+
+
+SCALE = 0.7  # of the squared error among two outputs
+
+
+def sigmoid_and_score(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z[:, :2].sigmoid(), z[:, 2:]
+
+
+# the end of a network of three outputs, its criterion, and the information of the outputs: the second derivative of
+# -log q(t) by the outputs, expected over t ~ q
+ENDS: dict[str, tuple[Callable[[Tensor], Any], Criterion, Callable[[Tensor], Tensor]]] = {
+    "softmax": (nn.Softmax(1), Categorical(1, "probabilities"), lambda p: (1 / p).diag()),
+    "sigmoids": (nn.Sigmoid(), Bernoulli(), lambda p: (1 / (p * (1 - p))).diag() / 3),
+    "squares": (nn.Identity(), SquaredError(), lambda z: 2 * torch.eye(3, dtype=z.dtype) / 3),
+    "two": (
+        sigmoid_and_score,
+        Several((Part(0, Bernoulli()), Part(1, SquaredError(), SCALE)), (0, 1)),
+        lambda o: torch.cat([1 / (o[:2] * (1 - o[:2])) / 2, o.new_tensor([2 * SCALE])]).diag(),
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_fisher_is_the_gauss_newton_matrix_of_every_criterion(end: str) -> None:
+    function, criterion, information = ENDS[end]
+    program = double_program(lambda: EndingMlp(function))
+    assert_fisher_is_dense(program, replace(double_context(), loss=criterion), information)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_expected_hessian_of_the_last_layer_is_its_gauss_newton_matrix(end: str) -> None:
+    """Without targets, where every criterion is convex in the logits, HAWQ-V2 measures the same as Fisher: the matrix
+    is exact in the last layer.  640 probes: within 5 standard errors."""
+    function, criterion, information = ENDS[end]
+    program = double_program(lambda: EndingMlp(function))
+    batches = tuple(Batch(batch.args, {}) for batch in double_context().batches)
+    work = replace(double_context(), batches=batches, loss=criterion)
+    fact = run([HawqV2(640, tolerance=0)], program, work).facts.get("head.weight", Sensitivity)
+    assert fact.stderr > 0
+    assert abs(fact.curvature * 12 - dense_fisher(program, work, "head.weight", information)) <= 5 * fact.stderr * 12
 
 
 def test_fisher_needs_one_ordinary_backward_per_probe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,274 @@
+"""Criteria: losses whose distribution of targets is known, so that data need none.
+
+A target t that is drawn from the float network's distribution p is noise; the expectation of the loss over such targets
+is not.  For the distribution q of any network, a negative log likelihood has the expectation
+
+    E_(t ~ p)[-log q(t)] = KL(p || q) + H(p),
+
+which two networks are compared by.  At q = p its gradient is zero, and its Hessian is the Fisher information, which is
+the Gauss-Newton matrix (Martens 2020, "New insights and perspectives on the natural gradient method", section 9).
+
+| criterion | -log q(t), up to a constant | p, by the float output z | expected target |
+| --- | --- | --- | --- |
+| Categorical | -log q_t | softmax z, or z where it is one | the probabilities |
+| Bernoulli | -t log q - (1 - t) log (1 - q) of each element | z, a sigmoid | z |
+| SquaredError | (z - t)^2 of each element | normal, of mean z and variance 1/2 | z |
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hawqfx.errors import DataError
+from hawqfx.frontend.outputs import logits_of, tensor_of, written
+
+Loss = Callable[[Any, Any], Tensor]
+Draw = Callable[[Any, torch.Generator], Any]
+
+IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
+
+
+class Criterion(ABC):
+    """A loss of (output, target), the mean over a batch, and what is known of its targets."""
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        return self.mean(output, target)
+
+    @abstractmethod
+    def mean(self, output: Any, target: Any) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+
+    @abstractmethod
+    def values(self, output: Any, target: Any, samples: int) -> Tensor:
+        """The loss of every sample, (samples,) float64, whose mean is the loss of the batch; (1,) where the output or
+        the loss does not part by samples."""
+
+    @abstractmethod
+    def expectation(self, output: Any) -> Any:
+        """The expected target of the float network's output, that `mean` and `values` take in place of a target; None
+        if targets can only be drawn."""
+
+    @abstractmethod
+    def draw(self, output: Any, random: torch.Generator) -> Any:
+        """A target drawn from the distribution of the output; None if there is no such distribution."""
+
+    @abstractmethod
+    def draws(self, target: Any) -> int | None:
+        """The number c of independent draws in a drawn target: c E[g g^T], with g the gradient of `mean`, is the
+        Gauss-Newton matrix of the loss.  None: each sample is one draw."""
+
+    @property
+    def knows_distribution(self) -> bool:
+        """Whether the loss is the negative logarithm of the distribution that `draw` draws from."""
+        return True
+
+    @property
+    def identity(self) -> object:
+        """What distinguishes it from other criteria, as hawqfx.sensitivity.cache.digest takes it."""
+        return repr(self)
+
+    def complete(self, output: Any, target: Any) -> Any:
+        """The target of data, with the expectation of the float network's output where it is missing; None if that can
+        only be drawn."""
+        return self.expectation(output) if target is None else target
+
+
+@dataclass(frozen=True)
+class ExpectedLabels:
+    """The distribution of labels, in place of labels that are drawn from it.
+
+    Args:
+        probabilities: (N, classes, ...), those of the float network.
+    """
+
+    probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Categorical(Criterion):
+    """Cross-entropy of integer labels.
+
+    Args:
+        axis: dimension of the classes in the output.
+        form: what the output has of each class; probabilities and their logarithms are taken as they are.
+        causal: whether the labels of tokens (N, L) are the tokens themselves, so that position i of the output predicts
+            label i + 1, as in the models of transformers.
+    """
+
+    axis: int = 1
+    form: Literal["logits", "probabilities", "log-probabilities"] = "logits"
+    causal: bool = False
+
+    def mean(self, output: Any, target: Any) -> Tensor:
+        if isinstance(target, ExpectedLabels):
+            return self._expected(output, target).mean()
+        return F.nll_loss(*self._predictions(output, target), ignore_index=IGNORED_LABEL)
+
+    def values(self, output: Any, target: Any, samples: int) -> Tensor:
+        if isinstance(target, ExpectedLabels):
+            return _by_sample(self._expected(output, target), samples)
+        predicted, labels = self._predictions(output, target)
+        losses = F.nll_loss(predicted.double(), labels, reduction="none", ignore_index=IGNORED_LABEL)
+        # in units whose mean over samples is the mean over labels
+        return _by_sample(losses * losses.numel() / max(1, _kept(labels)), samples)
+
+    def expectation(self, output: Any) -> ExpectedLabels:
+        return ExpectedLabels(self._probabilities(output))
+
+    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+        labels = sample_labels(self._probabilities(output), random)
+        if not self.causal:
+            return labels
+        shifted = torch.full_like(labels, IGNORED_LABEL)
+        shifted[:, 1:] = labels[:, :-1]
+        return shifted
+
+    def draws(self, target: Any) -> int:
+        return _kept(target)
+
+    def _expected(self, output: Any, labels: ExpectedLabels) -> Tensor:
+        """Cross-entropy of each label's distribution, (N, ...)."""
+        return -(labels.probabilities * self._log_probabilities(output)).sum(1)
+
+    def _predictions(self, output: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N, classes, ...) and the labels (N, ...) that they predict."""
+        if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
+            raise DataError("cross-entropy needs integer labels; give loss= for other targets")
+        predicted = self._log_probabilities(output)
+        if labels.shape != predicted.shape[:1] + predicted.shape[2:]:
+            raise DataError(
+                f"cross-entropy of output {written(tensor_of(output))} needs labels "
+                f"{written(predicted.select(1, 0))}, one for each distribution over classes, not {written(labels)}"
+            )
+        classes, kept = predicted.shape[1], labels[labels != IGNORED_LABEL]
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= classes):
+            raise DataError(
+                f"labels go from {int(kept.min())} to {int(kept.max())}, "
+                f"but the model has {classes} classes, 0 to {classes - 1}"
+            )
+        if self.causal:
+            predicted, labels = predicted[:, :, :-1], labels[:, 1:]
+        return predicted, labels.long()
+
+    def _log_probabilities(self, output: Any) -> Tensor:
+        """(N, classes, ...), with a slope."""
+        scores = logits_of(output).movedim(self.axis, 1)
+        if self.form == "logits":
+            return scores.log_softmax(1)
+        # the softmax of a class far behind rounds to zero; its true logarithm is below that of the least normal float
+        return scores.clamp_min(_tiny(scores)).log() if self.form == "probabilities" else scores
+
+    def _probabilities(self, output: Any) -> Tensor:
+        """(N, classes, ...), without a slope."""
+        scores = logits_of(output).detach().movedim(self.axis, 1)
+        if self.form == "logits":
+            return scores.softmax(1)
+        return scores if self.form == "probabilities" else scores.exp()
+
+
+@dataclass(frozen=True)
+class Bernoulli(Criterion):
+    """Binary cross-entropy of sigmoids, the mean over all elements; targets are from 0 to 1, in the shape of the output
+    but for dimensions of size one."""
+
+    def mean(self, output: Any, target: Any) -> Tensor:
+        return self._elements(output, target).mean()
+
+    def values(self, output: Any, target: Any, samples: int) -> Tensor:
+        return _by_sample(self._elements(output, target), samples)
+
+    def expectation(self, output: Any) -> Tensor:
+        return tensor_of(output).detach()
+
+    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+        return torch.bernoulli(tensor_of(output).detach(), generator=random)
+
+    def draws(self, target: Any) -> int:
+        return int(target.numel())
+
+    def _elements(self, output: Any, target: Any) -> Tensor:
+        """In the shape of the output."""
+        p = tensor_of(output)
+        if not isinstance(target, Tensor) or not same_but_for_ones(p, target):
+            given = written(target) if isinstance(target, Tensor) else type(target).__name__
+            raise DataError(
+                f"binary cross-entropy needs targets from 0 to 1 in the shape of the output, {written(p)}, not {given}"
+            )
+        if not lies_in_unit_interval(target):
+            raise DataError(
+                f"the targets of a binary cross-entropy are from 0 to 1; these go from {float(target.min()):g} to "
+                f"{float(target.max()):g}"
+            )
+        t = target.reshape(p.shape).to(p.dtype)
+        # 1 - p of a float is no finer than this, or zero; p is taken as no finer, so that a zero, such as one of a
+        # quantized output, costs what a one does
+        least = torch.finfo(p.dtype).eps / 2
+        yes, no = p.clamp_min(least).log(), (1 - p).clamp_min(least).log()
+        return -(t * yes + (1 - t) * no)
+
+
+@dataclass(frozen=True)
+class SquaredError(Criterion):
+    """The squared error, the mean over all elements of an output and a target of its shape."""
+
+    def mean(self, output: Any, target: Any) -> Tensor:
+        return self._elements(output, target).mean()
+
+    def values(self, output: Any, target: Any, samples: int) -> Tensor:
+        return _by_sample(self._elements(output, target), samples)
+
+    def expectation(self, output: Any) -> Tensor:
+        return tensor_of(output).detach()
+
+    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+        mean = tensor_of(output).detach()
+        noise = torch.randn(mean.shape, generator=random, device=mean.device, dtype=mean.dtype)
+        return mean + noise * 0.5**0.5
+
+    def draws(self, target: Any) -> int:
+        return int(target.numel())
+
+    def _elements(self, output: Any, target: Any) -> Tensor:
+        """In the shape of the output."""
+        scores = tensor_of(output)
+        if not isinstance(target, Tensor) or scores.shape != target.shape:
+            given = written(target) if isinstance(target, Tensor) else type(target).__name__
+            raise DataError(
+                f"the squared error needs targets in the shape of the output, {written(scores)}, not {given}"
+            )
+        return (scores - target).square()
+
+
+def sample_labels(probabilities: Tensor, random: torch.Generator) -> Tensor:
+    """Labels (N, ...) drawn by probabilities (N, classes, ...)."""
+    last = probabilities.movedim(1, -1)
+    return torch.multinomial(last.reshape(-1, last.shape[-1]), 1, generator=random).reshape(last.shape[:-1])
+
+
+def same_but_for_ones(output: Tensor, target: Tensor) -> bool:
+    """Whether two shapes differ in dimensions of size one only, beyond the batch, as in (N, 1) and (N)."""
+    one, other = ([tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1)] for tensor in (output, target))
+    return one == other
+
+
+def lies_in_unit_interval(target: Tensor) -> bool:
+    return bool(((target >= 0) & (target <= 1)).all())
+
+
+def _tiny(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).tiny
+
+
+def _kept(labels: Tensor) -> int:
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def _by_sample(values: Tensor, samples: int) -> Tensor:
+    """Means (samples,) float64 of values (n, ...), where n may be a multiple of the samples, as of their boxes."""
+    groups = samples if len(values) % samples == 0 else 1
+    return values.double().reshape(groups, -1).mean(1)
