@@ -76,10 +76,18 @@ class Quantizers:
 
 @dataclass(frozen=True, eq=False)
 class RoundedWeights:
-    """The int8 codes of a weight in each format, in the weight's shape, and the squared error that they leave."""
+    """The codes of a weight in each format.
+
+    Args:
+        codes: int8, in the weight's shape.
+        squared_error: that such codes leave on samples which they are not fitted to.
+        optimism: the ratio of that error to the one on the calibration samples, at least 1; what is measured on the
+            calibration samples is too small by this factor.
+    """
 
     codes: Mapping[Format, Tensor]
     squared_error: Mapping[Format, float]
+    optimism: Mapping[Format, float]
 
 
 @dataclass(frozen=True)

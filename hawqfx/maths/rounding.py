@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DAMPING = 0.01  # fraction of the mean of A's diagonal, as in GPTQ: keeps A invertible on few samples
+DAMPING = 0.01  # as in GPTQ: enough to keep A invertible
+COLUMNS = 64  # rounded before their errors move on to later columns, in one product of matrices (GPTQ, section 3.3)
 MOST_ROWS = 32768  # patches of a batch, evenly spread: enough for an A of a few thousand columns
 
 
@@ -87,46 +88,77 @@ def second_moment(rows: Tensor) -> Tensor:
     return (rows.transpose(1, 2) @ rows).double() / rows.shape[1]
 
 
-def compensated(weight: Tensor, moment: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Compensated rounding of a weight; all tensors are float64.
-
-    Scales and ranges of codes are per row, so that the rows of several formats can be rounded together.
+class Compensation:
+    """Where the error of each column goes: what compensated rounding needs of a second moment.
 
     Args:
-        weight: (groups, R, K).
-        moment: (groups, K, K), the second moment of the inputs.
-        scale: (groups, R, 1), or (groups, R, K) for a scale per element.
-        low: (groups, R, 1), the lowest codes.
-        high: (groups, R, 1), the highest codes.
-
-    Returns:
-        Integer codes (groups, R, K).
+        moment: (groups, K, K) in float64, the second moment of the inputs.
+        damping: fraction of the mean of the moment's diagonal that is added to the diagonal, one or (groups,).  It
+            keeps the moment invertible, and few samples from being fitted at the cost of others.
     """
-    columns = weight.shape[-1]
-    diagonal = moment.diagonal(dim1=1, dim2=2)
-    damping = DAMPING * diagonal.mean(1)
-    damping = torch.where(damping > 0, damping, 1.0)
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
-    moment = moment + torch.diag_embed(damping[:, None].expand_as(diagonal))
-    moment = moment.gather(1, order[:, :, None].expand_as(moment)).gather(2, order[:, None, :].expand_as(moment))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    left = weight.gather(2, order[:, None, :].expand_as(weight))
-    if scale.shape[-1] > 1:
-        scale = scale.gather(2, order[:, None, :].expand_as(scale))
-    codes = torch.empty_like(left)
-    for k in range(columns):
-        column = left[:, :, k : k + 1]
-        step = scale[:, :, k : k + 1] if scale.shape[-1] > 1 else scale
-        code = (column / step).round().clamp(low, high)
-        codes[:, :, k : k + 1] = code
-        error = (column - code * step) / upper[:, k : k + 1, k : k + 1]
-        left[:, :, k + 1 :] -= error * upper[:, k : k + 1, k + 1 :]
-    return codes.gather(2, order.argsort(1)[:, None, :].expand_as(codes))
+
+    def __init__(self, moment: Tensor, damping: float | Tensor = DAMPING) -> None:
+        diagonal = moment.diagonal(dim1=1, dim2=2)
+        added = damping * diagonal.mean(1)
+        added = torch.where(added > 0, added, 1.0)
+        self.order = diagonal.argsort(dim=1, descending=True, stable=True)
+        moment = moment + torch.diag_embed(added[:, None].expand_as(diagonal))
+        moment = self._sorted(self._sorted(moment).transpose(1, 2)).transpose(1, 2)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        self.upper = torch.linalg.cholesky(inverse, upper=True)
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        """The columns of (groups, R, K), from the input with the most energy to the input with the least."""
+        return x.gather(2, self.order[:, None, :].expand_as(x))
+
+    def round(self, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Compensated rounding of a weight; all tensors are float64.
+
+        Scales and ranges of codes are per row, so that the rows of several formats can be rounded together.
+
+        Args:
+            weight: (groups, R, K).
+            scale: (groups, R, 1), or (groups, R, K) for a scale per element.
+            low: (groups, R, 1), the lowest codes.
+            high: (groups, R, 1), the highest codes.
+
+        Returns:
+            Integer codes (groups, R, K).
+        """
+        left = self._sorted(weight)
+        steps = self._sorted(scale) if scale.shape[-1] > 1 else scale.expand_as(left)
+        codes = torch.empty_like(left)
+        for start in range(0, left.shape[-1], COLUMNS):
+            block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
+            codes[:, :, block], errors = self._round_block(left[:, :, block], steps[:, :, block], low, high, start)
+            left[:, :, rest] -= errors @ self.upper[:, block, rest]
+        return codes.gather(2, self.order.argsort(1)[:, None, :].expand_as(codes))
+
+    def _round_block(self, left: Tensor, steps: Tensor, low: Tensor, high: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The codes of the columns from `start`, and their errors by which later columns are corrected.
+
+        Args:
+            left: (groups, R, columns), what earlier columns left to these; it is changed.
+            steps: their scales, likewise.
+            low: (groups, R, 1).
+            high: (groups, R, 1).
+            start: number of the first column.
+        """
+        codes, errors = torch.empty_like(left), torch.empty_like(left)
+        stop = start + left.shape[-1]
+        upper = self.upper[:, start:stop, start:stop]
+        for k in range(left.shape[-1]):
+            column, step = left[:, :, k : k + 1], steps[:, :, k : k + 1]
+            code = (column / step).round().clamp(low, high)
+            codes[:, :, k : k + 1] = code
+            error = (column - code * step) / upper[:, k : k + 1, k : k + 1]
+            errors[:, :, k : k + 1] = error
+            left[:, :, k + 1 :] -= error * upper[:, k : k + 1, k + 1 :]
+        return codes, errors
 
 
-def weighted_error(difference: Tensor, moment: Tensor) -> float:
-    """tr(D A D^T) K / tr(A), summed over groups; ||D||^2 for groups whose A is zero.
+def weighted_error(difference: Tensor, moment: Tensor) -> Tensor:
+    """tr(D A D^T) K / tr(A) of every group, (groups,); ||D||^2 for groups whose A is zero.
 
     Args:
         difference: D, (groups, R, K).
@@ -135,4 +167,4 @@ def weighted_error(difference: Tensor, moment: Tensor) -> float:
     trace = moment.diagonal(dim1=1, dim2=2).sum(1)
     weighted = ((difference @ moment) * difference).sum((1, 2)) * difference.shape[-1] / trace
     plain = difference.square().sum((1, 2))
-    return float(torch.where(trace > 0, weighted, plain).sum())
+    return torch.where(trace > 0, weighted, plain)

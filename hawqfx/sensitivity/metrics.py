@@ -114,9 +114,12 @@ class WidthMetric(SensitivityMetric):
         increases: dict[str, Fact] = {}
         for site in program.sites:
             by_format = {q.known_format: value for q, value in estimates.items() if q.site == site.key}
+            factor = dict.fromkeys(by_format, 1.0)
+            if isinstance(site, WeightSite):  # measured on the samples that its codes are fitted to
+                factor = dict(program.facts.get(site.key, RoundedWeights).optimism)
             increases[site.key] = LossIncrease(
-                {width: value.mean for width, value in by_format.items()},
-                {width: value.stderr for width, value in by_format.items()},
+                {width: value.mean * factor[width] for width, value in by_format.items()},
+                {width: value.stderr * factor[width] for width, value in by_format.items()},
             )
         return program.learn(increases)
 
