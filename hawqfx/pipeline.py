@@ -27,6 +27,7 @@ from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.float_reference import FloatReference
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.fold_constants import FoldConstants
+from hawqfx.passes.gauss_newton import GaussNewton
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.insert_copies import InsertCopies
@@ -105,7 +106,7 @@ def recipe(
             Perturbation(),
             Cost(),
         ],
-        measure=[metric or Fisher(), *[Interactions()] * interactions],
+        measure=[metric or GaussNewton(), *[Interactions()] * interactions],
         decide=[allocation or Allocation(Budget())],
         lower=[Lowering()],
         legalize=legalization(),
@@ -121,6 +122,7 @@ def profiling(threads: int = 1, batch: int | None = None, cache: Path | None = N
 
 # how the loss increase of a site in a format is predicted, by name on the command line
 METRICS: Mapping[str, Callable[[], Analysis]] = {
+    "gauss-newton": GaussNewton,
     "hawq-v2": HawqV2,
     "fisher": Fisher,
     "taylor": Taylor,
@@ -130,7 +132,7 @@ METRICS: Mapping[str, Callable[[], Analysis]] = {
 }
 
 # ranks best and costs least in benchmarks/fidelity.py; it draws targets from the model's own distribution
-DEFAULT_METRIC = "fisher"
+DEFAULT_METRIC = "gauss-newton"
 # for losses of which no distribution is known
 GENERAL_METRIC = "hawq-v2"
 

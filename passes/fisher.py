@@ -13,7 +13,6 @@ HAWQ-V2 (Martens 2020, "New insights and perspectives on the natural gradient me
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature
@@ -54,10 +53,5 @@ class Fisher(CurvatureMetric):
     tolerance: float = option(0.1, TOLERANCE_DOC)
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
-        if not context.knows_distribution:
-            raise LossError(
-                "fisher draws targets from the distribution that the loss is the negative logarithm of, and knows only "
-                "those of cross-entropies and the squared error: give draw=, a function of (output, generator), or use "
-                'sensitivity="hawq-v2"'
-            )
+        context.require_distribution(self.name)
         return _Backward(context, index, forward(program, context.batches[index], operators))

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hawqfx.errors import HawqfxError, LossError
+from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ErrorProducts, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
@@ -47,11 +47,7 @@ class Interactions(Analysis):
             raise HawqfxError(f"probes={self.probes}: at least one is needed")
 
     def learn(self, program: Program, context: Context) -> Mapping[str, ErrorProducts]:
-        if not context.knows_distribution:
-            raise LossError(
-                "interactions draw targets from the distribution that the loss is the negative logarithm of: give "
-                "draw=, a function of (output, generator), or leave interactions out"
-            )
+        context.require_distribution(self.name)
         errors = {site.key: _errors(program, site.key) for site in program.weights}
         choices = [(key, width) for key, by_format in errors.items() for width in by_format]
         gram = np.zeros((len(choices), len(choices)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import activation_at, weight_at
+from hawqfx.ir.quantizers import errors_at
 from hawqfx.ir.sites import WeightSite
 from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
@@ -71,13 +71,10 @@ class _Directions(Measurement):
         random = generator(self.context.seed, *key, device=self.context.device)
         return [error * self._signs(quantity.site, error, random) for error in self._errors(quantity)]
 
-    @torch.no_grad()
     def _errors(self, quantity: Quantity) -> list[Tensor]:
         """Q_b(x) - x for every tensor of the site."""
-        site, width, tensors = quantity.site, quantity.known_format, self.run.tensors[quantity.site]
-        if isinstance(self.sites[site], WeightSite):
-            return [weight_at(self.program, site, width) - tensors[0]]
-        return [activation_at(self.program, site, width, x) - x for x in tensors]
+        site = quantity.site
+        return errors_at(self.program, self.sites[site], quantity.known_format, self.run.tensors[site])
 
     def _signs(self, site: str, error: Tensor, random: torch.Generator) -> Tensor:
         """A random sign for a weight, or one for each sample of an activation, in a shape that broadcasts."""

@@ -107,6 +107,15 @@ class Context:
         """Whether targets can be drawn from the distribution that the loss is the negative logarithm of."""
         return self.criterion.knows_distribution
 
+    def require_distribution(self, reader: str) -> None:
+        """Raises LossError for `reader`, an analysis that draws targets, if their distribution is not known."""
+        if not self.knows_distribution:
+            raise LossError(
+                f"{reader} draws targets from the distribution that the loss is the negative logarithm of, and knows "
+                "only those of cross-entropies and the squared error: give draw=, a function of (output, generator), "
+                'or use sensitivity="hawq-v2" and no interactions'
+            )
+
     def draws(self, target: Any, index: int) -> int:
         """The number of independent draws in a drawn target; see Criterion.draws."""
         count = self.criterion.draws(target)

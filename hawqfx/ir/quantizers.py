@@ -1,11 +1,14 @@
 """The tensor of a site in a format: the same values that the lowered graph computes with."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hawqfx.ir.custom_ops import dequantize
 from hawqfx.ir.facts import Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
+from hawqfx.ir.sites import Site, WeightSite
 from hawqfx.maths import affine
 from hawqfx.maths.formats import Format
 
@@ -57,3 +60,21 @@ def activation_at(program: Program, key: str, width: Format, x: Tensor) -> Tenso
         return affine.fake_quantize_dynamic(x)
     scale = scale_of(quantizer).to(x.device)
     return affine.fake_quantize(x, scale, quantizer.zero_point, quantizer.low, quantizer.high)
+
+
+@torch.no_grad()
+def errors_at(program: Program, site: Site, width: Format, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Q(x) - x for every tensor of a site.
+
+    Args:
+        program: with the facts Quantizers, and RoundedWeights for a weight.
+        site: the site.
+        width: a format other than float.
+        tensors: the weight, or the values of an activation's tensors.
+
+    Raises:
+        PassError: if a fact is missing.
+    """
+    if isinstance(site, WeightSite):
+        return [weight_at(program, site.key, width) - tensor for tensor in tensors]
+    return [activation_at(program, site.key, width, tensor) - tensor for tensor in tensors]

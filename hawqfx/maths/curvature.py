@@ -272,3 +272,19 @@ def pooled(parts: Sequence[Moments], shares: Sequence[float], *, exact: bool = F
         return mean, 0.0
     variance = math.fsum(share**2 * part.variance for share, part in zip(shares, parts, strict=True))
     return mean, math.sqrt(variance)
+
+
+def spread(parts: Sequence[Moments], shares: Sequence[float]) -> tuple[float, float]:
+    """The mean of sum_b share_b X_b and its standard error over all that the X_b are samples of, by their spread.
+
+    With weights w of sum 1, the mean m has the variance sum w^2 (x - m)^2 n / (n - 1); that of a single X is its own.
+
+    Args:
+        parts: the samples of every X_b.
+        shares: the weight of every X_b; their sum is 1.
+    """
+    mean = math.fsum(share * part.mean for share, part in zip(shares, parts, strict=True))
+    if len(parts) == 1:
+        return mean, math.sqrt(parts[0].variance)
+    squares = math.fsum((share * (part.mean - mean)) ** 2 for share, part in zip(shares, parts, strict=True))
+    return mean, math.sqrt(squares * len(parts) / (len(parts) - 1))

@@ -1,4 +1,4 @@
-"""Parts batches until a measurement of each part fits into memory."""
+"""Parts batches until a measurement of each part fits into memory, or until there are parts enough to probe."""
 
 import logging
 from dataclasses import replace
@@ -49,6 +49,14 @@ def fit_into_memory(
         return context
     if not context.batch:
         log.info("batches of %d samples are measured in parts of %d, to fit into memory", largest, size)
+    return replace(context, batches=tuple(part for batch in context.batches for part in batch.split(size)))
+
+
+def parted(program: Program, context: Context, parts: int) -> Context:
+    """The context with its samples in about so many equal parts, each within a batch; with a fixed batch as it is."""
+    if not program.dynamic_batch:
+        return context
+    size = max(1, context.samples // parts)
     return replace(context, batches=tuple(part for batch in context.batches for part in batch.split(size)))
 
 

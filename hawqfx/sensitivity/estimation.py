@@ -25,7 +25,7 @@ from hawqfx.maths import curvature
 from hawqfx.maths.curvature import Moments
 from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.base import Kind
-from hawqfx.sensitivity.batching import fit_into_memory
+from hawqfx.sensitivity.batching import fit_into_memory, parted
 from hawqfx.sensitivity.cache import MeasurementCache, digest
 from hawqfx.sensitivity.distributed import Team, Workers
 from hawqfx.sensitivity.double_backward import Operators, twice_differentiable
@@ -53,6 +53,8 @@ class Metric(Protocol):
     def second_order(self) -> bool: ...
     @property
     def exact(self) -> bool: ...
+    @property
+    def shares_probes(self) -> bool: ...
     def quantities(self, program: Program) -> Sequence[Quantity]: ...
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement: ...
 
@@ -79,6 +81,8 @@ def estimate(metric: Metric, program: Program, context: Context) -> dict[Quantit
     workers = Workers.current(context.device)
     cache = _open_cache(metric, program, context, workers)
     context = fit_into_memory(program, context, workers, cache, second_order=metric.second_order)
+    if metric.shares_probes:
+        context = parted(program, context, metric.probes)
     cached = _cached_batches(cache, len(context.batches), workers)
     table = _Table(metric.quantities(program), len(context.batches))
     _measure_batches(metric, program, context, workers, cache, table, cached)
@@ -200,9 +204,16 @@ class _Task:
     team: Team
     batches: int
 
+    @property
+    def probes(self) -> int:
+        """The largest number of probes on a batch."""
+        if self.metric.shares_probes:
+            return math.ceil(self.metric.probes / len(self.context.batches))
+        return self.metric.probes
+
     def report(self, done: int, probe: int, note: str = "") -> None:
         """Tells the progress: after `done` batches and some probes of the next one."""
-        probes = self.metric.probes
+        probes = self.probes
         self.context.progress(self.metric.name, done * probes + probe, self.batches * probes, note)
 
     def share(self, index: int) -> float:
@@ -211,7 +222,7 @@ class _Task:
 
 
 def _measure_batch(task: _Task, index: int, done: int) -> dict[Quantity, _Summary]:
-    """Draws probes on batch `index` until every quantity is known well enough, or `metric.probes` are drawn."""
+    """Draws probes on batch `index` until every quantity is known well enough, or `task.probes` are drawn."""
     metric = task.metric
     task.report(done, 0)
     measurement = _open_measurement(task, index)
@@ -219,8 +230,8 @@ def _measure_batch(task: _Task, index: int, done: int) -> dict[Quantity, _Summar
     samples: dict[Quantity, list[float]] = {quantity: [] for quantity in task.quantities}
     errors = dict.fromkeys(task.quantities, 0.0)
     wanted, probe, note = list(task.quantities), 0, ""
-    while wanted and probe < metric.probes:
-        count = min(ROUND, metric.probes - probe)
+    while wanted and probe < task.probes:
+        count = min(ROUND, task.probes - probe)
         for quantity, drawn in _draw(measurement, task.team, probe, count, wanted).items():
             samples[quantity] += drawn
         probe += count
@@ -275,7 +286,7 @@ def _relative_errors(
 
     An error is relative to the quantity's own mean or to the average of its kind, whichever is larger.
     """
-    if task.metric.exact:
+    if task.metric.exact or task.metric.shares_probes:  # nothing stops early
         return dict.fromkeys(samples, 0.0)
     moments = {quantity: Moments.of(values) for quantity, values in samples.items()}
     sizes = {quantity: worth[quantity] * abs(part.mean) for quantity, part in moments.items()}
@@ -306,7 +317,10 @@ def _pooled(
     estimates, errors = {}, {}
     for quantity, batches in summaries.items():
         parts = [Moments(int(part.samples), part.mean, part.squares) for part in batches]
-        mean, stderr = curvature.pooled(parts, shares, exact=metric.exact)
+        if metric.shares_probes:
+            mean, stderr = curvature.spread(parts, shares)
+        else:
+            mean, stderr = curvature.pooled(parts, shares, exact=metric.exact)
         estimates[quantity] = Estimate(mean, stderr, min(part.samples for part in parts))
         errors[quantity] = math.sqrt(sum(share * part.error**2 for share, part in zip(shares, batches, strict=True)))
     _warn_of_errors(metric, errors)

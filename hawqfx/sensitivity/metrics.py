@@ -30,12 +30,15 @@ class SensitivityMetric(Analysis):
             mean, or of the average over all sites of its kind; with 0 all `probes` are drawn.
         second_order: whether the metric needs second derivatives.
         exact: whether one sample is the true value for its batch.
+        shares_probes: whether `probes` counts those of all batches together: the samples are parted in so many equal
+            parts, if there are as many, and the standard error is that of the spread over the parts.
     """
 
     probes: int = 1
     tolerance: float = 0.0
     second_order: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    shares_probes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.exact and self.probes < 2:
