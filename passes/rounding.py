@@ -37,8 +37,7 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: InputMoments) -> R
     codes: dict[Format, Tensor] = {}
     errors: dict[Format, float] = {}
     optimism: dict[Format, float] = {}
-    middle = sorted(widths.by_format.items())[len(widths.by_format) // 2][1]
-    damping = _best_damping(_Stack(weight, [middle], moments), moments)
+    damping = _best_damping(weight, moments)
     for static in (True, False):
         quantizers = [quantizer for width, quantizer in widths.by_format.items() if width.is_static is static]
         if not quantizers:
@@ -59,10 +58,16 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: InputMoments) -> R
     return RoundedWeights(codes, errors, optimism)
 
 
-def _best_damping(stack: "_Stack", moments: InputMoments) -> float:
-    """The damping by which codes that are fitted to one half of the samples leave the least error on the other."""
+def _best_damping(weight: Tensor, moments: InputMoments) -> float:
+    """The damping by which codes that are fitted to one half of the samples leave the least error on the other.
+
+    Judged at 4 bits whatever the formats are, so that a plan which names a single one gives the same codes.
+    """
     if len(moments.halves) < 2:
         return rounding.DAMPING
+    low, high = affine.signed_range(4)
+    scale = tuple(affine.symmetric_scales(weight, 4).tolist())
+    stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments)
     errors = [
         float(stack.errors(stack.rounded(moments.halves, damping), moments.halves.flip(0)).sum())
         for damping in DAMPINGS

@@ -233,7 +233,7 @@ def test_less_than_one_sample_at_a_time() -> None:
         ({"keep_float": ["nothing*"]}, r"keep_float 'nothing\*': no weight has such a name"),
         ({"loss": "mse"}, "loss='mse': must be a function"),
         ({"metric": "accuracy"}, "metric='accuracy': must be a function"),
-        ({"loss": lambda output, target: output.square().mean(), "interactions": True}, "interactions draw targets"),
+        ({"loss": lambda output, target: output.square().mean(), "interactions": True}, "interactions draws targets"),
     ],
 )
 def test_options_that_are_wrong_are_said(options: dict[str, Any], message: str) -> None:

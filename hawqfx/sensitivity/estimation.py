@@ -148,7 +148,8 @@ def _identity(metric: Metric, program: Program, context: Context) -> list[object
         if Quantizers in metric.needs:
             parts.append(repr(program.facts.get(site.key, Quantizers)))
         if RoundedWeights in metric.needs and not isinstance(site, ActivationSite):
-            parts.append(dict(program.facts.get(site.key, RoundedWeights).codes))
+            codes = program.facts.get(site.key, RoundedWeights).codes
+            parts.append({str(width): each for width, each in codes.items()})
     return parts
 
 

@@ -168,7 +168,7 @@ def test_only_as_much_of_an_endless_loader_is_read_as_asked() -> None:
 
 
 def test_a_metric_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(HawqfxError, match="sensitivity='trace': must be one of hawq-v2, fisher, taylor"):
+    with pytest.raises(HawqfxError, match="sensitivity='trace': must be one of gauss-newton, hawq-v2, fisher, taylor"):
         hawqfx.compile(build(Plain), "size=50%", images(), sensitivity="trace")
 
 
