@@ -29,6 +29,7 @@ from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.fold_constants import FoldConstants
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.passes.histograms import Histograms
 from hawqfx.passes.insert_copies import InsertCopies
 from hawqfx.passes.interactions import Interactions
 from hawqfx.passes.lowering import Lowering
@@ -100,6 +101,7 @@ def recipe(
             FindSites(keep_float),
         ],
         price=[
+            Histograms(),
             quantizers or Calibration(),
             rounding or Rounding(),
             Perturbation(),
