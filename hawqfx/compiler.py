@@ -81,9 +81,9 @@ def compile(
         metric: for a budget on `drop`: a function of (output, target), the mean over the batch, higher being better.
         holdout: data with targets that such a drop is validated on; by default the last quarter of `data`, which then
             neither calibrates nor is measured.
-        sensitivity: how the loss increase is predicted: "fisher", "hawq-v2", "taylor", "measured", "mse" or "hawq-v1",
-            or such a pass with its options, as in HawqV2(probes=100).  By default "fisher", which ranks best and costs
-            least, or "hawq-v2" for a loss of one's own without draw=.
+        sensitivity: how the loss increase is predicted: "gauss-newton", "fisher", "hawq-v2", "taylor", "measured",
+            "mse" or "hawq-v1", or such a pass with its options, as in HawqV2(probes=100).  By default "gauss-newton",
+            or "hawq-v2" for a loss of one's own without draw=.
         weight_bits: bits that weights may have, within 2 to 8, and 32 for float, which a budget on latency may choose
             in any case.
         activation_bits: bits that activations may have, likewise.  Fewer than 8 are chosen only where a limit asks for
