@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,20 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def each_network(
+    benchmark: str, names: Sequence[str], examine: Callable[[str], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What was found on networks, by name, with those of earlier runs; written after each, so that a run may be stopped
+    and gone on with --only."""
+    path = RESULTS / f"{benchmark}.json"
+    results: dict[str, dict[str, Any]] = json.loads(path.read_text())["networks"] if path.exists() else {}
+    for name in names:
+        results[name] = examine(name) | {"environment": environment()}
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"networks": results}, indent=1) + "\n")
+    return results
 
 
 @dataclass

@@ -14,13 +14,12 @@ Compensated rounding, seed 0.  Results are written after each network, so a run 
 --quick: ResNet-20 with its first 128 calibration images, scored on the 2,000 images of hawqfx.zoo.
 """
 
-import json
 import time
 from dataclasses import replace
 from typing import Any
 
 import torch
-from common import RESULTS, Claims, console, environment, parser
+from common import Claims, console, each_network, parser
 from rich.table import Table
 from scipy.stats import kendalltau
 from subjects import SUBJECTS, Subject
@@ -34,6 +33,7 @@ from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Analysis
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
+from hawqfx.passes.gauss_newton import GaussNewton
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.measured import Measured
@@ -43,6 +43,7 @@ from hawqfx.passes.taylor import Taylor
 BUDGETS = (5, 4, 3, 2.5)  # bits per weight on average
 # hawq-v1 takes a product per site and step, so: five steps, and a quarter of the samples; taylor a probe per width
 METRICS: dict[str, Analysis] = {
+    "gauss-newton": GaussNewton(),
     "mse": Mse(),
     "hawq-v1": HawqV1(iterations=5),
     "hawq-v2": HawqV2(),
@@ -147,22 +148,18 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=SAMPLES, default=list(SAMPLES))
     args = options.parse_args()
-    path = RESULTS / "fidelity.json"
-    results: dict[str, Any] = {}
     if args.quick:
-        results["resnet20"] = examine(quick())
+        results = {"resnet20": examine(quick())}
     else:
-        if path.exists():
-            results = json.loads(path.read_text())["networks"]
-        for name in args.only:
-            results[name] = examine(SUBJECTS[name]()) | {"environment": environment()}
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"networks": results}, indent=1) + "\n")
+        results = each_network("fidelity", args.only, lambda name: examine(SUBJECTS[name]()))
     show(results)
     claims = Claims()
     default = pipeline.DEFAULT_METRIC
     for name, result in results.items():
         taus = {m: f["tau"]["weights"] for m, f in result["metrics"].items() if "tau" in f and m != "measured"}
+        if default not in taus:
+            claims.add(f"{name}: the default, {default}, was measured", False, "run it again with --only")
+            continue
         claims.add(
             f"{name}: the default, {default}, ranks better than the squared error alone",
             taus[default] > taus["mse"],

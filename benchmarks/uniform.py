@@ -15,7 +15,6 @@ seed 0.  Results are written after each network, so a run may be stopped and gon
 --quick: ResNet-20 with its first 128 calibration images and 256 held-out ones, two budgets.
 """
 
-import json
 import math
 import statistics
 import time
@@ -24,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import RESULTS, Claims, console, environment, parser
+from common import Claims, console, each_network, parser
 from rich.table import Table
 from subjects import SUBJECTS, Subject, outputs
 
@@ -121,17 +120,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     args = options.parse_args()
-    path = RESULTS / "uniform.json"
-    results: dict[str, Any] = {}
     if args.quick:
-        results["resnet20"] = examine(quick(), BUDGETS[2:4])
+        results = {"resnet20": examine(quick(), BUDGETS[2:4])}
     else:
-        if path.exists():
-            results = json.loads(path.read_text())["networks"]
-        for name in args.only:
-            results[name] = examine(SUBJECTS[name]()) | {"environment": environment()}
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"networks": results}, indent=1) + "\n")
+        results = each_network("uniform", args.only, lambda name: examine(SUBJECTS[name]()))
     show(results)
     claims = Claims()
     claim(results, claims)

@@ -100,8 +100,8 @@ def compile(
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
         plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
-            without targets and for "fisher", where the loss is one's own.  The known losses have such a distribution,
-            by whose expectation networks are compared; see hawqfx.frontend.criteria.
+            without targets, "gauss-newton" and "fisher", where the loss is one's own.  The known losses have such a
+            distribution, by whose expectation networks are compared; see hawqfx.frontend.criteria.
         samples: number of samples of the data to take; a warning says so when there are fewer.
         batch: the most samples to measure at once; by default as many as free memory allows.
         cache: a folder for measurements, batch by batch: a run that was killed goes on where it was, and the same model

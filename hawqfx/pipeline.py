@@ -131,7 +131,7 @@ METRICS: Mapping[str, Callable[[], Analysis]] = {
     "hawq-v1": HawqV1,
 }
 
-# ranks best and costs least in benchmarks/fidelity.py; it draws targets from the model's own distribution
+# sees the direction of each error at the price of backward passes; it draws targets from the model's own distribution
 DEFAULT_METRIC = "gauss-newton"
 # for losses of which no distribution is known
 GENERAL_METRIC = "hawq-v2"

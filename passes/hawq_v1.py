@@ -13,13 +13,14 @@ from typing import ClassVar
 import torch
 
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import sample_axis
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite
 from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward, sample_axis
+from hawqfx.sensitivity.forward import Forward, check_gradient, forward
 from hawqfx.sensitivity.metrics import CurvatureMetric
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -43,7 +44,8 @@ class _PowerIteration(Measurement):
         tensors = self.run.tensors[site]
         start = [torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype) for x in tensors]
         blocks = self.context.batches[self.index].size if site in self.activations else 1
-        axes = [sample_axis(x, blocks) for x in tensors]
+        axes = [axis for x in tensors if (axis := sample_axis(x, blocks)) is not None]
+        assert len(axes) == len(tensors), f"the activation {site} has no batch dimension"
         limits = self.metric.iterations, self.metric.precision
         eigenvalues = curvature.top_eigenvalues(self.gradients[site], tensors, start, axes, blocks, *limits)
         return float(eigenvalues.sum())  # their mean over samples: in the mean loss, a sample already counts 1/N

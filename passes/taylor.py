@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import sample_axis
 from hawqfx.ir.facts import Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import errors_at
@@ -22,7 +23,7 @@ from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward, sample_axis
+from hawqfx.sensitivity.forward import Forward, check_gradient, forward
 from hawqfx.sensitivity.metrics import TOLERANCE_DOC, WidthMetric
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -82,6 +83,7 @@ class _Directions(Measurement):
             return curvature.rademacher(error.new_empty(()), random)
         samples = self.context.batches[self.index].size
         axis = sample_axis(error, samples)
+        assert axis is not None, f"the activation {site} has no batch dimension"
         signs = curvature.rademacher(error.new_empty(samples), random).repeat_interleave(error.shape[axis] // samples)
         return signs.reshape(-1, *[1] * (error.ndim - 1 - axis))
 

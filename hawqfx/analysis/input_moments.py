@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import sample_axis
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Layer
@@ -79,7 +80,7 @@ def input_moments(program: Program, context: Context) -> dict[str, InputMoments]
 def _halves(value: Tensor, size: int, index: int) -> Iterator[tuple[int, Tensor, int]]:
     """The halves of a batch's samples in a tensor: number of the half, its part, its samples.  A single sample goes to
     one half, by the number of the batch."""
-    axis = next((axis for axis, length in enumerate(value.shape) if length % size == 0), None)
+    axis = sample_axis(value, size)
     if size == 1 or axis is None:
         yield index % 2, value, size
         return

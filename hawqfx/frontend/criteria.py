@@ -30,6 +30,8 @@ from hawqfx.frontend.outputs import logits_of, tensor_of, written
 Loss = Callable[[Any, Any], Tensor]
 Draw = Callable[[Any, torch.Generator], Any]
 
+Form = Literal["logits", "probabilities", "log-probabilities"]  # what an output has of each class
+
 IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
 
 
@@ -101,7 +103,7 @@ class Categorical(Criterion):
     """
 
     axis: int = 1
-    form: Literal["logits", "probabilities", "log-probabilities"] = "logits"
+    form: Form = "logits"
     causal: bool = False
 
     def mean(self, output: Any, target: Any) -> Tensor:
@@ -171,10 +173,8 @@ class Categorical(Criterion):
         return scores if self.form == "probabilities" else scores.exp()
 
 
-@dataclass(frozen=True)
-class Bernoulli(Criterion):
-    """Binary cross-entropy of sigmoids, the mean over all elements; targets are from 0 to 1, in the shape of the output
-    but for dimensions of size one."""
+class _Elementwise(Criterion):
+    """The mean of a loss over all elements, each a draw of its own, whose expected target is the float output."""
 
     def mean(self, output: Any, target: Any) -> Tensor:
         return self._elements(output, target).mean()
@@ -185,14 +185,23 @@ class Bernoulli(Criterion):
     def expectation(self, output: Any) -> Tensor:
         return tensor_of(output).detach()
 
-    def draw(self, output: Any, random: torch.Generator) -> Tensor:
-        return torch.bernoulli(tensor_of(output).detach(), generator=random)
-
     def draws(self, target: Any) -> int:
         return int(target.numel())
 
+    @abstractmethod
     def _elements(self, output: Any, target: Any) -> Tensor:
-        """In the shape of the output."""
+        """The loss of every element, in the shape of the output."""
+
+
+@dataclass(frozen=True)
+class Bernoulli(_Elementwise):
+    """Binary cross-entropy of sigmoids, the mean over all elements; targets are from 0 to 1, in the shape of the output
+    but for dimensions of size one."""
+
+    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+        return torch.bernoulli(tensor_of(output).detach(), generator=random)
+
+    def _elements(self, output: Any, target: Any) -> Tensor:
         p = tensor_of(output)
         if not isinstance(target, Tensor) or not same_but_for_ones(p, target):
             given = written(target) if isinstance(target, Tensor) else type(target).__name__
@@ -213,28 +222,15 @@ class Bernoulli(Criterion):
 
 
 @dataclass(frozen=True)
-class SquaredError(Criterion):
+class SquaredError(_Elementwise):
     """The squared error, the mean over all elements of an output and a target of its shape."""
-
-    def mean(self, output: Any, target: Any) -> Tensor:
-        return self._elements(output, target).mean()
-
-    def values(self, output: Any, target: Any, samples: int) -> Tensor:
-        return _by_sample(self._elements(output, target), samples)
-
-    def expectation(self, output: Any) -> Tensor:
-        return tensor_of(output).detach()
 
     def draw(self, output: Any, random: torch.Generator) -> Tensor:
         mean = tensor_of(output).detach()
         noise = torch.randn(mean.shape, generator=random, device=mean.device, dtype=mean.dtype)
         return mean + noise * 0.5**0.5
 
-    def draws(self, target: Any) -> int:
-        return int(target.numel())
-
     def _elements(self, output: Any, target: Any) -> Tensor:
-        """In the shape of the output."""
         scores = tensor_of(output)
         if not isinstance(target, Tensor) or scores.shape != target.shape:
             given = written(target) if isinstance(target, Tensor) else type(target).__name__

@@ -72,6 +72,12 @@ class Batch:
         return Batch(*(pytree.tree_map(leafwise, part) for part in (self.args, dict(self.kwargs), self.target)))
 
 
+def sample_axis(tensor: Tensor, samples: int) -> int | None:
+    """The dimension of a tensor that the batch is part of: the first whose size the number of samples divides; None if
+    there is none."""
+    return next((axis for axis, size in enumerate(tensor.shape) if size % samples == 0), None)
+
+
 def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]:
     """The batches in `data`, checked.
 

@@ -1,6 +1,6 @@
 """The default loss: chosen by the last operators of the network, and by the shapes of its output and the targets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from hawqfx.frontend.criteria import (
     Bernoulli,
     Categorical,
     Criterion,
+    Form,
     SquaredError,
     lies_in_unit_interval,
     same_but_for_ones,
@@ -21,6 +22,8 @@ from hawqfx.frontend.endings import Ending, class_axis, run_with_endings
 from hawqfx.frontend.outputs import counted, entries, is_structured, targets_by_output, tensor_of, written
 from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.program import Program
+
+FORMS: Mapping[Ending, Form] = {"softmax": "probabilities", "log_softmax": "log-probabilities"}
 
 
 @torch.no_grad()
@@ -131,8 +134,8 @@ def _axis(scores: Tensor, made_by: Ending | None, labels: Tensor) -> int | None:
 
 
 def _categorical(axis: int, made_by: Ending | None, dimensions: int, causal: bool = False) -> Categorical:
-    form = {"softmax": "probabilities", "log_softmax": "log-probabilities"}.get(made_by or "", "logits")
-    return Categorical(-1 if axis == dimensions - 1 > 1 else axis, form, causal)  # type: ignore[arg-type]
+    behind_all = axis > 1 and axis == dimensions - 1  # such as those of tokens; -1 says so whatever the rank
+    return Categorical(-1 if behind_all else axis, "logits" if made_by is None else FORMS[made_by], causal)
 
 
 def _cross_entropy(criterion: Categorical) -> str:

@@ -93,11 +93,11 @@ class Compensation:
 
     Args:
         moment: (groups, K, K) in float64, the second moment of the inputs.
-        damping: fraction of the mean of the moment's diagonal that is added to the diagonal, one or (groups,).  It
-            keeps the moment invertible, and few samples from being fitted at the cost of others.
+        damping: fraction of the mean of the moment's diagonal that is added to the diagonal.  It keeps the moment
+            invertible, and few samples from being fitted at the cost of others.
     """
 
-    def __init__(self, moment: Tensor, damping: float | Tensor = DAMPING) -> None:
+    def __init__(self, moment: Tensor, damping: float = DAMPING) -> None:
         diagonal = moment.diagonal(dim1=1, dim2=2)
         added = damping * diagonal.mean(1)
         added = torch.where(added > 0, added, 1.0)

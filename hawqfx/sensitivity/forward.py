@@ -84,8 +84,3 @@ def check_gradient(index: int, site: str, gradients: Sequence[Tensor]) -> None:
     """
     if not all(map(curvature.is_finite, gradients)):
         raise LossError(f"the gradient at {site!r} is not finite on batch {index}: the loss overflows there")
-
-
-def sample_axis(tensor: Tensor, samples: int) -> int:
-    """The dimension of a tensor that the batch is part of: the first whose size the number of samples divides."""
-    return next(axis for axis, size in enumerate(tensor.shape) if size % samples == 0)

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawqfx.maths.curvature import Hessian, Moments, dot, gradient, is_finite, pooled, rademacher, top_eigenvalues
+from hawqfx.maths.curvature import (
+    Hessian,
+    Moments,
+    dot,
+    gradient,
+    is_finite,
+    pooled,
+    rademacher,
+    spread,
+    top_eigenvalues,
+)
 
 SHAPES = ((4, 3), (2, 4), (3, 4))  # two weights, and a perturbation of the hidden activation of 3 samples
 SMALL, LARGE, FEW, MANY = 2, 32, 512, 128  # FEW estimates of SMALL probes, then MANY estimates of LARGE probes
@@ -215,3 +225,12 @@ def test_inner_tensors_and_leaves_have_the_same_forms_together_and_alone() -> No
     # the same few operations in float64
     assert hessian.forms({"y": lambda: [v]})["y"] == pytest.approx(float((second * v * v).sum()), rel=1e-12)
     assert hessian.forms({"x": lambda: [v]})["x"] == pytest.approx(float((of_x * v * v).sum()), rel=1e-12)
+
+
+def test_the_spread_over_parts_is_the_standard_error_of_their_weighted_mean() -> None:
+    """Equal shares: s / sqrt(n); a single part: the error of its own samples."""
+    parts = [Moments.of([value]) for value in (1.0, 2.0, 6.0)]
+    assert spread(parts, [1 / 3] * 3) == pytest.approx((3.0, math.sqrt(7 / 3)), rel=1e-14)
+    # mean 0.5 + 0.5 + 1.5; squares of 0.5 (1 - 2.5), 0.25 (2 - 2.5), 0.25 (6 - 2.5)
+    assert spread(parts, [0.5, 0.25, 0.25]) == pytest.approx((2.5, math.sqrt((0.5625 + 0.015625 + 0.765625) * 1.5)))
+    assert spread([Moments.of([1.0, 3.0])], [1.0]) == (2.0, 1.0)

@@ -1,6 +1,6 @@
 """The metrics, each against an oracle of its own: dense Hessians, Jacobians, derivatives along a line, plain losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,16 +20,20 @@ from hawqfx.frontend.losses import cross_entropy
 from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.facts import LossIncrease, QuantizationError, RoundedWeights, Sensitivity
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import activation_at, weight_at
-from hawqfx.ir.sites import ActivationSite
+from hawqfx.ir.quantizers import activation_at, errors_at, weight_at
+from hawqfx.ir.sites import ActivationSite, Site
 from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.manager import run
+from hawqfx.passes import gauss_newton
 from hawqfx.passes.fisher import Fisher
+from hawqfx.passes.gauss_newton import GaussNewton
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
+from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.metrics import SensitivityMetric
 from hawqfx.sensitivity.quantity import Estimate, Quantity
 from tests.nets import Attention, EndingMlp, Mlp, Plain, SharedLayer, TiedWeights, build, images
@@ -227,10 +231,15 @@ def information_of_logits(logits: Tensor) -> Tensor:
 
 
 def dense_fisher(
-    program: Program, work: Context, site: str, information: Callable[[Tensor], Tensor] = information_of_logits
+    program: Program,
+    work: Context,
+    site: str,
+    information: Callable[[Tensor], Tensor] = information_of_logits,
+    error: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
     """Tr(J^T I J), mean over samples: the Gauss-Newton matrix by its definition, from Jacobians J of the outputs and
-    the information I (outputs, outputs) that a sample's distribution has of them."""
+    the information I (outputs, outputs) that a sample's distribution has of them; d^T J^T I J d where `error` gives d
+    by the tensor of the site."""
     total = 0.0
     for batch in work.batches:
         for k in range(batch.size):
@@ -247,10 +256,14 @@ def dense_fisher(
                 return flat(tensors={site: weight})
 
             if any(site == activation.key for activation in program.activations):
-                jacobian = torch.autograd.functional.jacobian(of_shift, torch.zeros_like(tensor_at(program, one, site)))
+                tensor = tensor_at(program, one, site)
+                jacobian = torch.autograd.functional.jacobian(of_shift, torch.zeros_like(tensor))
             else:
-                jacobian = torch.autograd.functional.jacobian(of_weight, program.tensor(site).detach())
+                tensor = program.tensor(site).detach()
+                jacobian = torch.autograd.functional.jacobian(of_weight, tensor)
             j = jacobian.reshape(3, -1)
+            if error is not None:
+                j = j @ error(tensor).detach().reshape(-1, 1)
             total += float((information(flat().detach()) @ j * j).sum()) / work.samples
     return total
 
@@ -270,6 +283,62 @@ def assert_fisher_is_dense(
 @pytest.mark.parametrize("make", [Mlp, TiedWeights])
 def test_fisher_is_the_trace_of_the_gauss_newton_matrix(make: Callable[[], nn.Module]) -> None:
     assert_fisher_is_dense(double_program(make), double_context())
+
+
+@pytest.mark.parametrize("make", [Mlp, TiedWeights])
+def test_gauss_newton_is_half_the_form_of_the_quantizers_own_error(make: Callable[[], nn.Module]) -> None:
+    """200 passes for each of 12 samples: their squares have a standard error of sqrt(2 / 200) = 10% of a sample's form,
+    and at most that of the whole, where one sample has it all.  Within 5 standard errors."""
+    program, work = double_program(make), double_context()
+    measured = run([GaussNewton(2400)], program, work)
+    for site in program.sites:
+        known = measured.facts.get(site.key, LossIncrease)
+        for width, increase in known.by_format.items():
+
+            def error(tensor: Tensor, site: Site = site, width: Format = width) -> Tensor:
+                return errors_at(program, site, width, [tensor])[0]
+
+            exact = 0.5 * dense_fisher(program, work, site.key, error=error) * optimism(program, site.key, width)
+            assert abs(increase - exact) <= 0.5 * exact + 1e-12, (site.key, width)
+            assert known.stderr[width] > 0 or exact < 1e-12
+
+
+@pytest.mark.parametrize("make", [Mlp, TiedWeights])
+def test_gauss_newton_measures_the_trace_beside(make: Callable[[], nn.Module]) -> None:
+    program, work = double_program(make), double_context()
+    measured = run([GaussNewton(2400)], program, work)
+    for site in program.sites:
+        fact = measured.facts.get(site.key, Sensitivity)
+        # the sum of many forms, closer than a single one: see above
+        assert fact.curvature * site.numel == pytest.approx(dense_fisher(program, work, site.key), rel=0.3)
+
+
+def test_gauss_newton_shares_its_passes_out_over_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 samples: 12 forward passes of one sample each, and ceil(30 / 12) backward passes of each."""
+    program, work = double_program(Mlp), double_context()
+    opened: list[int] = []
+    drawn: list[int] = []
+    sample = gauss_newton._Slopes.sample
+
+    def counted_forward(program: Program, batch: Batch, operators: Operators) -> Forward:
+        opened.append(batch.size)
+        return forward(program, batch, operators)
+
+    def counted_sample(self: Any, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
+        drawn.append(self.index)
+        return sample(self, probe, wanted)
+
+    monkeypatch.setattr(gauss_newton, "forward", counted_forward)
+    monkeypatch.setattr(gauss_newton._Slopes, "sample", counted_sample)
+    run([GaussNewton(30)], program, work)
+    assert opened == [1] * 12
+    assert sorted(drawn) == sorted([*range(12)] * 3)
+
+
+def test_gauss_newton_refuses_a_loss_whose_distribution_it_does_not_know() -> None:
+    work = replace(double_context(), loss=lambda output, target: output.square().mean())
+    with pytest.raises(LossError, match="gauss_newton draws targets"):
+        run([GaussNewton()], double_program(Mlp), work)
 
 
 SCALE = 0.7  # of the squared error among two outputs
