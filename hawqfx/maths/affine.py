@@ -20,7 +20,7 @@ Function = Callable[[Tensor], Tensor]
 
 _COARSE, _REFINE = 80, 6  # clipping points, and steps of least squares, in the search for a symmetric scale
 _ROUNDS, _GRID = 3, 25  # grids, and clipping points at each end of the range, in the search for an affine range
-CACHED = 1 << 15  # elements of a weight that are searched together, so that they stay in the processor's cache
+CACHED = 1 << 17  # elements of a weight that are searched together, so that they stay in the processor's cache
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
@@ -80,34 +80,50 @@ def symmetric_scales(weight: Tensor, bits: int) -> Tensor:
     Returns:
         (C,) in float32; a channel of zeros has scale 1.
     """
-    rows = weight.detach().reshape(weight.shape[0], -1)
+    rows = weight.detach().float().reshape(weight.shape[0], -1)
     few = max(1, CACHED // max(1, rows.shape[1]))
-    return torch.cat([_scales(part.double(), *signed_range(bits)) for part in rows.split(few)])
+    return torch.cat([_scales(part, *signed_range(bits)) for part in rows.split(few)])
 
 
 def _scales(rows: Tensor, low: int, high: int) -> Tensor:
-    largest = rows.abs().amax(1)
-    widest = torch.where(largest > 0, largest / max(high, 1), 1.0)
-    best = widest.clone()
-    least = _error(rows, best, low, high)
-    for step in range(1, _COARSE):
-        scale = widest * (1 - step / _COARSE)
-        error = _error(rows, scale, low, high)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    """The scales (C,) of `symmetric_scales` for rows (C, K) in float32.
+
+    Rows are brought to a largest magnitude of one, so that a clipping point is one number for all of them, and squares
+    are far from the ends of float32.  Clipping points fall, and what the extremes of a row alone lose by clipping is a
+    lower bound on its error with all points to come: the search ends where no row can gain any more.
+    """
+    largest = rows.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    rows = rows / largest
+    grid = torch.arange(_COARSE, 0, -1, device=rows.device)[:, None] / (_COARSE * max(high, 1))  # widest first
+    lowest, highest = torch.aminmax(rows, dim=1)
+    clipped = (highest - high * grid).clamp_min(0).square() + (low * grid - lowest).clamp_min(0).square()
+    codes, buffer = torch.empty_like(rows), torch.empty_like(rows)
+    best, least = grid[0].expand(len(rows)), rows.new_full((len(rows),), torch.inf)
+    for scale, bound in zip(grid, clipped, strict=True):
+        if bool((bound >= least).all()):
+            break
+        best, least = _better(rows, scale, _codes(rows, scale, low, high, codes), buffer, best, least)
+    _codes(rows, best, low, high, codes)
     for _ in range(_REFINE):
-        codes = (rows / best[:, None]).round().clamp(low, high)
-        energy = (codes * codes).sum(1)
-        scale = torch.where(energy > 0, (codes * rows).sum(1) / energy.clamp_min(1), best)
-        better = _error(rows, scale, low, high) < least
-        best = torch.where(better, scale, best)
-        least = _error(rows, best, low, high)
-    return best.float().clamp_min(torch.finfo(torch.float32).tiny)
+        energy = torch.linalg.vecdot(codes, codes)
+        scale = torch.where(energy > 0, torch.linalg.vecdot(codes, rows) / energy.clamp_min(1), best)
+        best, least = _better(rows, scale, _codes(rows, scale, low, high, codes), buffer, best, least)
+    return (best * largest[:, 0]).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    s = scale[:, None]
-    return ((rows / s).round().clamp_(low, high).mul_(s) - rows).square().sum(1)
+def _codes(rows: Tensor, scale: Tensor, low: int, high: int, out: Tensor) -> Tensor:
+    """The codes (C, K), as floats in `out`, of rows (C, K) with scales (C,) or (1,)."""
+    return torch.div(rows, scale[:, None], out=out).round_().clamp_(low, high)
+
+
+def _better(
+    rows: Tensor, scale: Tensor, codes: Tensor, buffer: Tensor, best: Tensor, least: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best scales (C,) and their errors (C,), once `scale` with its codes is among those tried."""
+    error = torch.linalg.vector_norm(torch.mul(codes, scale[:, None], out=buffer).sub_(rows), dim=1).square_()
+    better = error < least
+    return torch.where(better, scale, best), torch.where(better, error, least)
 
 
 def affine_range(
