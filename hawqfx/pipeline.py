@@ -30,6 +30,7 @@ from hawqfx.passes.fold_constants import FoldConstants
 from hawqfx.passes.gauss_newton import GaussNewton
 from hawqfx.passes.hawq_v1 import HawqV1
 from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.passes.histograms import Histograms
 from hawqfx.passes.insert_copies import InsertCopies
 from hawqfx.passes.interactions import Interactions
 from hawqfx.passes.lowering import Lowering
@@ -101,6 +102,7 @@ def recipe(
             FindSites(keep_float),
         ],
         price=[
+            Histograms(),
             quantizers or Calibration(),
             rounding or Rounding(),
             Perturbation(),

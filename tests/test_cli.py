@@ -115,6 +115,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "equalize",
         "insert_copies",
         "find_sites",
+        "histograms",
         "calibration",
         "rounding",
         "perturbation",

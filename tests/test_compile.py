@@ -150,7 +150,7 @@ def test_observers(tmp_path: Path) -> None:
         quick(Plain, "size=60%", observers=[timing, Dump(tmp_path / "dump"), PrintAfter("lowering", stream)])
     names = [
         "fold_constants", "fold_batchnorm", "float_reference", "decompose", "equalize", "insert_copies", "find_sites",
-        "calibration", "rounding",
+        "histograms", "calibration", "rounding",
         "perturbation", "cost", "hawq_v2", "allocation",
         "lowering",
     ]  # fmt: skip

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.ir.operators import is_pointwise, value_readers
-from hawqfx.maths import curvature
 
 Function = Callable[[Tensor], Tensor]
 
@@ -69,17 +68,15 @@ def function_of(graph: fx.Graph, tied: Collection[str]) -> Function | None:
     return partial(evaluate, body, sources[0]) if body else None
 
 
-def square_slope(function: Function, values: Tensor) -> float:
-    """The sum of the squared derivatives of a pointwise function.
+def mean_square_slope(function: Function, values: Tensor, counts: Tensor) -> float:
+    """The mean of the squared derivative of a pointwise function over a histogram.
 
     Args:
         function: from a tensor to a tensor of the same shape.
-        values: where the derivatives are taken; of any shape.
-
-    Returns:
-        The sum over all values.
+        values: (B,) where the derivatives are taken.
+        counts: (B,) how often each value occurs.
     """
     with torch.enable_grad():
         inputs = values.detach().requires_grad_()
         (slope,) = torch.autograd.grad(function(inputs).sum(), inputs)
-    return curvature.dot(slope, slope)
+    return float((slope.square() * counts).sum() / counts.sum())

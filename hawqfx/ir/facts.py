@@ -67,6 +67,19 @@ class QuantParams:
         return Format(self.bits, self.scheme)
 
 
+@dataclass(frozen=True, eq=False)
+class ActivationHistogram:
+    """The values of an activation's tensors over the calibration data.
+
+    Args:
+        values: (B,) float64, the mean of each bin, ascending.
+        counts: (B,) float64, the number of values in each bin.
+    """
+
+    values: Tensor
+    counts: Tensor
+
+
 @dataclass(frozen=True)
 class Quantizers:
     """The quantizer of a site in each format that it may take."""
@@ -228,13 +241,22 @@ class StoredBits:
     bits: Mapping[str, int]
 
 
-SiteFact = Sensitivity | Quantizers | RoundedWeights | QuantizationError | LossIncrease | ByteCost | ChosenFormat
+SiteFact = (
+    ActivationHistogram
+    | Sensitivity
+    | Quantizers
+    | RoundedWeights
+    | QuantizationError
+    | LossIncrease
+    | ByteCost
+    | ChosenFormat
+)
 NetworkFact = Account | ErrorProducts | FloatNetwork | StoredBits | LatencyModel
 Fact = SiteFact | NetworkFact
 F = TypeVar(
     "F",
-    Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost, ChosenFormat,
-    Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel,
+    ActivationHistogram, Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost,
+    ChosenFormat, Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel,
 )  # fmt: skip
 NETWORK_FACTS: tuple[type[NetworkFact], ...] = (Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel)
 

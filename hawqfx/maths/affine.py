@@ -135,7 +135,7 @@ def affine_range(
     represented exactly.
 
     Args:
-        values: (B,) a value for each bin.
+        values: (B,) a value for each bin, ascending.
         counts: (B,) the number of values in each bin.
         bits: bits of a code.
         nonnegative: whether the zero-point must be 0, which lets onnxruntime drop a ReLU before the quantizer.
@@ -144,6 +144,7 @@ def affine_range(
     Returns:
         The scale, which float32 represents exactly, and the zero-point.
     """
+    values, counts = values.double(), counts.double()
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if nonnegative:
         low = 0.0
@@ -155,7 +156,7 @@ def affine_range(
     for _ in range(_ROUNDS):
         bottom, top = _clipping_points(low, high, fractions)
         scale, zero = _quantizers_between(bottom, top, levels)
-        errors = _errors_on_histogram(values.double(), counts, scale, zero, levels, after)
+        errors = errors_on_histogram(values, counts, scale, zero, levels, after)
         at = int(errors.argmin())
         if float(errors[at]) < least:
             least, best = float(errors[at]), (float(scale[at]), int(zero[at]))
@@ -202,15 +203,33 @@ def _quantizers_between(bottom: Tensor, top: Tensor, levels: int) -> tuple[Tenso
     return scale, (-bottom / scale).round().clamp(0, levels)
 
 
-def _errors_on_histogram(
-    values: Tensor, counts: Tensor, scale: Tensor, zero: Tensor, levels: int, after: Function | None
+def errors_on_histogram(
+    values: Tensor, counts: Tensor, scale: Tensor, zero: Tensor, levels: int, after: Function | None = None
 ) -> Tensor:
-    """The squared errors (P,) of quantizers with scales (P,) and zero-points (P,), summed over a histogram (B,)."""
-    codes = ((values / scale[:, None]).round() + zero[:, None]).clamp_(0, levels)
-    value_of_code = (torch.arange(levels + 1) - zero[:, None]) * scale[:, None]
+    """The squared errors of quantizers with codes 0 to `levels`, summed over a histogram.
+
+    For the bins x with code c and value v, the error sum n (v - x)^2 is v^2 sum n - 2 v sum n x + sum n x^2, and the
+    sums over the bins between two thresholds are differences of cumulative sums.
+
+    Args:
+        values: (B,) float64, a value for each bin, ascending.
+        counts: (B,) float64, the number of values in each bin.
+        scale: (P,) float64.
+        zero: (P,) float64, the zero-points.
+        levels: the highest code.
+        after: a function of each value, such as GELU; errors count after it.
+
+    Returns:
+        (P,) in float64.
+    """
+    codes = torch.arange(levels + 1) - zero[:, None]
+    at = torch.searchsorted(values, (codes[:, :-1] + 0.5) * scale[:, None])
+    at = F.pad(F.pad(at, (1, 0)), (0, 1), value=len(values))
+    value_of_code = codes * scale[:, None]
     if after is not None:
         values, value_of_code = after(values), after(value_of_code)
-    return ((value_of_code.gather(1, codes.long()) - values) ** 2 * counts).sum(1)
+    number, total = (F.pad(sums.cumsum(0), (1, 0))[at].diff(dim=1) for sums in (counts, counts * values))
+    return (value_of_code * (value_of_code * number - 2 * total)).sum(1) + (counts * values.square()).sum()
 
 
 def along_channels(scale: Tensor, x: Tensor) -> Tensor:

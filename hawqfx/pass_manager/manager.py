@@ -1,7 +1,7 @@
 """Runs passes in order, and checks after every pass that it has kept its promise."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.errors import HawqfxError, PassError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import NETWORK, NETWORK_FACTS, RoundedWeights
+from hawqfx.ir.facts import NETWORK, NETWORK_FACTS, ActivationHistogram, RoundedWeights
 from hawqfx.ir.program import Program, Step
-from hawqfx.ir.sites import ActivationSite, WeightSite
+from hawqfx.ir.sites import ActivationSite, Site, WeightSite
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.verify import verify
+
+# facts that one kind of site alone has
+_SITES_OF: Mapping[Kind, type[Site]] = {RoundedWeights: WeightSite, ActivationHistogram: ActivationSite}
 
 
 def run(passes: Sequence[Pass], program: Program, context: Context, observers: Sequence[Observer] = ()) -> Program:
@@ -87,7 +90,7 @@ def _check_promise(step: Pass, before: Program, after: Program, context: Context
             if not after.facts.has(NETWORK, kind):
                 raise PassError(f"{step.name} promised {kind.__name__} of the network and gave none")
             continue
-        sites = after.weights if kind is RoundedWeights else after.sites
+        sites = [site for site in after.sites if isinstance(site, _SITES_OF.get(kind, Site))]
         silent = [site.key for site in sites if not after.facts.has(site.key, kind)]  # type: ignore[arg-type]
         if silent:
             raise PassError(f"{step.name} promised {kind.__name__} and gave none for {', '.join(silent[:3])}")

@@ -117,6 +117,7 @@ def test_history_tells_what_ran() -> None:
         "equalize",
         "insert_copies",
         "find_sites",
+        "histograms",
         "calibration",
     ]
 

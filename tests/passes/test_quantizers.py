@@ -43,7 +43,7 @@ def test_activation_errors_are_those_of_one_sample(make: type[nn.Module]) -> Non
         for width, q in program.facts.get(site.key, Quantizers).by_format.items():
             exact = sum(float((quantized(x, q) - x).double().square().sum()) / len(x) for x in values)
             found = program.facts.get(site.key, QuantizationError).squared_error[width]
-            assert found == pytest.approx(exact, rel=1e-5)  # float32 squares, summed in float64
+            assert found == pytest.approx(exact, rel=1e-2)  # of a histogram, sixteen bins or more to a step of 8 bits
 
 
 def test_quantizers_of_rectified_tensors_have_zero_point_zero() -> None:
