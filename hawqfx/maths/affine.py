@@ -37,7 +37,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int
         A new tensor in the shape of `x`.
     """
     s = along_channels(scale, x)
-    return x.div(s).round_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(s)
+    # for codes below 2^24 the same as to add the zero-point, clamp and subtract it, with less to do
+    return x.div(s).round_().clamp_(low - zero_point, high - zero_point).mul_(s)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
@@ -80,36 +81,53 @@ def symmetric_scales(weight: Tensor, bits: int) -> Tensor:
     Returns:
         (C,) in float32; a channel of zeros has scale 1.
     """
-    rows = weight.detach().float().reshape(weight.shape[0], -1)
+    rows = weight.detach().reshape(weight.shape[0], -1)
     few = max(1, CACHED // max(1, rows.shape[1]))
     return torch.cat([_scales(part, *signed_range(bits)) for part in rows.split(few)])
 
 
 def _scales(rows: Tensor, low: int, high: int) -> Tensor:
-    """The scales (C,) of `symmetric_scales` for rows (C, K) in float32.
+    """The scales (C,) of `symmetric_scales` for rows (C, K).
 
     Rows are brought to a largest magnitude of one, so that a clipping point is one number for all of them, and squares
-    are far from the ends of float32.  Clipping points fall, and what the extremes of a row alone lose by clipping is a
-    lower bound on its error with all points to come: the search ends where no row can gain any more.
+    are far from the ends of float32.  Least squares are taken in float64: where an element lies at the threshold of two
+    codes, rounding in float32 could end them beside the best scale.
     """
-    largest = rows.abs().amax(1, keepdim=True)
+    largest = rows.double().abs().amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     rows = rows / largest
+    best = _best_clipping(rows.float(), low, high).double()
+    codes, buffer = torch.empty_like(rows), torch.empty_like(rows)
+    least = _error(rows, best, _codes(rows, best, low, high, codes), buffer)
+    for _ in range(_REFINE):
+        energy = torch.linalg.vecdot(codes, codes)
+        scale = torch.where(energy > 0, torch.linalg.vecdot(codes, rows) / energy.clamp_min(1), best)
+        error = _error(rows, scale, _codes(rows, scale, low, high, codes), buffer)
+        better = error < least
+        if not bool(better.any()):
+            break
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return (best * largest[:, 0]).float().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _best_clipping(rows: Tensor, low: int, high: int) -> Tensor:
+    """The scales (C,) of the best clipping points of rows (C, K), whose largest magnitude is one, in float32.
+
+    Clipping points fall, and what the extremes of a row alone lose by clipping is a lower bound on its error with all
+    points to come: the search ends where no row can gain any more.
+    """
     grid = torch.arange(_COARSE, 0, -1, device=rows.device)[:, None] / (_COARSE * max(high, 1))  # widest first
     lowest, highest = torch.aminmax(rows, dim=1)
     clipped = (highest - high * grid).clamp_min(0).square() + (low * grid - lowest).clamp_min(0).square()
-    codes, buffer = torch.empty_like(rows), torch.empty_like(rows)
+    codes = torch.empty_like(rows)
     best, least = grid[0].expand(len(rows)), rows.new_full((len(rows),), torch.inf)
     for scale, bound in zip(grid, clipped, strict=True):
         if bool((bound >= least).all()):
             break
-        best, least = _better(rows, scale, _codes(rows, scale, low, high, codes), buffer, best, least)
-    _codes(rows, best, low, high, codes)
-    for _ in range(_REFINE):
-        energy = torch.linalg.vecdot(codes, codes)
-        scale = torch.where(energy > 0, torch.linalg.vecdot(codes, rows) / energy.clamp_min(1), best)
-        best, least = _better(rows, scale, _codes(rows, scale, low, high, codes), buffer, best, least)
-    return (best * largest[:, 0]).clamp_min(torch.finfo(torch.float32).tiny)
+        error = _error(rows, scale, _codes(rows, scale, low, high, codes), codes)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
 
 
 def _codes(rows: Tensor, scale: Tensor, low: int, high: int, out: Tensor) -> Tensor:
@@ -117,13 +135,9 @@ def _codes(rows: Tensor, scale: Tensor, low: int, high: int, out: Tensor) -> Ten
     return torch.div(rows, scale[:, None], out=out).round_().clamp_(low, high)
 
 
-def _better(
-    rows: Tensor, scale: Tensor, codes: Tensor, buffer: Tensor, best: Tensor, least: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The best scales (C,) and their errors (C,), once `scale` with its codes is among those tried."""
-    error = torch.linalg.vector_norm(torch.mul(codes, scale[:, None], out=buffer).sub_(rows), dim=1).square_()
-    better = error < least
-    return torch.where(better, scale, best), torch.where(better, error, least)
+def _error(rows: Tensor, scale: Tensor, codes: Tensor, buffer: Tensor) -> Tensor:
+    """The squared errors (C,) of rows (C, K) with scales (C,) or (1,); `buffer` (C, K) is overwritten."""
+    return torch.linalg.vector_norm(torch.mul(codes, scale[:, None], out=buffer).sub_(rows), dim=1).square_()
 
 
 def affine_range(

@@ -77,7 +77,7 @@ class Rewrite(Pass):
     """A pass that returns a new graph.
 
     Attributes:
-        tolerance: the largest change of an output on one batch that the pass may cause, relative to the largest
+        tolerance: the largest change of an output on a few samples that the pass may cause, relative to the largest
             magnitude in that output; infinity for a pass that changes the function by design.
     """
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hawqfx.maths.affine import affine_range, fake_quantize, quantize, signed_range, symmetric_scales, unsigned_range
+from hawqfx.maths.affine import (
+    affine_range,
+    errors_on_histogram,
+    fake_quantize,
+    quantize,
+    signed_range,
+    symmetric_scales,
+    unsigned_range,
+)
 
 WIDTHS = range(2, 9)
 
@@ -102,6 +110,26 @@ def test_symmetric_scales_are_near_a_fine_grid(bits: int, mean: float, worst: fl
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
+def test_no_clipping_point_that_wins_is_left_out(bits: int) -> None:
+    """Heavy tails, where much is clipped: the search ends early, and is as good as all 80 clipping points."""
+    random, (low, high) = torch.Generator().manual_seed(bits), signed_range(bits)
+    rows = torch.randn(32, 300, generator=random) ** 3
+    rows[:8] *= -rows[:8].sign()  # one-sided, where codes are few
+    rows[8:16] *= rows[8:16].sign()
+    grid = torch.arange(1, 81, dtype=torch.float64)[:, None, None] / 80 * rows.double().abs().amax(1)[:, None] / high
+    found = _error(rows, symmetric_scales(rows, bits)[:, None], 0, low, high)
+    best = _error(rows, grid, 0, low, high).amin(0)
+    assert bool((found <= best * (1 + 1e-5)).all())  # float32 may tell two nearly equal ones apart in another way
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_scales_follow_the_size_of_a_weight(size: float) -> None:
+    """Its squares are no float32 numbers."""
+    weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(symmetric_scales(weight * size, 4), symmetric_scales(weight, 4) * size)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_a_zero_channel_has_a_finite_scale(bits: int) -> None:
     weight = torch.tensor([[0.0, 0.0], [1.0, -0.5]])
     scales = symmetric_scales(weight, bits)
@@ -155,6 +183,19 @@ def test_nonnegative_has_zero_point_zero(first: float, bits: int) -> None:
     scale, zero = affine_range(torch.linspace(first, 3.0, 32), torch.ones(32), bits, nonnegative=True)
     assert zero == 0
     assert 0 < scale <= 3.0 / unsigned_range(bits)[1] * (1 + 1e-6)  # rounded to float32
+
+
+@pytest.mark.parametrize("after", [None, torch.tanh])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_errors_on_a_histogram_are_those_of_its_values(bits: int, after: Callable[[Tensor], Tensor] | None) -> None:
+    values = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(bits)).sort().values
+    counts = torch.arange(1.0, 501.0, dtype=torch.float64)
+    scale, zero, high = torch.tensor([0.5, 0.013]).double(), torch.tensor([1.0, 2.0]), unsigned_range(bits)[1]
+    became = ((values / scale[:, None]).round() + zero[:, None]).clamp(0, high).sub(zero[:, None]) * scale[:, None]
+    function = after or (lambda x: x)
+    exact = ((function(became) - function(values)).square() * counts).sum(1)
+    found = errors_on_histogram(values, counts, scale, zero, high, after)
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=0)  # float64, less what cancels
 
 
 @pytest.mark.parametrize(("value", "nonnegative"), [(0.0, False), (0.0, True), (-1.0, True)])

@@ -18,9 +18,10 @@ from hawqfx.latency.profile_latency import ProfileLatency
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.manager import run
 from hawqfx.pass_manager.verify import verify
+from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.lowering import Lowering
 from hawqfx.pipeline import every_pass
-from tests.nets import Plain
+from tests.nets import Plain, images
 from tests.tools import after, captured, context
 
 ROOT = Path(__file__).parents[2]
@@ -146,3 +147,18 @@ def test_the_law_of_the_graph() -> None:
         verify(replace(program, sites=(*program.sites, program.sites[0])))
     with pytest.raises(PassError, match="not in the graph"):
         verify(replace(program, sites=(replace(program.activations[0], nodes=("missing",)),)))
+
+
+def test_a_rewrite_is_checked_on_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the check does not grow with the batches."""
+    sizes: list[int] = []
+    whole = Program.run
+
+    def watched(program: Program, args: tuple[Any, ...], *rest: Any) -> Any:
+        sizes.append(len(args[0]))
+        return whole(program, args, *rest)
+
+    monkeypatch.setattr(Program, "run", watched)
+    after_capture = captured(Plain)
+    run([FoldBatchnorm()], after_capture, context([torch.randn(100, *images()[0][0].shape[1:])]))
+    assert sizes == [8, 8]

@@ -18,6 +18,7 @@ from hawqfx.maths import affine, rounding
 from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.histograms import Histograms
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
 from hawqfx.pipeline import recipe
@@ -142,7 +143,7 @@ def fitted_to(samples: int) -> tuple[RoundedWeights, dict[Format, float], dict[F
     data = rows_alike(samples, 1)
     surroundings = Context(gather([data]), squared_error)
     program = capture(FewSamples().eval(), surroundings.batches[0])
-    program = run([*recipe().rewrite, Calibration((2, 4, 8)), Rounding()], program, surroundings)
+    program = run([*recipe().rewrite, Histograms(), Calibration((2, 4, 8)), Rounding()], program, surroundings)
     fact = program.facts.get("head.weight", RoundedWeights)
     weight, errors = program.tensor("head.weight").detach(), []
     for rows in (data, rows_alike(4096, 2)):
