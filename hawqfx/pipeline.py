@@ -122,6 +122,13 @@ def profiling(threads: int = 1, batch: int | None = None, cache: Path | None = N
     return [ProfileLatency(threads, batch, cache)]
 
 
+def weighing(target: str = "any") -> Sequence[Pass]:
+    """The sizes of the exported file's parts, which a limit on size needs."""
+    from hawqfx.export.weigh_file import WeighFile  # loads onnx
+
+    return [WeighFile(target)]
+
+
 # how the loss increase of a site in a format is predicted, by name on the command line
 METRICS: Mapping[str, Callable[[], Analysis]] = {
     "gauss-newton": GaussNewton,
@@ -162,5 +169,5 @@ def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
 def every_pass() -> list[Pass]:
     """The recipe, then the passes that it takes when asked to."""
     steps = recipe().passes
-    optional = [*(make() for make in METRICS.values()), Interactions(), *profiling()]
+    optional = [*(make() for make in METRICS.values()), Interactions(), *weighing(), *profiling()]
     return steps + [step for step in optional if step.name not in {known.name for known in steps}]

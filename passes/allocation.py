@@ -15,7 +15,7 @@ from hawqfx.allocation.solver.problem import Infeasible
 from hawqfx.allocation.task import AllocationTask, Effort
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, ErrorProducts, LossIncrease
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, ErrorProducts, FileText, LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Format, Scheme
 from hawqfx.maths.latency_model import LatencyModel
@@ -48,9 +48,11 @@ class Allocation(Analysis):
 
     @property
     def needs(self) -> tuple[Kind, ...]:  # type: ignore[override]
-        """A limit on latency is counted by the latency model, and interactions by products of errors."""
+        """A limit on size needs the text of the file, one on latency the latency model; interactions need products of
+        errors."""
+        size = (FileText,) if self.budget.size is not None else ()
         latency = (LatencyModel,) if self.budget.latency is not None else ()
-        return (LossIncrease, ByteCost, *latency, *((ErrorProducts,) if self.interactions else ()))
+        return (LossIncrease, ByteCost, *size, *latency, *((ErrorProducts,) if self.interactions else ()))
 
     @property
     def rules(self) -> Rules:

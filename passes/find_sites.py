@@ -35,9 +35,10 @@ from hawqfx.ir.operators import (
     is_product,
     is_tensor,
     kept_in_float,
+    matches,
     operands,
 )
-from hawqfx.ir.program import Program
+from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.ir.sites import ActivationSite, Layer, Product, WeightSite
 from hawqfx.pass_manager.base import Analysis, Kind, option
 
@@ -145,7 +146,14 @@ def _tables(graph: fx.Graph, keep_float: tuple[str, ...]) -> list[str]:
 def _why_float(program: Program, node: fx.Node, parts: Partition, keep_float: tuple[str, ...]) -> str | None:
     """The reason why a node multiplies in float; None if it is an integer kernel, or does not multiply."""
     if (node.target in WEIGHTED_LAYERS or node.target is EMBEDDING) and kept_in_float(node, keep_float):
-        return "kept in float by the user"
+        return KEPT_IN_FLOAT
+    reason, weights = _obstacle(program, node, parts), program.weights_of(node)
+    named = bool(weights) and all(matches(name, keep_float) for name in weights)
+    return KEPT_IN_FLOAT if reason is not None and named else reason
+
+
+def _obstacle(program: Program, node: fx.Node, parts: Partition) -> str | None:
+    """The reason why a node multiplies in float, whatever the user wishes; None as for `_why_float`."""
     if node.target in WEIGHTED_LAYERS:
         return (
             None if node in parts.kernels else f"{WEIGHTED_LAYERS[node.target]} whose weight is computed in the graph"

@@ -26,7 +26,7 @@ LAW: dict[str, set[str]] = {
     "passes": {
         "allocation", "analysis", "errors", "frontend", "ir", "maths", "pass_manager", "sensitivity",
     },
-    "export": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager"},
+    "export": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager", "passes"},
     "runtime": {"errors", "export", "frontend", "ir", "maths"},
     "latency": {
         "analysis", "atomic_write", "errors", "export", "frontend", "ir", "maths", "pass_manager", "passes",

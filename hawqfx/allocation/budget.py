@@ -44,8 +44,9 @@ class Budget:
     """Limits that a plan keeps all at once; None stands for no limit.
 
     Args:
-        size: bytes of the exported file that belong to weights: packed integers, scales, biases, and float constants.
-        weight_bits: average bits of an element of the weights.
+        size: bytes of the exported file in the portable packing, of the float32 file as export_float writes it.
+        weight_bits: average bits of an element of the weights of layers and tables, with 32 for those that stay in
+            float; what keep_float= names is no part of it.
         bops: MACs x weight bits x activation bits of one sample, summed over layers and products of activations.
         activation_memory: bytes of the tensors of one sample that are live at once, packed in their formats, at the
             node of the graph where the sum is largest.

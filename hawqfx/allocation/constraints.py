@@ -9,8 +9,8 @@ from hawqfx.allocation.budget import Limit
 from hawqfx.allocation.search_space import SearchSpace
 from hawqfx.allocation.solver.problem import LinearConstraint, Terms
 from hawqfx.analysis.liveness import live
-from hawqfx.ir.facts import ByteCost
-from hawqfx.ir.program import Program
+from hawqfx.ir.facts import ByteCost, FileText
+from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.ir.sites import WeightSite
 from hawqfx.maths.formats import BLOCKWISE, FLOAT, FLOAT_BITS, Format, bit_operations
 from hawqfx.maths.packing import packed_bytes
@@ -140,15 +140,23 @@ def _size(program: Program, space: SearchSpace) -> Resource:
     for site in program.weights:
         by_format = program.facts.get(site.key, ByteCost).bytes
         single[space.item[site.key]] = [by_format[width] for width in space.formats[site.key]]
-    return Resource("size", "bytes", 1, program.float_bytes(), [(program.fixed_bytes(), Terms(single, {}))])
+    text = program.about(FileText)
+    fixed = text.bytes + program.fixed_bytes()
+    return Resource("size", "bytes", 1, text.float_bytes, [(fixed, Terms(single, {}))])
 
 
 def _weight_bits(program: Program, space: SearchSpace) -> Resource:
     single = {
         space.item[site.key]: [width.bits * site.numel for width in space.formats[site.key]] for site in program.weights
     }
-    weights = sum(site.numel for site in program.weights)
-    return Resource("weight_bits", "bits on average", 1 / weights, FLOAT_BITS, [(0, Terms(single, {}))])
+    # what keep_float= names is no part of the average, and the summary says so
+    floats = sum(
+        program.tensor(name).numel() for name, reason in program.float_weights().items() if reason != KEPT_IN_FLOAT
+    )
+    weights = sum(site.numel for site in program.weights) + floats
+    return Resource(
+        "weight_bits", "bits on average", 1 / weights, FLOAT_BITS, [(FLOAT_BITS * floats, Terms(single, {}))]
+    )
 
 
 def _bops(program: Program, space: SearchSpace) -> Resource:
@@ -191,13 +199,13 @@ def _activation_memory(program: Program, space: SearchSpace) -> Resource:
 
 
 def _weight_memory(program: Program, space: SearchSpace) -> Resource:
-    """Bytes of the weights in memory: 1 byte for an element of a static weight, however the file stores it, 4 bytes in
-    float, and the bytes of the file for weight-only layers, whose kernels read the packed bits."""
+    """Bytes of the weights in memory: 1 byte for an element of a static weight or table, however the file stores it, 4
+    bytes in float, and the bytes of the file for weight-only layers, whose kernels read the packed bits."""
 
     def taken(site: WeightSite, width: Format) -> int:
-        if width.is_float or (width.is_static and site.kind != "embedding"):
-            return site.numel * (packed_bytes(1, FLOAT_BITS) if width.is_float else 1)
-        return program.facts.get(site.key, ByteCost).bytes[width] if width == BLOCKWISE else site.numel
+        if width == BLOCKWISE:
+            return program.facts.get(site.key, ByteCost).bytes[width]
+        return packed_bytes(site.numel, FLOAT_BITS) if width.is_float else site.numel
 
     single = {space.item[s.key]: [taken(s, width) for width in space.formats[s.key]] for s in program.weights}
     reference = sum(taken(site, FLOAT) for site in program.weights)

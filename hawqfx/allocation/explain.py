@@ -10,7 +10,7 @@ from hawqfx.allocation.solver.problem import Choice, Infeasible
 from hawqfx.allocation.task import AllocationTask, Effort
 from hawqfx.errors import InfeasibleBudget
 from hawqfx.ir.facts import Account, ChosenFormat, LimitUse, Move, Reason
-from hawqfx.ir.program import Program
+from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import Format
 
 _Totals = Mapping[str, Sequence[float]]
@@ -43,12 +43,28 @@ def refusal(task: AllocationTask, obstacle: Infeasible, effort: Effort) -> Infea
     others = "" if obstacle.alone else " together with the other limits"
     text = f"{name}={task.budget.limits[name]} cannot be met{others}: the least is {_least(resource, obstacle)}"
     text += _fixes_in_the_way(task, obstacle, name, effort)
-    kept = [node for node, reason in task.program.left_float.items() if "by the user" in reason]
-    if name == "size" and kept:
-        text += f"; keep_float leaves {', '.join(kept[:3])} in float"
+    if name in ("size", "weight_bits"):
+        text += _floats_in_the_way(task.program, name)
     if task.order != "exact":
         text += f"; the rule {task.order} allows no other"
     return InfeasibleBudget(text, name, _amount(resource, obstacle))
+
+
+def _floats_in_the_way(program: Program, limit: str) -> str:
+    """The weights that stay in float and count in a limit, and what a user can do about them."""
+    floats, text = program.float_weights(), ""
+    kept = [name for name, reason in floats.items() if reason == KEPT_IN_FLOAT]
+    others = [name for name in floats if name not in kept]
+    if limit == "size" and kept:
+        text += f"; keep_float leaves {_named(kept)} in float"
+    if others:
+        text += f"; {_named(others)} stay in float ({floats[others[0]]})"
+        text += ": name them in keep_float= to leave them out of the average" if limit == "weight_bits" else ""
+    return text
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _fixes_in_the_way(task: AllocationTask, obstacle: Infeasible, name: str, effort: Effort) -> str:

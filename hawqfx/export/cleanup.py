@@ -1,25 +1,36 @@
 """A model without traces of the exporter, without copies of constants, and with the names that users know.
 
+Inputs, outputs and float parameters keep their names; all other values have short ones, since each stands several times
+in a file.  What belongs to a site is found by the names of nodes: the calls that unpack a weight, and the
+DequantizeLinear of an activation, have the site's key, with a number behind where it comes again (`site_of`).
+
 OutputFixPass of onnx_ir does not fit here: it gives an input that is returned another name.
 """
 
 import itertools
-from collections.abc import Sequence
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from hawqfx.export.packed_weights import DOMAIN
 from hawqfx.ir.program import SCALE
+
+_AGAIN = "#"
 
 
 def clean(model: ir.Model, outputs: Sequence[str]) -> None:
     """Leave out of the model everything that no reader needs: traces of the exporter, shapes inside, copies of small
-    constants.
+    constants, long names.
 
     Args:
-        model: the model, which is changed.
+        model: the model, which is changed; its weights are packed already.
         outputs: the names that its outputs get, in order.
     """
+    parameters = [value for value in model.graph.initializers.values() if _is_float_parameter(value)]
     ir.passes.Sequential(
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveUnusedNodesPass(),
@@ -29,22 +40,77 @@ def clean(model: ir.Model, outputs: Sequence[str]) -> None:
     _cast_constants(graph)
     _share_constants(graph)
     _drop_traces(model)
+    _drop_defaults(graph)
+    _name_by_sites(graph)
     _name_the_edges(graph, outputs)
+    _shorten_names(graph, parameters)
+
+
+def _is_float_parameter(value: ir.Value) -> bool:
+    """Whether an initializer of a model that is not clean yet is a parameter that stays in float."""
+    return value.dtype == ir.DataType.FLOAT and not str(value.name).endswith(SCALE)
+
+
+def site_of(node: str) -> str:
+    """The key of the site that a node of a file belongs to, by the node's name; empty without one."""
+    return node.partition(_AGAIN)[0]
+
+
+def _name_by_sites(graph: ir.Graph) -> None:
+    """Nodes that make the values of a site have its key for a name; others have none."""
+    seen: Counter[str] = Counter()
+    for node in graph:
+        key = str(node.name) if node.domain == DOMAIN else ""
+        scale = node.inputs[1].name if node.op_type == "DequantizeLinear" and node.inputs[1] is not None else None
+        if scale is not None and scale.endswith(SCALE):
+            key = scale.removesuffix(SCALE)
+        # onnxruntime takes no name twice
+        node.name = f"{key}{_AGAIN}{seen[key]}" if seen[key] else key
+        seen.update([key] if key else [])
+
+
+def _shorten_names(graph: ir.Graph, parameters: Sequence[ir.Value]) -> None:
+    """Values inside are named a, b, ..., z, A, ..., Z, aa, ..., in the order of the graph."""
+    made = [value for node in graph for value in node.outputs]
+    kept = {*graph.inputs, *graph.outputs, *parameters}
+    taken = {value.name for value in kept}
+    names = (name for name in _words() if name not in taken)
+    inside = [value for value in (*graph.initializers.values(), *made) if value not in kept]
+    for number, value in enumerate(inside):  # a new name may be the old one of another value
+        value.name = f"{value.name} {number}"
+    for value in inside:
+        value.name = next(names)
+
+
+def _words() -> Iterator[str]:
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(string.ascii_letters, repeat=length))
 
 
 def _drop_traces(model: ir.Model) -> None:
-    """Drop the exporter's names of nodes, its metadata, and the types and shapes of values inside."""
+    """Drop the exporter's metadata, and the types and shapes of values inside."""
     graph = model.graph
     model.metadata_props.clear()
     graph.metadata_props.clear()  # a graph without nodes keeps it otherwise
     graph.name = "hawqfx"
-    for node in graph:
-        node.name = None
     made = [value for node in graph for value in node.outputs]
     for value in (*graph.inputs, *graph.initializers.values(), *made):
         value.metadata_props.clear()
     for value in {*graph.initializers.values(), *made} - {*graph.outputs}:
         value.shape, value.type = None, None
+
+
+def _drop_defaults(graph: ir.Graph) -> None:
+    """Drop the attributes whose values are ONNX's defaults."""
+    for node in graph:
+        version = graph.opset_imports.get(node.domain, 1)
+        if not onnx.defs.has(node.op_type, node.domain):
+            continue
+        defined = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
+        for name, attribute in list(node.attributes.items()):
+            default = defined[name].default_value
+            if default.type and ir.serde.deserialize_attribute(default).value == attribute.value:
+                del node.attributes[name]
 
 
 def _cast_constants(graph: ir.Graph) -> None:
@@ -61,7 +127,7 @@ def _cast_constants(graph: ir.Graph) -> None:
 
 
 def _share_constants(graph: ir.Graph) -> None:
-    """Equal constants become one constant; not the scales, whose names say which site they belong to."""
+    """Equal constants become one constant; not the scales, each of which belongs to a site and has its price."""
     first: dict[tuple[object, ...], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

@@ -11,7 +11,8 @@ onnxruntime's kernels, as measured with onnxruntime 1.32, need weights signed wi
 uint8 with a Clip on the integers (uint4 stays in float).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from hawqfx.atomic_write import check_writable
@@ -40,7 +41,8 @@ def export(
     packing: Packing = "portable",
     metadata: Mapping[str, str] = {},
     observers: Sequence[Observer] = (),
-) -> None:
+    most: float = math.inf,
+) -> int:
     """Write a program, lowered or not, as an ONNX file; whole or not at all.
 
     Args:
@@ -50,9 +52,13 @@ def export(
         packing: "portable" loads in onnxruntime 1.20 and later, "native" in 1.24 and later.
         metadata: texts that the file carries, by name.
         observers: told of the legalization passes.
+        most: the most bytes that the file may have.
+
+    Returns:
+        The bytes of the file, and of the one with its tensors where there are two.
 
     Raises:
-        ExportError: if the graph cannot be translated, or the file cannot be written.
+        ExportError: if the graph cannot be translated, or the file cannot be written or would be too large.
     """
     if packing not in OPSET:
         raise ExportError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
@@ -65,7 +71,24 @@ def export(
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None
     model.metadata_props.update(metadata)
-    write(model, Path(path))
+    return write(model, Path(path), most)
+
+
+def metadata(plan: str, schemes: Collection[str], target: str, packing: Packing) -> dict[str, str]:
+    """The texts that the file of a plan carries.
+
+    Args:
+        plan: the plan's digest.
+        schemes: of its layers.
+        target: the processors that the file is made for.
+        packing: of its weights.
+    """
+    from hawqfx import __version__
+
+    return {
+        "hawqfx_version": __version__, "hawqfx_plan": plan, "hawqfx_packing": packing, "hawqfx_target": target,
+        "hawqfx_schemes": ", ".join(sorted(schemes)),
+    }  # fmt: skip
 
 
 def _check(program: Program, example: Batch) -> Context:

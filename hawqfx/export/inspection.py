@@ -1,16 +1,40 @@
 """Looks into exported files."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from hawqfx.ir.program import SCALE
+from hawqfx.export.cleanup import site_of
+from hawqfx.export.packed_weights import DOMAIN
 
 
 def operators(path: str | Path) -> Counter[str]:
     """The number of nodes of each operator in a file."""
     return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in a file: the bits of its codes, its shape, and the names of the tensors that hold the codes."""
+
+    bits: int
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+
+
+def packed_weights(path: str | Path) -> dict[str, PackedWeight]:
+    """The packed weights of a file, by the keys of their sites."""
+    model = onnx.load(path)
+    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+            codes = tuple(name for name in node.input if stored[name] != onnx.TensorProto.FLOAT)
+            found[site_of(node.name)] = PackedWeight(attributes["bits"], tuple(attributes["shape"]), codes)
+    return found
 
 
 def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
@@ -23,8 +47,7 @@ def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
     model = onnx.load(path)
     keys = []
     for node in model.graph.node:
-        scale = node.input[1] if node.op_type == "DequantizeLinear" and len(node.input) == 3 else ""
-        if scale.endswith(SCALE):
-            keys.append(scale.removesuffix(SCALE))
+        if node.op_type == "DequantizeLinear" and node.name:
+            keys.append(site_of(node.name))
             model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
     return model.SerializeToString(), keys

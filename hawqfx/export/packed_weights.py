@@ -1,11 +1,21 @@
 """Packed weights in a model: `bits` bits for each element, which onnxruntime unpacks once, when it loads the file.
 
-The packed tensors of a weight go through a model-local function, one for each width, that unpacks and dequantizes them;
-every layer calls it.  onnxruntime inlines the function, folds the unpacking, and sees an int8 weight behind a
-DequantizeLinear, which its integer kernels take in.  See hawqfx.maths.packing for the layouts.
+The packed tensors of a weight go through a model-local function that unpacks and dequantizes them, and that every layer
+calls.  onnxruntime inlines the function, folds the unpacking, and sees an int8 weight behind a DequantizeLinear, which
+its integer kernels take in.  See hawqfx.maths.packing for the layouts.
+
+All calls have the same form, and `bits` and `shape` are attributes of them, so that the text of a file does not depend
+on the widths of its weights:
+
+    Weight  packed tensors ..., scale -> float32 weight
+    Codes   packed tensors ... -> int8 codes
+
+In the portable packing whole bytes have functions of their own, Weight8 and Codes8: they need no unpacking, and as
+bit-planes they would take twenty times as long to load.  A file has the functions of both kinds, called or not.  In the
+native packing the functions are named for the parts that a code has beside the high one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +26,7 @@ from hawqfx.export.opsets import OPSET, Packing
 from hawqfx.maths import packing
 
 DOMAIN = "hawqfx"
+WHOLE_BYTES = 8
 
 
 def pack(model: ir.Model, name: str, bits: int, layout: Packing) -> None:
@@ -26,45 +37,53 @@ def pack(model: ir.Model, name: str, bits: int, layout: Packing) -> None:
 
     Args:
         model: the model, which is changed.
-        name: of the initializer.
+        name: of the initializer; the calls have it too.
         bits: of each code.
         layout: "portable" or "native".
     """
     graph = model.graph
     codes = graph.initializers.pop(name)
     assert codes.const_value is not None
+    values = codes.const_value.numpy()
     model.graph.opset_imports[DOMAIN] = 1
-    packed = [_initializer(graph, tensor) for tensor in _packed(name, codes.const_value.numpy(), bits, layout)]
+    packed = [_initializer(graph, tensor) for tensor in _packed(name, values, bits, layout)]
+
+    def call(before: ir.Node, function: str, inputs: Sequence[ir.Value], result: str | None) -> ir.Value:
+        node = ir.node(
+            f"{function}{_kind(bits, layout)}", inputs, {"bits": bits, "shape": values.shape}, domain=DOMAIN, name=name
+        )
+        node.outputs[0].name = result
+        graph.insert_before(before, node)
+        return node.outputs[0]
+
     unpacked: ir.Value | None = None  # for all readers of the codes
     for use in list(codes.uses()):
+        _add_functions(model, bits, layout, dequantizes=use.node.op_type == "DequantizeLinear")
         if use.node.op_type == "DequantizeLinear":
-            _replace_dequantization(model, use.node, packed, bits, layout)
+            scale, dequantized = use.node.inputs[1], use.node.outputs[0]
+            assert scale is not None
+            weight = call(use.node, "Weight", [*packed, scale], dequantized.name)
+            ir.convenience.replace_all_uses_with(dequantized, weight)
+            graph.remove(use.node, safe=True)
             continue
         if unpacked is None:
-            function = _weight_function(bits, layout, dequantized=False)
-            unpacked = _call(model, use.node, function, packed, f"{name}_codes")
+            unpacked = call(use.node, "Codes", packed, f"{name}_codes")
         use.node.replace_input_with(use.idx, unpacked)
 
 
-def _replace_dequantization(model: ir.Model, node: ir.Node, packed: list[ir.Value], bits: int, layout: Packing) -> None:
-    """A function that unpacks and dequantizes takes the place of a DequantizeLinear."""
-    scale = node.inputs[1]
-    assert scale is not None
-    function = _weight_function(bits, layout, dequantized=True)
-    weight = _call(model, node, function, [*packed, scale], node.outputs[0].name)
-    ir.convenience.replace_all_uses_with(node.outputs[0], weight)
-    model.graph.remove(node, safe=True)
+def _kind(bits: int, layout: Packing) -> str:
+    """The end of the names of a width's functions."""
+    if layout == "portable":
+        return "8" if bits == WHOLE_BYTES else ""
+    parts = packing.NATIVE[bits]
+    return "Pair" * bool(parts.pair) + "Bit" * bool(parts.bit)
 
 
-def _call(
-    model: ir.Model, before: ir.Node, function: ir.Function, inputs: list[ir.Value], result: str | None
-) -> ir.Value:
-    """The result, under this name, of a call of a model-local function before a node."""
-    model.functions[function.identifier()] = function
-    call = ir.node(function.name, inputs, domain=DOMAIN)
-    call.outputs[0].name = result
-    model.graph.insert_before(before, call)
-    return call.outputs[0]
+def _add_functions(model: ir.Model, bits: int, layout: Packing, *, dequantizes: bool) -> None:
+    """Add the function for a width to a model; in the portable packing, those for every width."""
+    for each in {bits} if layout == "native" else {bits, WHOLE_BYTES, WHOLE_BYTES - 1}:
+        function = _function(each, layout, dequantizes=dequantizes)
+        model.functions.setdefault(function.identifier(), function)
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -77,9 +96,9 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 def _packed(name: str, codes: NDArray[np.int8], bits: int, layout: Packing) -> list[ir.TensorProtocol]:
     """The tensors that hold a weight, in the order of the inputs of its function, before the scale."""
-    shape = np.array(codes.shape, np.int64)
-    if _in_planes(bits, layout):
-        return [ir.tensor(packing.pack(codes, bits), name=name), ir.tensor(shape, name=f"{name}_shape")]
+    if layout == "portable":
+        flat = codes.reshape(-1)
+        return [ir.tensor(flat if bits == WHOLE_BYTES else packing.pack(flat, bits), name=name)]
     high, pair, bit = packing.split(codes, bits)
     parts = packing.NATIVE[bits]
     types = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
@@ -88,13 +107,7 @@ def _packed(name: str, codes: NDArray[np.int8], bits: int, layout: Packing) -> l
         tensors.append(_typed(pair, ir.DataType.UINT2, f"{name}_pair"))
     if parts.bit:
         tensors.append(ir.tensor(np.packbits(bit.reshape(-1), bitorder="little"), name=f"{name}_bit"))
-        tensors.append(ir.tensor(shape, name=f"{name}_shape"))
     return tensors
-
-
-def _in_planes(bits: int, layout: Packing) -> bool:
-    """Whole bytes are stored as they are."""
-    return layout == "portable" and bits < 8
 
 
 def _typed(values: NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
@@ -102,75 +115,94 @@ def _typed(values: NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProt
 
 
 class _Body:
-    """Builds the nodes of a function: each call adds a node."""
+    """Builds the nodes of a function: each call adds a node, and the constants are shared."""
 
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
+        self.constants: dict[str, ir.Value] = {}
 
     def __call__(self, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(operator, inputs, attributes=attributes)
+        node = ir.node(operator, inputs, attributes)
         node.outputs[0].name = f"v{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
 
-    def constant(self, values: object, dtype: type[np.generic]) -> ir.Value:
-        return self("Constant", value=ir.tensor(np.array(values, dtype)))
+    def constant(self, values: object, dtype: type[np.generic] = np.int64) -> ir.Value:
+        key = f"{values} {dtype}"
+        if key not in self.constants:
+            self.constants[key] = self("Constant", value=ir.tensor(np.array(values, dtype)))
+        return self.constants[key]
+
+    def attribute(self, name: str) -> ir.Value:
+        """The value of an attribute of the function."""
+        key = "value_int" if _ATTRIBUTES[name] == ir.AttributeType.INT else "value_ints"
+        return self("Constant", **{key: ir.RefAttr(key, name, _ATTRIBUTES[name])})
 
     def bits(self, stream: ir.Value, count: ir.Value) -> ir.Value:
         """The first `count` bits of a byte stream, as uint8 zeros and ones."""
-        column = self("Reshape", stream, self.constant([-1, 1], np.int64))
-        shifted = self("BitShift", column, self.constant(range(8), np.uint8), direction="RIGHT")
+        column = self("Unsqueeze", stream, self.constant([-1]))
+        shifted = self("BitShift", column, self.constant([*range(8)], np.uint8), direction="RIGHT")
         ones = self("BitwiseAnd", shifted, self.constant(1, np.uint8))
-        flat = self("Reshape", ones, self.constant([-1], np.int64))
-        return self("Slice", flat, self.constant([0], np.int64), count)
+        return self("Slice", self("Reshape", ones, self.constant([-1])), self.constant([0]), count)
 
     def dequantized(self, codes: ir.Value, scale: ir.Value) -> ir.Value:
         # not ConstantOfShape of Shape: onnxruntime 1.32 has no kernel for the Shape of opset 25
-        zeros = self("Cast", self("Mul", scale, self.constant(0, np.float32)), to=ir.DataType.INT8)
+        zeros = self("Cast", self("Sub", scale, scale), to=ir.DataType.INT8)
         return self("DequantizeLinear", codes, scale, zeros, axis=0)
 
 
-def _weight_function(bits: int, layout: Packing, *, dequantized: bool) -> ir.Function:
-    """(packed tensors ..., scale) -> float weight, or (packed tensors ...) -> codes."""
+_ATTRIBUTES = {"bits": ir.AttributeType.INT, "shape": ir.AttributeType.INTS}
+
+
+def _function(bits: int, layout: Packing, *, dequantizes: bool) -> ir.Function:
+    """(packed tensors ..., scale) -> float32 weight, or (packed tensors ...) -> int8 codes."""
     body = _Body()
-    if _in_planes(bits, layout):
-        inputs = [ir.Value(name="packed"), ir.Value(name="shape")]
-        codes = _portable_codes(body, bits, *inputs)
-    else:
+    if layout == "native":
         parts = packing.NATIVE[bits]
-        names = ("high", *("pair",) * bool(parts.pair), *("bit", "shape") * parts.bit)
-        inputs = [ir.Value(name=name) for name in names]
-        codes = _native_codes(body, parts, dict(zip(names, inputs, strict=True)))
-    if not body.nodes and not dequantized:  # the result of a function must come from a node
-        codes = body("Identity", codes)
-    if dequantized:
+        inputs = [ir.Value(name=name) for name in ("high", *["pair"] * bool(parts.pair), *["bit"] * bool(parts.bit))]
+        result = _native_codes(body, parts, *inputs)
+    else:
+        inputs = [ir.Value(name="packed")]
+        unpack = _whole_bytes if bits == WHOLE_BYTES else _planes
+        result = unpack(body, *inputs)
+    if dequantizes:
         inputs.append(ir.Value(name="scale"))
-        codes = body.dequantized(codes, inputs[-1])
-    graph = ir.Graph(inputs, [codes], nodes=body.nodes, opset_imports={"": OPSET[layout]}, name="")
-    return ir.Function(DOMAIN, f"{'Weight' if dequantized else 'Codes'}{bits}", "", graph=graph, attributes=[])
+        result = body.dequantized(result, inputs[-1])
+    graph = ir.Graph(inputs, [result], nodes=body.nodes, opset_imports={"": OPSET[layout]}, name="")
+    for node in body.nodes:
+        node.name = None  # a graph gives names
+    attributes = [ir.Attr(name, kind, None) for name, kind in _ATTRIBUTES.items()]
+    name = f"{'Weight' if dequantizes else 'Codes'}{_kind(bits, layout)}"
+    return ir.Function(DOMAIN, name, "", graph=graph, attributes=attributes)
 
 
-def _portable_codes(body: _Body, bits: int, packed: ir.Value, shape: ir.Value) -> ir.Value:
-    count = body("Mul", body("ReduceProd", shape, keepdims=1), body.constant([bits], np.int64))
-    planes = body("Reshape", body.bits(packed, count), body.constant([bits, -1], np.int64))
+def _whole_bytes(body: _Body, packed: ir.Value) -> ir.Value:
+    return body("Reshape", packed, body.attribute("shape"))
+
+
+def _planes(body: _Body, packed: ir.Value) -> ir.Value:
+    bits, shape = body.attribute("bits"), body.attribute("shape")
+    count, rest, start = body("ReduceProd", shape), body.constant([-1]), body.constant([0])
+    planes = body("Reshape", body.bits(packed, body("Mul", count, bits)), body("Concat", rest, count, axis=0))
     # A product of matrices, since onnxruntime keeps all that it folds until the last weight is unpacked, and other ways
     # to sum need four bytes per bit.  Old versions multiply by uint8 alone: the planes' values, above 128.
-    values = body.constant(packing.plane_values(bits).reshape(1, -1) + 128, np.uint8)
+    rows = [[128 + value for value in packing.plane_values(width)] for width in range(1, WHOLE_BYTES)]
+    table = body.constant([row + [0] * (WHOLE_BYTES - len(row)) for row in [[], *rows]], np.uint8)
+    values = body("Slice", body("Gather", table, bits), start, body("Reshape", bits, rest))
     codes = body("MatMulInteger", values, planes, body.constant(128, np.uint8))
     return body("Reshape", body("Cast", codes, to=ir.DataType.INT8), shape)
 
 
-def _native_codes(body: _Body, parts: packing.NativeParts, inputs: Mapping[str, ir.Value]) -> ir.Value:
-    high = inputs["high"]
-    if not parts.pair and not parts.bit:
-        return high if parts.high == 8 else body("Cast", high, to=ir.DataType.INT8)
+def _native_codes(body: _Body, parts: packing.NativeParts, high: ir.Value, *rest: ir.Value) -> ir.Value:
+    if not rest:
+        return body("Cast", high, to=ir.DataType.INT8)
     codes = body("Cast", high, to=ir.DataType.INT32)
     codes = body("Mul", codes, body.constant(1 << (parts.pair + parts.bit), np.int32))
     if parts.pair:
-        pair = body("Cast", inputs["pair"], to=ir.DataType.INT32)
+        pair = body("Cast", rest[0], to=ir.DataType.INT32)
         codes = body("Add", codes, body("Mul", pair, body.constant(1 << parts.bit, np.int32)))
     if parts.bit:
-        shape = inputs["shape"]
-        bit = body("Reshape", body.bits(inputs["bit"], body("ReduceProd", shape, keepdims=1)), shape)
+        shape = body.attribute("shape")
+        bit = body("Reshape", body.bits(rest[-1], body("ReduceProd", shape)), shape)
         codes = body("Add", codes, body("Cast", bit, to=ir.DataType.INT32))
     return body("Cast", codes, to=ir.DataType.INT8)

@@ -1,6 +1,8 @@
 """Writes a model to disk, whole or not at all."""
 
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -12,35 +14,54 @@ from hawqfx.errors import ExportError
 LARGEST_FILE = (1 << 31) - (1 << 26)  # bytes of tensors; protobuf takes files below 2 GiB
 
 
-def write(model: ir.Model, path: Path) -> None:
+def write(model: ir.Model, path: Path, most: float = math.inf) -> int:
     """Write a model in one file, or with the tensors in a second file beside it where protobuf's limit of 2 GiB is
     near.
 
+    Args:
+        model: the model.
+        path: of the file.
+        most: the most bytes that both may have.
+
+    Returns:
+        The bytes of both.
+
     Raises:
-        ExportError: if the file cannot be written, or the model is not valid.
+        ExportError: if the file cannot be written or would be too large, or the model is not valid.
     """
     tensors = (value.const_value for value in model.graph.initializers.values())
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) > LARGEST_FILE:
-        _write_in_two(model, path)
-        return
+        return _write_in_two(model, path, most)
     with whole_file(path) as temporary:
         ir.save(model, temporary)
-        _check(temporary, path)
+        return _checked([temporary], path, most)
 
 
-def _write_in_two(model: ir.Model, path: Path) -> None:
+def _write_in_two(model: ir.Model, path: Path, most: float) -> int:
     name = f"{path.name}.data"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         whole = Path(folder) / path.name
         ir.save(model, whole, external_data=name, size_threshold_bytes=128)
-        _check(whole, path)
+        size = _checked([whole, Path(folder) / name], path, most)
         (Path(folder) / name).replace(path.with_name(name))
         whole.replace(path)
+    return size
 
 
-def _check(written: Path, path: Path) -> None:
-    """Raises ExportError, which speaks of `path`, if the file that was written is no valid model."""
+def _checked(written: Sequence[Path], path: Path, most: float) -> int:
+    """The bytes of files, the first of which has the graph.
+
+    Raises:
+        ExportError: which speaks of `path`, if they are too large or no valid model.
+    """
+    size = sum(part.stat().st_size for part in written)
+    if size > most:
+        raise ExportError(
+            f"{path} was not written: it would have {size:,} bytes, and the plan's budget allows {math.floor(most):,}; "
+            "compile again, since the plan was made for another network or by another version"
+        )
     try:
-        onnx.checker.check_model(str(written))
+        onnx.checker.check_model(str(written[0]))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{path} was not written: {error}") from error
+    return size

@@ -1,6 +1,6 @@
 """Facts that passes learn, about a site or about the whole network, and the typed table that holds them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeVar
@@ -241,6 +241,35 @@ class StoredBits:
     bits: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class FileText:
+    """The exported file beside what belongs to its weights: nodes, names, functions, metadata, scales of activations.
+
+    It depends on the schemes of weights and on the formats of activations, and not on the bits of weights.
+
+    Args:
+        bytes: where the sites have `formats`; plans of other schemes or activations take a little more or less.
+        formats: site -> the format in the file that was weighed, the widest static one where there is one.
+        float_bytes: of the whole float32 file.
+    """
+
+    bytes: int
+    formats: Mapping[str, Format]
+    float_bytes: int
+
+    def holds_for(self, formats: Mapping[str, Format], weights: Collection[str]) -> bool:
+        """Whether a file of these formats has so many bytes beside its weights.
+
+        Args:
+            formats: of all sites.
+            weights: the keys among them that are weights.
+        """
+        return all(
+            width == formats[key] or (key in weights and width.scheme == formats[key].scheme)
+            for key, width in self.formats.items()
+        )
+
+
 SiteFact = (
     ActivationHistogram
     | Sensitivity
@@ -251,14 +280,13 @@ SiteFact = (
     | ByteCost
     | ChosenFormat
 )
-NetworkFact = Account | ErrorProducts | FloatNetwork | StoredBits | LatencyModel
+NetworkFact = Account | ErrorProducts | FileText | FloatNetwork | StoredBits | LatencyModel
 Fact = SiteFact | NetworkFact
 F = TypeVar(
     "F",
     ActivationHistogram, Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost,
-    ChosenFormat, Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel,
+    ChosenFormat, Account, ErrorProducts, FileText, FloatNetwork, StoredBits, LatencyModel,
 )  # fmt: skip
-NETWORK_FACTS: tuple[type[NetworkFact], ...] = (Account, ErrorProducts, FloatNetwork, StoredBits, LatencyModel)
 
 
 class FactTable:
@@ -270,6 +298,10 @@ class FactTable:
     def with_facts(self, learned: Mapping[str, Fact]) -> "FactTable":
         """A new table that also holds `learned`, a map from site key to fact."""
         return FactTable(self._facts | {(key, type(fact)): fact for key, fact in learned.items()})
+
+    def without(self, kind: type[Fact]) -> "FactTable":
+        """A new table that knows nothing of this class."""
+        return FactTable({(key, known): fact for (key, known), fact in self._facts.items() if known is not kind})
 
     def get(self, key: str, kind: type[F]) -> F:
         """The fact of this class about a site.

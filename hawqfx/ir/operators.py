@@ -283,6 +283,11 @@ def kept_in_float(node: fx.Node, patterns: Iterable[str]) -> bool:
     """
     weight = node.args[0 if node.target is EMBEDDING else 1]
     name = str(weight.target) if isinstance(weight, fx.Node) else ""
+    return matches(name, patterns)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of some patterns, as in a shell."""
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 

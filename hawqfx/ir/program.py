@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from hawqfx.ir.facts import NETWORK, ChosenFormat, F, Fact, FactTable, FloatNetwork, NetworkFact
+from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, F, Fact, FactTable, FloatNetwork, NetworkFact
 from hawqfx.ir.graph import batch_size, captured_size, constants_of, tensor_of
 from hawqfx.ir.sites import ActivationSite, Layer, Product, Site, WeightSite
 from hawqfx.maths.formats import Format, Scheme, layer_scheme
 
 SCALE = "_scale"  # the buffer with the scale of a site's quantizer is named KEY_scale
+KEPT_IN_FLOAT = "kept in float by the user"  # the reason of nodes whose weights keep_float= names
 
 Hook = Callable[[str, Tensor], Tensor]
 
@@ -99,6 +100,18 @@ class Program:
         """The parameters and buffers that the graph reads, by name."""
         return constants_of(self.graph)
 
+    def weights_of(self, node: fx.Node) -> list[str]:
+        """The names of the constants with two dimensions or more that a node reads."""
+        names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        return [name for name in names if self.tensor(name).is_floating_point() and self.tensor(name).ndim >= 2]
+
+    def float_weights(self) -> dict[str, str]:
+        """The weights that are no sites, since the nodes that read them multiply in float: name -> the reason."""
+        sites = {site.key for site in self.weights}
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        read = [(name, reason) for node, reason in self.left_float.items() for name in self.weights_of(nodes[node])]
+        return {name: reason for name, reason in read if name not in sites}
+
     def float_bytes(self) -> int:
         """Bytes of the float32 network's parameters and constants: 100% of a size."""
         graph = self.about(FloatNetwork).graph if self.knows(FloatNetwork) else self.graph
@@ -108,6 +121,11 @@ class Program:
         """Bytes of the constants that belong to no site and stay as they are."""
         covered = {site.key for site in self.weights} | {layer.bias for layer in self.layers}
         return sum(_float_bytes(tensor) for key, tensor in self.constants().items() if key not in covered)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the exported file that belong to weights in the chosen formats, and to constants of no site."""
+        formats = self.formats()
+        return self.fixed_bytes() + sum(self.facts.get(s.key, ByteCost).bytes[formats[s.key]] for s in self.weights)
 
     @property
     def dynamic_batch(self) -> bool:

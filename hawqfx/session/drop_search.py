@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.errors import HawqfxError, InfeasibleBudget
 from hawqfx.frontend.data import Batch
+from hawqfx.ir.facts import FileText
 from hawqfx.passes.allocation import Allocation
 from hawqfx.session.planner import Candidate, Planner
 
@@ -24,7 +25,7 @@ def smallest(planner: Planner, limits: Budget, rules: Allocation) -> Candidate:
     """The smallest network that keeps the score and the other limits.
 
     Args:
-        planner: with scoring.
+        planner: with scoring, whose program knows its FileText.
         limits: a budget on `drop`, and others beside it.
         rules: the allocation's other options.
 
@@ -117,5 +118,5 @@ def _sizes(planner: Planner, limits: Budget, rules: Allocation) -> list[int]:
     sizes = [math.ceil(size) for size in planner.range_of(rules, "size", STEPS)]
     if limits.size is None:
         return sizes
-    most = math.floor(limits.size.of(planner.measured.float_bytes()))
+    most = math.floor(limits.size.of(planner.measured.about(FileText).float_bytes))
     return [*(size for size in sizes if size < most), most]

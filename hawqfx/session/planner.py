@@ -134,7 +134,8 @@ class Planner:
     def uniform(self, chosen: Formats) -> Program:
         """The program with formats that keep no budget, and the increase predicted for each where it was measured."""
         choices = {key: ChosenFormat(width, self._increase(key, width)) for key, width in chosen.items()}
-        return self.measured.learn(choices)
+        # a plan that is followed has an account of its own
+        return replace(self.measured, facts=self.measured.facts.without(Account)).learn(choices)
 
     def lower(self, planned: Program, budget: str) -> Candidate:
         """The lowered network of a plan."""

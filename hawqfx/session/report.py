@@ -1,13 +1,15 @@
 """A compiled network in words and tables."""
 
 import io
+import math
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
-from hawqfx.ir.facts import ByteCost, ChosenFormat, Sensitivity
-from hawqfx.ir.program import Program
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, Sensitivity
+from hawqfx.ir.program import KEPT_IN_FLOAT, Program
+from hawqfx.maths.formats import FLOAT_BITS
 from hawqfx.session.plan import Plan
 from hawqfx.session.planner import Rival
 
@@ -29,11 +31,49 @@ def site_table(planned: Program, budget: str) -> Table:
     return table
 
 
-def weight_bytes(planned: Program) -> int:
-    """The size that a plan promises: bytes of the exported file that belong to weights."""
-    chosen = planned.formats()
-    sites = sum(planned.facts.get(site.key, ByteCost).bytes[chosen[site.key]] for site in planned.weights)
-    return planned.fixed_bytes() + sites
+def file_bytes(planned: Program) -> int | None:
+    """The size of the exported file, in the portable packing, that a plan promises.
+
+    Returns:
+        Bytes; None for a plan without a limit on size whose file was not weighed.
+    """
+    use = planned.about(Account).limits.get("size") if planned.knows(Account) else None
+    if use is not None:
+        return round(use.amount if use.measured is None else use.measured)
+    weights = {site.key for site in planned.weights}
+    if planned.knows(FileText) and planned.about(FileText).holds_for(planned.formats(), weights):
+        return planned.about(FileText).bytes + planned.weight_bytes()
+    return None
+
+
+def _sizes(planned: Program) -> str:
+    """The sizes of the file and of the weights in words."""
+    size, reference, promised = planned.weight_bytes(), planned.float_bytes(), file_bytes(planned)
+    weights = f"weights {size:,} bytes, {size / reference:.2%} of float32's {reference:,}"
+    if promised is None:
+        return weights
+    use = planned.about(Account).limits.get("size") if planned.knows(Account) else None
+    float_file = planned.about(FileText).float_bytes if use is None else round(use.reference)
+    allowed = "" if use is None else f" of {math.floor(use.bound):,} allowed"
+    return (
+        f"file {promised:,} bytes{allowed}, {promised / float_file:.2%} of the float32 file's {float_file:,}; {weights}"
+    )
+
+
+def _average_bits(planned: Program) -> str:
+    """The average bits of a weight, and the weights that are no part of the average."""
+    formats, floats = planned.formats(), planned.float_weights()
+    numel = {name: planned.tensor(name).numel() for name in floats}
+    kept = sum(numel[name] for name, reason in floats.items() if reason == KEPT_IN_FLOAT)
+    others = sum(numel.values()) - kept
+    quantized = sum(site.numel for site in planned.weights)
+    bits = sum(site.numel * formats[site.key].bits for site in planned.weights) + FLOAT_BITS * others
+    text = f"{bits / (quantized + others):.4g} bits on average over the {'quantized ' * bool(kept)}weights"
+    if others:
+        text += f", {others:,} of them in float, which no integer kernel takes"
+    if kept:
+        text += f"; {kept:,} weights ({kept / (quantized + others + kept):.1%} of all) stay in float by keep_float"
+    return text
 
 
 def predicted_loss(planned: Program) -> float:
@@ -67,8 +107,9 @@ def summary(
     console.print(f"calibrated on {samples} samples")
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
-    size, reference, (float_loss, loss) = weight_bytes(planned), planned.float_bytes(), losses
-    console.print(f"weights {size} bytes, {size / reference:.2%} of float32's {reference}")
+    console.print(_sizes(planned))
+    console.print(_average_bits(planned))
+    float_loss, loss = losses
     console.print(
         f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"

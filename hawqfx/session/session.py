@@ -1,5 +1,6 @@
 """A measured network, and the compiled ones that are made from it: any budget, a whole frontier, no new measuring."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,11 @@ from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, known_schemes
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import FloatNetwork, Quantizers
+from hawqfx.ir.facts import FileText, FloatNetwork, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme, format_of
 from hawqfx.maths.latency_model import LatencyModel
-from hawqfx.pass_manager.base import Observer
+from hawqfx.pass_manager.base import Observer, Pass
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.session import report
@@ -29,6 +30,7 @@ from hawqfx.session.frontier import Frontier, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
 from hawqfx.session.plan import Plan
 from hawqfx.session.planner import Candidate, Planner, Rival, Scoring, with_float
+from hawqfx.session.size_search import within_size
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
 
 if TYPE_CHECKING:
@@ -91,16 +93,21 @@ class Session:
             self._check_calibrated(allocation.schemes or ())
         if limits.latency is not None:
             allocation = with_float(allocation)  # a float kernel may be faster than the conversions of an integer one
-        ready = self._profiled() if limits.latency is not None else self
-        if limits.drop is not None:
-            return ready._compiled(smallest(ready.planner, limits, allocation))
-        allocation = replace(allocation, budget=limits)
-        if limits.latency is not None:
-            return ready._compiled(within_latency(ready.planner, allocation, self.threads))
-        candidate = ready.planner.lower(ready.planner.plan(allocation), str(limits))
-        if against_uniform:
-            candidate = plan_or_uniform(ready.planner, candidate, allocation)
-        return ready._compiled(candidate)
+        ready = self._measured_for(limits)
+        planner = ready.planner
+
+        def found(held: Budget) -> Candidate:
+            if held.drop is not None:
+                return smallest(planner, held, allocation)
+            ruled = replace(allocation, budget=held)
+            if held.latency is not None:
+                return within_latency(planner, ruled, self.threads)
+            candidate = planner.lower(planner.plan(ruled), str(held))
+            return plan_or_uniform(planner, candidate, ruled) if against_uniform else candidate
+
+        if limits.size is not None or limits.drop is not None:
+            return ready._compiled(within_size(planner, limits, found, self.target))
+        return ready._compiled(found(limits))
 
     def frontier(
         self, points: int = 30, limit: str = "size", budgets: Sequence[Budget | str] | None = None, evaluate: int = 0
@@ -123,11 +130,12 @@ class Session:
         if limit not in ("size", "weight_bits", "bops", "activation_memory"):
             raise HawqfxError(f"limit={limit!r}: a frontier goes along size, weight_bits, bops or activation_memory")
         if budgets is None:
-            amounts = self.planner.range_of(self.allocation, limit, points)
+            ready = self._measured_for(Budget(**{limit: Limit(1.0, relative=True)}))
+            amounts = ready.planner.range_of(self.allocation, limit, points)
             parsed = [Budget(**{limit: Limit(amount)}) for amount in amounts]
         else:
             parsed = [Budget.parse(each) if isinstance(each, str) else each for each in budgets]
-        ready = self._profiled() if any(budget.latency is not None for budget in parsed) else self
+            ready = self._measured_for(*parsed)
         planner = ready.planner.quiet
         curve = plan_each(planner, self.allocation, parsed)
         for number in {round(k * (len(curve) - 1) / max(1, evaluate - 1)) for k in range(min(evaluate, len(curve)))}:
@@ -162,11 +170,14 @@ class Session:
     def _compiled(self, candidate: Candidate) -> "Compiled":
         return Compiled(self, candidate.planned, candidate.program, candidate.budget, candidate.rival, candidate.scores)
 
-    def _profiled(self) -> "Session":
-        """The session whose program knows its latency model."""
-        if self.measured.knows(LatencyModel):
-            return self
-        steps = pipeline.profiling(self.threads)
+    def _measured_for(self, *budgets: Budget) -> "Session":
+        """The session whose program knows what the limits of some budgets are counted by: the text of the file for a
+        size and for a drop, which is kept by the smallest file, and the latency model for a latency."""
+        steps: list[Pass] = []
+        if any(each.size is not None or each.drop is not None for each in budgets):
+            steps += [] if self.measured.knows(FileText) else pipeline.weighing(self.target)
+        if any(each.latency is not None for each in budgets):
+            steps += [] if self.measured.knows(LatencyModel) else pipeline.profiling(self.threads)
         return replace(self, measured=run(steps, self.measured, self.context, self.observers))
 
 
@@ -222,8 +233,14 @@ class Compiled:
 
     @property
     def weight_bytes(self) -> int:
-        """The size that the plan promises: bytes of the exported file that belong to weights."""
-        return report.weight_bytes(self.planned)
+        """Bytes of the exported file that belong to weights: packed integers, scales, biases, and float constants."""
+        return self.planned.weight_bytes()
+
+    @property
+    def file_bytes(self) -> int | None:
+        """The size that the plan promises: the most bytes that the exported file has, in the portable packing, and at
+        most 1% more than it has; None for a plan without a limit on size, whose file was not weighed."""
+        return report.file_bytes(self.planned)
 
     @property
     def predicted_loss(self) -> float:
@@ -239,18 +256,17 @@ class Compiled:
         """Write the packed integer model as ONNX, whole or not at all; see hawqfx.export.
 
         Raises:
-            ExportError: if the file cannot be made or written.
+            ExportError: if the file cannot be made or written, or is above the plan's limit on size, which is for the
+                portable packing.
         """
-        from hawqfx import __version__
-        from hawqfx.export.exporter import export
+        from hawqfx.export.exporter import export, metadata
 
-        schemes = sorted(set(self.planned.schemes().values()))
-        metadata = {
-            "hawqfx_version": __version__, "hawqfx_plan": self.plan.digest, "hawqfx_packing": packing,
-            "hawqfx_target": self.session.target, "hawqfx_schemes": ", ".join(schemes),
-        }  # fmt: skip
+        plan = self.plan
+        texts = metadata(plan.digest, set(self.planned.schemes().values()), self.session.target, packing)
+        size = plan.account.limits.get("size") if plan.account is not None and packing == "portable" else None
+        most = math.inf if size is None else size.bound
         example = self.session.context.batches[0]
-        export(self.program, example, path, packing, metadata, self.session.observers)
+        export(self.program, example, path, packing, texts, self.session.observers, most)
 
     def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration

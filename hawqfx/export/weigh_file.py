@@ -1,0 +1,54 @@
+"""The pass that weighs the exported file, for limits on its size."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from hawqfx.export.exporter import export, metadata
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, FileText, FloatNetwork, Quantizers, RoundedWeights
+from hawqfx.ir.program import Program
+from hawqfx.maths.formats import FLOAT, Format
+from hawqfx.pass_manager.base import Analysis, Kind, option
+from hawqfx.passes.lowering import Lowering
+
+DIGEST = "0" * 16  # as long as a plan's
+
+
+def exported_bytes(lowered: Program, context: Context, target: str) -> int:
+    """The bytes of the file of a lowered network, in the portable packing."""
+    texts = metadata(DIGEST, set(lowered.schemes().values()), target, "portable")
+    return _written(lowered, context, texts)
+
+
+def _written(program: Program, context: Context, texts: Mapping[str, str]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return export(program, context.batches[0], Path(folder) / "model.onnx", "portable", texts)
+
+
+@dataclass(frozen=True)
+class WeighFile(Analysis):
+    """Exports the network in its widest static formats, and the float network, and gives the FileText."""
+
+    target: str = option("any", "the processors that the file is made for")
+    needs: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights, ByteCost, FloatNetwork)
+    gives: ClassVar[tuple[Kind, ...]] = (FileText,)
+
+    def learn(self, program: Program, context: Context) -> Mapping[str, FileText]:
+        """The text of the file, as a fact about the whole network.
+
+        Raises:
+            ExportError: if the network cannot be exported.
+        """
+        formats = {site.key: _widest(program.facts.get(site.key, Quantizers)) for site in program.sites}
+        planned = program.learn({key: ChosenFormat(width, 0.0) for key, width in formats.items()})
+        whole = exported_bytes(Lowering().rewrite(planned), context, self.target)
+        graph = program.about(FloatNetwork).graph
+        float_bytes = _written(replace(Program(graph), facts=program.facts), context, {})
+        return {NETWORK: FileText(whole - planned.weight_bytes(), formats, float_bytes)}
+
+
+def _widest(quantizers: Quantizers) -> Format:
+    return max((width for width in quantizers.by_format if width.is_static), default=FLOAT)
