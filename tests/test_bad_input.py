@@ -68,21 +68,21 @@ def test_a_batch_of_the_wrong_shape_for_the_model() -> None:
 
 def test_a_model_in_train_mode() -> None:
     with pytest.raises(CaptureError, match=r"train mode \(Plain, conv1, norm1, \.\.\.\): call model.eval\(\)"):
-        hawqfx.compile(build(Plain).train(), "size=50%", images())
+        hawqfx.compile(build(Plain).train(), "weight_bits=5", images())
 
 
 def test_one_module_in_train_mode() -> None:
     model: Any = build(Plain)
     model.norm2.train()
     with pytest.raises(CaptureError, match="norm2"):
-        hawqfx.compile(model, "size=50%", images())
+        hawqfx.compile(model, "weight_bits=5", images())
 
 
 def test_an_exported_program_in_train_mode() -> None:
     x = images()[0][0]
     exported = torch.export.export(build(Plain).train(), (x,))
     with pytest.raises(CaptureError, match="captured in train mode"):
-        hawqfx.compile(exported, "size=50%", images())
+        hawqfx.compile(exported, "weight_bits=5", images())
 
 
 class Branching(nn.Module):
@@ -105,7 +105,7 @@ def test_nan_in_a_weight_names_it() -> None:
     model: Any = build(Plain)
     model.conv2.weight.data[0, 0, 0, 0] = NAN
     with pytest.raises(CaptureError, match=r"conv2\.weight holds NaN"):
-        hawqfx.compile(model, "size=50%", images())
+        hawqfx.compile(model, "weight_bits=5", images())
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,14 @@ def test_everything_kept_in_float() -> None:
 
 
 def test_a_plan_for_another_model() -> None:
-    plan = quick(Plain, "size=60%").plan
+    plan = quick(Plain, "weight_bits=6").plan
     with pytest.raises(PlanError, match="for another model"):
         hawqfx.compile(build(Mlp), None, images(), plan=plan)
 
 
 def test_a_layer_used_twice_is_right() -> None:
     """Close to the float network at 8 bits, as a network without sharing is."""
-    compiled, x = quick(SharedLayer, "size=60%").uniform(8), images()[0][0]
+    compiled, x = quick(SharedLayer, "weight_bits=6").uniform(8), images()[0][0]
     reference = build(SharedLayer)(x)
     assert (compiled.model(x) - reference).abs().max() < 0.05 * reference.abs().max()
 
@@ -206,7 +206,7 @@ def test_a_layer_used_twice_is_right() -> None:
 def test_the_users_model_is_left_as_it_was() -> None:
     model = build(Plain)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    compiled = hawqfx.compile(model, "size=60%", images(), sensitivity=HawqV2(2))
+    compiled = hawqfx.compile(model, "weight_bits=6", images(), sensitivity=HawqV2(2))
     compiled.model(images()[0][0]).sum().backward()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -214,14 +214,14 @@ def test_the_users_model_is_left_as_it_was() -> None:
 
 def test_a_device_that_is_not_there_or_not_the_models() -> None:
     with pytest.raises(HawqfxError, match="device='nonsense' cannot be used"):
-        hawqfx.compile(build(Plain), "size=50%", images(), device="nonsense")
+        hawqfx.compile(build(Plain), "weight_bits=5", images(), device="nonsense")
     with pytest.raises(HawqfxError, match=r"the model is on meta and device='cpu': move it with model\.to\('cpu'\)"):
-        hawqfx.compile(build(Plain).to("meta"), "size=50%", images())
+        hawqfx.compile(build(Plain).to("meta"), "weight_bits=5", images())
 
 
 def test_less_than_one_sample_at_a_time() -> None:
     with pytest.raises(HawqfxError, match="batch=0"):
-        hawqfx.compile(build(Plain), "size=50%", images(), batch=0)
+        hawqfx.compile(build(Plain), "weight_bits=5", images(), batch=0)
 
 
 @pytest.mark.parametrize(

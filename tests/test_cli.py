@@ -35,7 +35,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
         "compile",
         f"{here}:model",
         "--budget",
-        "size=60%",
+        "weight_bits=6",
         "--data",
         f"{here}:loader",
         "--out",
@@ -74,7 +74,7 @@ def test_torchrun_writes_one_file_and_speaks_with_one_voice(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.onnx").stat().st_size > 1000
-    assert done.stdout.count("budget size=60%") == 1
+    assert done.stdout.count("budget weight_bits=6") == 1
 
 
 def test_print_after_names_a_pass(tmp_path: Path) -> None:

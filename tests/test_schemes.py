@@ -151,7 +151,7 @@ def test_a_weight_only_layer_in_exact_integers(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randint(-127, 128, (5, 300), generator=draw).float()
     x[:, ::BLOCK] = 127.0  # every block has a step of one
-    compiled = hawqfx.compile(model, "size=100%", [x], schemes=("weight-only",), sensitivity="mse")
+    compiled = hawqfx.compile(model, "weight_bits=8", [x], schemes=("weight-only",), sensitivity="mse")
     (site,) = compiled.planned.weights
     quantizer = compiled.planned.facts.get(site.key, Quantizers).by_format[BLOCKWISE]
     codes = compiled.planned.facts.get(site.key, RoundedWeights).codes[BLOCKWISE].double()
@@ -204,7 +204,7 @@ def test_only_the_schemes_that_are_allowed_are_chosen(schemes: tuple[Scheme, ...
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    compiled = compiled_by(("dynamic", "weight-only"), "size=25%")
+    compiled = compiled_by(("dynamic", "weight-only"), "weight_bits=5")
     compiled.plan.write(tmp_path / "plan.json")
     plan = Plan.read(tmp_path / "plan.json")
     assert plan.to_json() == compiled.plan.to_json()

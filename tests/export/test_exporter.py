@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import hawqfx
 from hawqfx.errors import ExportError
+from hawqfx.export.inspection import packed_weights
 from hawqfx.ir.facts import ChosenFormat, RoundedWeights
 from hawqfx.maths.formats import Format
 from hawqfx.runtime import ort, parity
@@ -47,7 +48,7 @@ def test_unpacked_weights_are_bit_exact(tmp_path: Path, packing: Any, bits: int,
     path = tmp_path / "model.onnx"
     compiled.export(path, packing)
     model = onnx.load(path)
-    call = next(node for node in model.graph.node if node.op_type == f"Weight{bits}")
+    call = next(node for node in model.graph.node if node.domain == "hawqfx")
     model.graph.output.append(onnx.helper.make_tensor_value_info(call.output[0], onnx.TensorProto.FLOAT, None))
     session = ort.session(model.SerializeToString(), optimize=False)
     weight = np.asarray(ort.run(session, [data[0].numpy()])[-1])
@@ -62,11 +63,12 @@ def test_unpacked_weights_are_bit_exact(tmp_path: Path, packing: Any, bits: int,
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packed_tensors_are_rounded_up_by_less_than_a_byte_each(tmp_path: Path, packing: Any) -> None:
     for bits in WIDTHS:
-        compiled = quick(Plain, "size=90%").uniform(bits)
+        compiled = quick(Plain, "weight_bits=8").uniform(bits)
         compiled.export(tmp_path / "model.onnx", packing)
         model = onnx.load(tmp_path / "model.onnx")
+        stored = packed_weights(tmp_path / "model.onnx")
         for site in compiled.planned.weights:
-            parts = [t for t in model.graph.initializer if t.name in {site.key, f"{site.key}_pair", f"{site.key}_bit"}]
+            parts = [t for t in model.graph.initializer if t.name in stored[site.key].tensors]
             exact = site.numel * bits / 8
             assert exact <= sum(len(part.raw_data) for part in parts) < exact + len(parts), (site.key, bits)
             if packing == "portable":
@@ -76,7 +78,7 @@ def test_packed_tensors_are_rounded_up_by_less_than_a_byte_each(tmp_path: Path, 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("name", [name for name in IMAGES if name not in ("attention", "shared_weight_two_norms")])
 def test_lowered_layers_run_on_integer_kernels_and_agree(tmp_path: Path, name: str, packing: Any) -> None:
-    compiled = quick(IMAGES[name], "size=45%")
+    compiled = quick(IMAGES[name], "weight_bits=5")
     path = tmp_path / "model.onnx"
     compiled.export(path, packing)
     found = parity.kernels(path)
@@ -93,7 +95,7 @@ def test_lowered_layers_run_on_integer_kernels_and_agree(tmp_path: Path, name: s
 
 
 def test_mixed_activation_widths_reach_integer_kernels(tmp_path: Path) -> None:
-    compiled = quick(Residual, "size=60%").at("size=60%, bops=2.2%", against_uniform=False)
+    compiled = quick(Residual, "weight_bits=6").at("weight_bits=6, bops=2.2%", against_uniform=False)
     assert len({bits for key, bits in compiled.plan.bits.items() if not key.endswith("weight")}) > 1
     compiled.export(tmp_path / "model.onnx")
     found = parity.kernels(tmp_path / "model.onnx")
@@ -103,7 +105,7 @@ def test_mixed_activation_widths_reach_integer_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [Recurrent])
 def test_what_stays_in_float_still_computes_the_same(tmp_path: Path, make: type[nn.Module]) -> None:
-    compiled = quick(make, "weight_bits=5")
+    compiled = quick(make, "weight_bits=5", keep_float=["lstm*"])
     assert compiled.planned.left_float
     compiled.export(tmp_path / "model.onnx")
     x = compiled.session.context.batches[0].tensors[0]
@@ -117,7 +119,7 @@ def test_named_inputs_dict_outputs_and_dynamic_batch(tmp_path: Path) -> None:
     data = [
         {"second": torch.randn(8, 6, generator=random), "first": torch.randn(8, 5, generator=random)} for _ in range(2)
     ]
-    compiled = quick(KeywordInputs, "size=70%", data=data)
+    compiled = quick(KeywordInputs, "weight_bits=7", data=data)
     compiled.export(tmp_path / "model.onnx")
     session = ort.session(tmp_path / "model.onnx", optimize=False)
     assert {value.name: value.shape for value in session.get_inputs()} == {
@@ -132,11 +134,10 @@ def test_named_inputs_dict_outputs_and_dynamic_batch(tmp_path: Path) -> None:
 
 def test_the_promise_covers_all_that_belongs_to_weights(tmp_path: Path) -> None:
     """Payload of weights, scales and biases in the file = promised bytes, to the byte, in portable packing."""
-    compiled = quick(Residual, "size=45%")
+    compiled = quick(Residual, "weight_bits=5")
     compiled.export(tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
-    weights = [site.key for site in compiled.planned.weights]
-    names = {name for key in weights for name in (key, f"{key}_scale")}
+    names = {name for node in model.graph.node if node.domain == "hawqfx" for name in node.input}
     biases = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT32]
     held = sum(len(t.raw_data) for t in model.graph.initializer if t.name in names) + sum(
         len(t.raw_data) for t in biases
@@ -144,12 +145,15 @@ def test_the_promise_covers_all_that_belongs_to_weights(tmp_path: Path) -> None:
     assert held == compiled.weight_bytes
 
 
-def test_one_function_per_width_and_no_traces_of_the_exporter(tmp_path: Path) -> None:
-    compiled = quick(Plain, "size=90%").uniform(4)
+def test_the_same_functions_for_all_widths_and_no_traces_of_the_exporter(tmp_path: Path) -> None:
+    compiled = quick(Plain, "weight_bits=8").at("bops=100%", fix={"conv1*": 3, "conv2*": 4, "head*": 8})
     compiled.export(tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
-    assert [function.name for function in model.functions] == ["Weight4"]
-    assert sum(node.op_type == "Weight4" for node in model.graph.node) == 3
+    assert {function.name for function in model.functions} == {"Weight", "Weight8"}
+    called = [node for node in model.graph.node if node.domain == "hawqfx"]
+    assert [node.op_type for node in called] == ["Weight", "Weight", "Weight8"]
+    assert [node.name for node in called] == ["conv1.weight", "conv2.weight", "head.weight"]
+    assert all(len(name) <= 2 for node in model.graph.node for name in node.output if name != "output")
     assert not model.graph.value_info
     assert not model.graph.metadata_props
     assert {entry.key for entry in model.metadata_props} == {
@@ -164,14 +168,14 @@ def test_one_function_per_width_and_no_traces_of_the_exporter(tmp_path: Path) ->
 def test_the_same_inputs_and_seed_give_the_same_plan_and_bytes(tmp_path: Path) -> None:
     contents = []
     for run in range(2):
-        compiled = quick(Residual, "size=45%, bops=2.5%")
+        compiled = quick(Residual, "weight_bits=5, bops=2.5%")
         compiled.export(tmp_path / f"{run}.onnx")
         contents.append((compiled.plan.to_json(), (tmp_path / f"{run}.onnx").read_bytes()))
     assert contents[0] == contents[1]
 
 
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
-    compiled = quick(Plain, "size=60%")
+    compiled = quick(Plain, "weight_bits=6")
     with pytest.raises(ExportError, match="does not exist"):
         compiled.export(tmp_path / "missing" / "model.onnx")
     with pytest.raises(ExportError, match="is a folder"):
@@ -182,7 +186,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, path = quick(Plain, "size=60%"), tmp_path / "model.onnx"
+    compiled, path = quick(Plain, "weight_bits=6"), tmp_path / "model.onnx"
     path.write_bytes(b"what was there before")
 
     def full(*_: object) -> None:
@@ -197,14 +201,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_a_batch_of_one_is_captured_and_exported_with_a_dynamic_batch(tmp_path: Path) -> None:
     data = [(x[:1], y[:1]) for x, y in images(count=4)]
-    compiled = quick(Plain, "size=60%", data=data)
+    compiled = quick(Plain, "weight_bits=6", data=data)
     compiled.export(tmp_path / "model.onnx")
     session = ort.session(tmp_path / "model.onnx")
     assert np.asarray(ort.run(session, [images()[0][0].numpy()])[0]).shape == (16, 3)
 
 
 def test_float_export_is_the_float_network(tmp_path: Path) -> None:
-    compiled, x = quick(Plain, "size=60%"), images()[0][0]
+    compiled, x = quick(Plain, "weight_bits=6"), images()[0][0]
     compiled.export_float(tmp_path / "float.onnx")
     theirs = np.asarray(ort.run(ort.session(tmp_path / "float.onnx"), [x.numpy()])[0])
     # float32 sums of at most 54 terms in another order, with batch-norm folded
@@ -263,7 +267,8 @@ def test_a_strided_layer_of_an_image_reads_blocks_of_pixels(
     floats = {"x"} | {node.output[0] for node in graph.node if node.op_type == "Pad" and node.input[0] == "x"}
     # onnxruntime 1.24 has the operator for floats alone
     assert all(node.input[0] in floats for node in graph.node if node.op_type == "SpaceToDepth")
-    first = next(t for t in graph.initializer if t.name == "first.weight")
+    (stored,) = packed_weights(path)["first.weight"].tensors[:1]
+    first = next(t for t in graph.initializer if t.name == stored)
     bits = compiled.plan.bits["first.weight"]
     assert len(first.raw_data) <= -(-compiled.program.tensor("first.weight").numel() * bits // 8)
 
@@ -365,7 +370,7 @@ def test_every_code_of_every_width_survives_packing(tmp_path: Path) -> None:
         )
         compiled.export(tmp_path / "model.onnx", packing)  # type: ignore[arg-type]
         model = onnx.load(tmp_path / "model.onnx")
-        call = next(node for node in model.graph.node if node.op_type == f"Weight{bits}")
+        call = next(node for node in model.graph.node if node.domain == "hawqfx")
         model.graph.output.append(onnx.helper.make_tensor_value_info(call.output[0], onnx.TensorProto.FLOAT, None))
         session = ort.session(model.SerializeToString(), optimize=False)
         weight = np.asarray(ort.run(session, [np.zeros((1, 16), np.float32)])[-1])
@@ -374,12 +379,9 @@ def test_every_code_of_every_width_survives_packing(tmp_path: Path) -> None:
 
 
 def test_bits_of_the_plan_are_those_of_the_file(tmp_path: Path) -> None:
-    compiled = quick(Residual, "size=45%")
+    compiled = quick(Residual, "weight_bits=5")
     compiled.export(tmp_path / "model.onnx")
-    model = onnx.load(tmp_path / "model.onnx")
-    called = {
-        node.input[0]: int(node.op_type.removeprefix("Weight")) for node in model.graph.node if node.domain == "hawqfx"
-    }
+    called = {key: weight.bits for key, weight in packed_weights(tmp_path / "model.onnx").items()}
     facts = compiled.planned.facts
     chosen = {site.key: facts.get(site.key, ChosenFormat).format.bits for site in compiled.planned.weights}
     assert called == chosen

@@ -72,7 +72,7 @@ class Words(nn.Module):
 
 def lowered_image() -> tuple[Program, Sequence[Any]]:
     compiled = hawqfx.compile(
-        build(Image), "size=100%", images(), sensitivity="mse", weight_bits=(4, 32), activation_bits=(8,),
+        build(Image), "weight_bits=8", images(), sensitivity="mse", weight_bits=(4, 32), activation_bits=(8,),
         fix={"second.weight": 32, "first.weight": 4, "head.weight": 4},
     )  # fmt: skip
     return compiled.program, images()
@@ -81,7 +81,7 @@ def lowered_image() -> tuple[Program, Sequence[Any]]:
 def lowered_words(*schemes: Any) -> tuple[Program, Sequence[Any]]:
     data = [torch.randint(0, 50, (8, 7), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     loss = lambda output, target: output.square().mean()  # noqa: E731
-    compiled = hawqfx.compile(build(Words), "size=60%", data, schemes=schemes, sensitivity="mse", loss=loss)
+    compiled = hawqfx.compile(build(Words), "weight_bits=6", data, schemes=schemes, sensitivity="mse", loss=loss)
     return compiled.program, data
 
 

@@ -13,7 +13,16 @@ from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.task import increases
 from hawqfx.analysis.liveness import live
 from hawqfx.errors import HawqfxError, InfeasibleBudget, PassError
-from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, Fact, LossIncrease, QuantizationError, Sensitivity
+from hawqfx.ir.facts import (
+    Account,
+    ByteCost,
+    ChosenFormat,
+    Fact,
+    FileText,
+    LossIncrease,
+    QuantizationError,
+    Sensitivity,
+)
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Site, WeightSite
 from hawqfx.maths.formats import FLOAT, Format
@@ -32,7 +41,8 @@ MEASURED: dict[type, Program] = {}
 
 def measured(make: type) -> Program:
     if make not in MEASURED:
-        MEASURED[make] = after("hawq_v2", make)
+        program = after("hawq_v2", make)
+        MEASURED[make] = program.learn_about_network(FileText(0, {}, program.float_bytes()))
     return MEASURED[make]
 
 
@@ -66,7 +76,8 @@ def narrowed(program: Program, seed: int) -> Program:
         known = program.facts.get(site.key, QuantizationError).squared_error
         errors = {Format(bits): known[Format(bits)] for bits in kept}
         facts[site.key] = Sensitivity(draw.lognormvariate(0, 2), 0.0, 8).times(errors)
-    return program.learn(facts).learn_about_network(latency_model(program, draw))
+    text = FileText(draw.randrange(2000), {}, program.float_bytes())
+    return program.learn(facts).learn_about_network(latency_model(program, draw)).learn_about_network(text)
 
 
 def totals(program: Program, formats: Mapping[str, Format]) -> dict[str, float]:
@@ -74,7 +85,8 @@ def totals(program: Program, formats: Mapping[str, Format]) -> dict[str, float]:
     bits = {key: width.bits for key, width in formats.items()}
     weights = sum(site.numel for site in program.weights)
     return {
-        "size": program.fixed_bytes()
+        "size": program.about(FileText).bytes
+        + program.fixed_bytes()
         + sum(program.facts.get(s.key, ByteCost).bytes[formats[s.key]] for s in program.weights),
         "weight_bits": sum(bits[site.key] * site.numel for site in program.weights) / weights,
         "bops": sum(layer.macs * bits[layer.weight] * bits[layer.input] for layer in program.layers),
@@ -204,7 +216,7 @@ def test_every_move_is_what_it_would_do() -> None:
     assert sum(why.loss_share for why in whys.values() if why) == pytest.approx(1)
     weights = [whys[site.key] for site in planned.weights]
     assert sum(why.shares["size"] for why in weights if why) == pytest.approx(
-        1 - program.fixed_bytes() / before["size"]
+        1 - (program.about(FileText).bytes + program.fixed_bytes()) / before["size"]
     )
 
 

@@ -144,6 +144,6 @@ def test_the_users_model_stays_as_it_was() -> None:
 
 
 def test_sizes_are_relative_to_the_network_as_it_was() -> None:
-    compiled = quick(Unequal, "size=60%")
+    compiled = quick(Unequal, "weight_bits=6")
     assert compiled.planned.float_bytes() == 4 * sum(value.numel() for value in build(Unequal).parameters())
     assert captured(Unequal).float_bytes() == compiled.planned.float_bytes()

@@ -14,7 +14,7 @@ from tests.tools import quick
 
 @pytest.mark.parametrize("make", [Plain, Residual, SharedLayer, Concat])
 def test_golden_graph(make: type, golden: Callable[[str, str], None]) -> None:
-    compiled = quick(make, "size=60%")
+    compiled = quick(make, "weight_bits=6")
     uniform = compiled.uniform(4, 6)  # independent of the probes
     golden(f"lowered_{make.__name__.lower()}.txt", graph_text(uniform.program))
 
@@ -22,7 +22,7 @@ def test_golden_graph(make: type, golden: Callable[[str, str], None]) -> None:
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_site_is_quantized_by_its_own_quantizer(name: str) -> None:
     """The lowered graph, run with its quantizers replaced by plain ones made from the facts, gives the same."""
-    compiled = quick(IMAGES[name], "size=60%")
+    compiled = quick(IMAGES[name], "weight_bits=6")
     planned, x = compiled.planned, images()[0][0]
     tensors, formats = {}, planned.formats()
     for site in planned.weights:
@@ -49,14 +49,14 @@ def test_every_site_is_quantized_by_its_own_quantizer(name: str) -> None:
 
 
 def test_values_stay_on_the_grid() -> None:
-    compiled = quick(Plain, "size=40%, bops=2%")
+    compiled = quick(Plain, "weight_bits=5, bops=2%")
     for node in compiled.program.graph.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE):
         assert node.args[3] < node.args[4]
     assert {4, 6} & set(compiled.plan.bits.values())
 
 
 def test_gradients_reach_weights_and_biases_through_the_quantizers() -> None:
-    compiled = quick(Residual, "size=60%")
+    compiled = quick(Residual, "weight_bits=6")
     x, y = images()[0]
     torch.nn.functional.cross_entropy(compiled.model(x), y).backward()
     parameters = dict(compiled.model.named_parameters())
@@ -74,7 +74,7 @@ def test_clipped_values_get_no_gradient() -> None:
 
 
 def test_a_shared_weight_is_lowered_once_and_right() -> None:
-    compiled = quick(SharedLayer, "size=60%")
+    compiled = quick(SharedLayer, "weight_bits=6")
     x, _ = images()[0]
     eight = compiled.uniform(8)
     reference = compiled.session.measured.run((x,), {})

@@ -140,9 +140,9 @@ def test_batches_are_parted_until_they_fit_into_memory(plain: Program, monkeypat
 def test_an_exported_program_with_a_fixed_batch_is_measured_whole() -> None:
     data = images(count=2)
     exported = torch.export.export(build(Plain), (data[0][0],))
-    hawqfx.compile(exported, "size=50%", data, sensitivity=HawqV2(2))
+    hawqfx.compile(exported, "weight_bits=5", data, sensitivity=HawqV2(2))
     with pytest.raises(HawqfxError, match="batch=8: the exported program has a fixed batch of 16"):
-        hawqfx.compile(exported, "size=50%", data, sensitivity=HawqV2(2), batch=8)
+        hawqfx.compile(exported, "weight_bits=5", data, sensitivity=HawqV2(2), batch=8)
 
 
 def test_forward_bytes_are_those_of_all_tensors_of_one_sample() -> None:
@@ -169,12 +169,12 @@ def test_only_as_much_of_an_endless_loader_is_read_as_asked() -> None:
 
 def test_a_metric_that_does_not_exist_is_refused() -> None:
     with pytest.raises(HawqfxError, match="sensitivity='trace': must be one of gauss-newton, hawq-v2, fisher, taylor"):
-        hawqfx.compile(build(Plain), "size=50%", images(), sensitivity="trace")
+        hawqfx.compile(build(Plain), "weight_bits=5", images(), sensitivity="trace")
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_leads_to_a_plan(name: str) -> None:
-    plans = [hawqfx.compile(build(Plain), "size=40%", images(), sensitivity=name).plan for _ in range(2)]
+    plans = [hawqfx.compile(build(Plain), "weight_bits=5", images(), sensitivity=name).plan for _ in range(2)]
     assert plans[0].digest == plans[1].digest
     assert set(plans[0].bits) == {site.key for site in after("find_sites", Plain).sites}
 
@@ -230,7 +230,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path, plain: Pro
 
 def test_what_was_measured_is_never_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"cache": tmp_path, "sensitivity": HawqV2(4, tolerance=0)}
-    first = hawqfx.compile(build(Plain), "size=40%", images(), **options)
+    first = hawqfx.compile(build(Plain), "weight_bits=5", images(), **options)
     opened: list[int] = []
     original = HawqV2.open
 
@@ -239,9 +239,9 @@ def test_what_was_measured_is_never_measured_again(tmp_path: Path, monkeypatch: 
         return original(self, program, work, index, operators)
 
     monkeypatch.setattr(HawqV2, "open", watched)
-    again = hawqfx.compile(build(Plain), "size=40%", images(), **options)
+    again = hawqfx.compile(build(Plain), "weight_bits=5", images(), **options)
     assert again.plan.digest == first.plan.digest
-    hawqfx.compile(build(Plain), "size=30%", images(), rounding="nearest", **options)
+    hawqfx.compile(build(Plain), "weight_bits=4", images(), rounding="nearest", **options)
     assert opened == []
     for change in (
         {"seed": 1},
@@ -252,28 +252,28 @@ def test_what_was_measured_is_never_measured_again(tmp_path: Path, monkeypatch: 
         {"batch": 8},
     ):
         opened.clear()
-        hawqfx.compile(build(Plain), "size=40%", images(), **options | change)
+        hawqfx.compile(build(Plain), "weight_bits=5", images(), **options | change)
         assert opened, change
     opened.clear()
-    hawqfx.compile(build(Plain, seed=1), "size=40%", images(), **options)
+    hawqfx.compile(build(Plain, seed=1), "weight_bits=5", images(), **options)
     assert opened
 
 
 def test_a_cache_that_cannot_be_trusted_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"cache": tmp_path / "cache", "sensitivity": HawqV2(4)}
-    hawqfx.compile(build(Plain), "size=40%", images(), **options)
+    hawqfx.compile(build(Plain), "weight_bits=5", images(), **options)
     (damaged,) = (tmp_path / "cache").glob("*/batch-000001.json")
     damaged.write_text("{")
     with pytest.raises(CacheError, match=r"batch-000001\.json is damaged .* delete it"):
-        hawqfx.compile(build(Plain), "size=40%", images(), **options)
+        hawqfx.compile(build(Plain), "weight_bits=5", images(), **options)
     held = object()
     with pytest.raises(CacheError, match="cannot tell one object from another"):
         hawqfx.compile(
-            build(Plain), "size=40%", images(), **options, loss=lambda o, t: cross_entropy(o, t) * bool(held)
+            build(Plain), "weight_bits=5", images(), **options, loss=lambda o, t: cross_entropy(o, t) * bool(held)
         )
     (tmp_path / "file").touch()
     with pytest.raises(CacheError, match="cannot be used"):
-        hawqfx.compile(build(Plain), "size=40%", images(), cache=tmp_path / "file" / "below")
+        hawqfx.compile(build(Plain), "weight_bits=5", images(), cache=tmp_path / "file" / "below")
 
 
 LOSS = """

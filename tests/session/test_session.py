@@ -37,7 +37,7 @@ def trained() -> Compiled:
     """A trained ResNet-20, cheaply measured, of whose metric half of the data is held out."""
     data = digits()
     return hawqfx.compile(
-        zoo.resnet20(), "size=100%", data[:1], metric=accuracy, holdout=data[1:2], sensitivity="mse", rounding="nearest"
+        zoo.resnet20(), "bops=100%", data[:1], metric=accuracy, holdout=data[1:2], sensitivity="mse", rounding="nearest"
     )
 
 
@@ -54,8 +54,9 @@ def test_a_drop_gives_the_smallest_network_that_keeps_the_metric(trained: Compil
         assert score(compiled, calibrating) >= kept * score(None, calibrating)
         assert score(compiled, held) >= kept * score(None, held)
     assert loose.weight_bytes < tight.weight_bytes < trained.planned.float_bytes()
-    # the next size down, a sixteenth of the way to float in 63 steps, would not keep it on the calibration data
-    size = int(tight.budget.rpartition("=")[2]) / 16 ** (1 / 63)
+    # the next size down, of 64 from the least to the most, would not keep it on the calibration data
+    least, *_, most = tight.session.planner.range_of(tight.session.allocation, "size", 64)
+    size = int(tight.budget.rpartition("=")[2]) / (most / least) ** (1 / 63)
     planned = run([Allocation(Budget.parse(f"size={size:.0f}"))], tight.session.measured, tight.session.context)
     assert score(tight.session.lowered(planned, ""), calibrating) < 0.98 * score(None, calibrating)
 
@@ -157,7 +158,7 @@ def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
 
 
 def test_a_plan_explains_itself_also_from_json() -> None:
-    budget = "size=30%, bops=3%"
+    budget = "weight_bits=4, bops=3%"
     compiled = quick(Residual, budget)
     session = compiled.session
     found = Plan.of(run([Allocation(Budget.parse(budget))], session.measured, session.context), budget)
@@ -180,7 +181,7 @@ def test_a_plan_explains_itself_also_from_json() -> None:
 def test_sites_in_float_are_lowered_saved_and_exported(tmp_path: Any) -> None:
     from hawqfx.runtime import ort, parity
 
-    compiled = quick(Residual, "size=90%", fix={"inner.weight": 32, "relu": 32})
+    compiled = quick(Residual, "bops=100%", fix={"inner.weight": 32, "relu": 32})
     assert {key for key, bits in compiled.plan.bits.items() if bits == 32} == {"inner.weight", "relu"}
     compiled.plan.write(tmp_path / "plan.json")
     again = hawqfx.compile(build(Residual), None, images(), plan=tmp_path / "plan.json")
@@ -201,10 +202,10 @@ def test_widths_are_2_to_8_or_float_beside_them(bits: tuple[int, ...]) -> None:
 
 
 def test_float_is_chosen_where_it_may_be_and_the_budget_has_room() -> None:
-    compiled = quick(Plain, "size=100%", weight_bits=(2, 4, 8, 32))
+    compiled = quick(Plain, "size=10kB", weight_bits=(2, 4, 8, 32))
     assert all(compiled.plan.bits[site.key] == 32 for site in compiled.planned.weights)
     assert compiled.weight_bytes == compiled.planned.float_bytes()
-    tight = quick(Plain, "size=45%", weight_bits=(2, 4, 8, 32))
+    tight = compiled.at("size=3kB")
     assert tight.weight_bytes <= 0.45 * tight.planned.float_bytes()
 
 
@@ -215,6 +216,6 @@ def test_formats_that_were_not_calibrated_are_refused() -> None:
     with pytest.raises(HawqfxError, match=r"uniform\(9, 8\): there is no format of 9 bits"):
         compiled.uniform(9)
     with pytest.raises(HawqfxError, match=r"schemes=\('weight-only',\) were not calibrated: give schemes= to compile"):
-        compiled.at("size=50%", schemes=("weight-only",))
+        compiled.at("weight_bits=5", schemes=("weight-only",))
     with pytest.raises(HawqfxError, match="must be some of static, dynamic, weight-only"):
-        compiled.at("size=50%", schemes=("foo",))  # type: ignore[arg-type]
+        compiled.at("weight_bits=5", schemes=("foo",))  # type: ignore[arg-type]
