@@ -8,12 +8,12 @@ from rich.console import Console
 
 import hawqfx
 from hawqfx import zoo
-from hawqfx.errors import PlanError
-from hawqfx.ir.facts import ChosenFormat
+from hawqfx.errors import InfeasibleBudget, PlanError
+from hawqfx.ir.facts import Account, ChosenFormat
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.session.plan import Plan
-from tests.nets import Plain, Residual, build, images
+from tests.nets import Plain, Recurrent, Residual, build, images
 from tests.tools import quick
 
 
@@ -124,6 +124,20 @@ def test_keep_float() -> None:
     assert compiled.planned.left_float == {"linear": "kept in float by the user"}
     assert "in float: linear: kept in float by the user" in compiled.summary()
     assert torch.equal(compiled.program.tensor("head.weight"), build(Plain).get_parameter("head.weight"))
+
+
+def test_weights_that_stay_in_float_count_in_the_average() -> None:
+    """An LSTM has no integer kernel: of 204 weights 192 stay in float."""
+    with pytest.raises(InfeasibleBudget, match=r"lstm.* stay in float \(onnxruntime has no .*name them in keep_float="):
+        quick(Recurrent, "weight_bits=4")
+    compiled = quick(Recurrent, "weight_bits=31")
+    use = compiled.planned.about(Account).limits["weight_bits"]
+    assert use.amount == pytest.approx((192 * 32 + 12 * 8) / 204)
+    assert "192 of them in float" in compiled.summary()
+    kept = quick(Recurrent, "weight_bits=4", keep_float=["lstm*"])
+    assert kept.planned.about(Account).limits["weight_bits"].amount <= 4
+    text = " ".join(kept.summary().split())
+    assert "bits on average over the quantized weights; 192 weights (94.1% of all) stay in float by keep_float" in text
 
 
 def test_the_summary_says_what_it_cost_and_why() -> None:

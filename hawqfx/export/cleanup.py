@@ -61,9 +61,10 @@ def _name_by_sites(graph: ir.Graph) -> None:
     seen: Counter[str] = Counter()
     for node in graph:
         key = str(node.name) if node.domain == DOMAIN else ""
-        scale = node.inputs[1].name if node.op_type == "DequantizeLinear" and node.inputs[1] is not None else None
-        if scale is not None and scale.endswith(SCALE):
-            key = scale.removesuffix(SCALE)
+        scale = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+        # a zero-point tells activations from constants
+        if scale is not None and str(scale.name).endswith(SCALE) and len(node.inputs) == 3:
+            key = str(scale.name).removesuffix(SCALE)
         # onnxruntime takes no name twice
         node.name = f"{key}{_AGAIN}{seen[key]}" if seen[key] else key
         seen.update([key] if key else [])

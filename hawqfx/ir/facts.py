@@ -287,6 +287,9 @@ F = TypeVar(
     ActivationHistogram, Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost,
     ChosenFormat, Account, ErrorProducts, FileText, FloatNetwork, StoredBits, LatencyModel,
 )  # fmt: skip
+NETWORK_FACTS: tuple[type[NetworkFact], ...] = (
+    Account, ErrorProducts, FileText, FloatNetwork, StoredBits, LatencyModel,
+)  # fmt: skip
 
 
 class FactTable:

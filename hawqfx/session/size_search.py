@@ -31,7 +31,7 @@ def within_size(planner: Planner, budget: Budget, find: Callable[[Budget], Candi
         InfeasibleBudget: if no plan that was tried keeps the limit.
     """
     most = math.inf if budget.size is None else budget.size.of(planner.measured.about(FileText).float_bytes)
-    wanted, held, size, refused = most, budget, 0, None
+    held, size, refused = budget, 0, None
     for _ in range(TRIES):
         try:
             candidate = find(held)
@@ -44,8 +44,8 @@ def within_size(planner: Planner, budget: Budget, find: Callable[[Budget], Candi
         if size <= most:
             text = candidate.budget.replace(str(held), str(budget))
             return replace(candidate, planned=_with_measurement(candidate.planned, most, size), budget=text)
-        wanted -= size - most
-        held = replace(budget, size=Limit(wanted))
+        # by how much the file must shrink, below what was predicted for it
+        held = replace(budget, size=Limit(candidate.planned.about(Account).limits["size"].amount - (size - most)))
     raise InfeasibleBudget(
         f"size={budget.size} cannot be met: the smallest file that was made has {size} bytes", "size", size
     ) from refused

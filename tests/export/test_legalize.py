@@ -72,7 +72,7 @@ class Words(nn.Module):
 
 def lowered_image() -> tuple[Program, Sequence[Any]]:
     compiled = hawqfx.compile(
-        build(Image), "weight_bits=8", images(), sensitivity="mse", weight_bits=(4, 32), activation_bits=(8,),
+        build(Image), "bops=100%", images(), sensitivity="mse", weight_bits=(4, 32), activation_bits=(8,),
         fix={"second.weight": 32, "first.weight": 4, "head.weight": 4},
     )  # fmt: skip
     return compiled.program, images()
