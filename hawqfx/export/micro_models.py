@@ -147,6 +147,7 @@ def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto, suffix: str) -> None
     copy.CopyFrom(node)
     copy.ClearField("input")
     copy.ClearField("output")
+    copy.ClearField("name")  # onnxruntime takes no name twice
     copy.input.extend(name and name + suffix for name in node.input)
     copy.output.extend(name and name + suffix for name in node.output)
 

@@ -10,6 +10,7 @@ import torch
 
 from hawqfx.errors import PassError
 from hawqfx.export.legalize.pipeline import legalization
+from hawqfx.export.weigh_file import WeighFile
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Fact, Sensitivity
 from hawqfx.ir.graph import copy_graph
@@ -27,7 +28,10 @@ from tests.tools import after, captured, context
 ROOT = Path(__file__).parents[2]
 
 EVERY_PASS = {step.name: step for step in every_pass()}
-ELSEWHERE = {step.name for step in (*legalization(), ProfileLatency())}  # beside the room that they belong to
+# beside the room that they belong to
+ELSEWHERE = {
+    step.name for step in (*legalization(), WeighFile(), ProfileLatency())
+}  # beside the room that they belong to
 
 
 @pytest.mark.parametrize("step", EVERY_PASS.values(), ids=EVERY_PASS)

@@ -118,7 +118,7 @@ def vit() -> nn.Module:
 
 @pytest.mark.parametrize("make", [InvertedResidual, Recurrent, Resampled, bert, vit])
 def test_hessians_of_every_network(make: Callable[[], nn.Module]) -> None:
-    compiled = quick(make, "weight_bits=6")
+    compiled = quick(make, "bops=100%")
     facts = [compiled.planned.facts.get(site.key, Sensitivity) for site in compiled.planned.weights]
     assert all(fact.curvature != 0 for fact in facts)  # few probes: any sign
 

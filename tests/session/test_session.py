@@ -158,7 +158,7 @@ def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
 
 
 def test_a_plan_explains_itself_also_from_json() -> None:
-    budget = "weight_bits=4, bops=3%"
+    budget = "size=3000, bops=3%"
     compiled = quick(Residual, budget)
     session = compiled.session
     found = Plan.of(run([Allocation(Budget.parse(budget))], session.measured, session.context), budget)
@@ -166,7 +166,7 @@ def test_a_plan_explains_itself_also_from_json() -> None:
     assert plan == found
     text = plan.explain("stem.weight")
     assert re.search(r"stem\.weight: \d bits, predicted loss increase", text)
-    assert re.search(r"takes [\d.]+% of the predicted loss, [\d.]+% of weight_bits, [\d.]+% of bops", text)
+    assert re.search(r"takes [\d.]+% of the predicted loss, [\d.]+% of size, [\d.]+% of bops", text)
     assert re.search(r"\d bits instead: [+-][\d.e-]+ loss, [+-][\d,]+ bytes size, [+-][\d,]+ bit operations bops", text)
     assert re.search(
         r"size: [\d,]+ bytes of [\d,]+ bytes; (binds: one kB more would save|does not bind)", plan.explain()
