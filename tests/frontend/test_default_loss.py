@@ -223,21 +223,21 @@ class Sigmoids(nn.Module):
 @pytest.mark.parametrize("targets", [False, True])
 def test_compile_says_in_its_first_lines_what_it_minimises(targets: bool) -> None:
     data: Sequence[Any] = [(X, (X[:, :1] > torch.linspace(-1, 1, 12)).long())] if targets else [X]
-    compiled = hawqfx.compile(build(Sigmoids), "size=40%", data)
+    compiled = hawqfx.compile(build(Sigmoids), "weight_bits=5", data)
     what = " and targets (N, 12)" if targets else ", without targets"
     assert compiled.summary().splitlines()[:2] == [
         f"loss: binary cross-entropy of the 12 sigmoids, for output (N, 12) that ends in a sigmoid{what}",
         "calibrated on 8 samples",
     ]
     assert compiled.session.context.loss == Bernoulli()
-    given = hawqfx.compile(build(Sigmoids), "size=40%", [X], loss=lambda output, target: output.square().mean())
+    given = hawqfx.compile(build(Sigmoids), "weight_bits=5", [X], loss=lambda output, target: output.square().mean())
     assert given.summary().startswith("loss: <lambda>, as given by loss=\n")
 
 
 @pytest.mark.parametrize("target", [None, (None, X[:, :6]), ((X[:, :6] > 0), None)])
 def test_two_outputs_compile(target: Any) -> None:
     both = lambda z: (z[:, :6].sigmoid(), z[:, 6:])  # noqa: E731
-    compiled = hawqfx.compile(build(lambda: Sigmoids(both)), "size=40%", [(X, target)])
+    compiled = hawqfx.compile(build(lambda: Sigmoids(both)), "weight_bits=5", [(X, target)])
     assert compiled.summary().startswith("loss: the sum over 2 outputs; 0: binary cross-entropy of the 6 sigmoids")
     before, after = compiled.calibration_loss()
     assert 0 < before != after
@@ -253,7 +253,7 @@ def test_a_softmax_at_the_end_changes_no_increase(targets: bool, metric: str) ->
     found = []
     for end in (nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1)):
         network = build(lambda end=end: EndingMlp(end)).double()  # type: ignore[misc]
-        measured = hawqfx.compile(network, "size=40%", data, sensitivity=metric).session.measured
+        measured = hawqfx.compile(network, "weight_bits=5", data, sensitivity=metric).session.measured
         increases = [measured.facts.get(site.key, LossIncrease).by_format for site in measured.sites]
         found.append([value for by_format in increases for value in by_format.values()])
     assert any(found[0])
