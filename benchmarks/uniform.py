@@ -59,6 +59,7 @@ def under(base: Compiled, subject: Subject, bits: float) -> dict[str, Any]:
     gave_way = returned.rival is not None and returned.rival.chosen
     answers = {"returned": outputs(returned.model, subject.held_out)}
     answers["uniform"] = outputs(base.uniform(even).model, subject.held_out)
+    answers["refined"] = outputs(base.at(budget, against_uniform=False, refine=1).model, subject.held_out)
     answers["plan"] = answers["returned"]
     if gave_way:
         answers["plan"] = outputs(base.at(budget, against_uniform=False).model, subject.held_out)
@@ -82,7 +83,7 @@ def quick() -> Subject:
 
 
 def show(results: dict[str, Any]) -> None:
-    columns = ("bits", "uniform", "plan", "ratio", "returned", "ratio", "difference", "agreement")
+    columns = ("bits", "uniform", "plan", "ratio", "refined", "returned", "ratio", "difference", "agreement")
     table = Table("network", *columns, title="Mean divergence from float on held-out data, against uniform bits")
     for name, found in results.items():
         for bits, row in found["budgets"].items():
@@ -92,7 +93,7 @@ def show(results: dict[str, Any]) -> None:
                 agreement = f"{returned['agreement']:.3f} against {uniform['agreement']:.3f}"
             table.add_row(
                 f"{name}, n={found['held out']}", f"{bits}, {row['uniform bits']}", f"{uniform['divergence']:.4g}",
-                f"{plan['divergence']:.4g}", f"{plan['ratio']:.3f}",
+                f"{plan['divergence']:.4g}", f"{plan['ratio']:.3f}", f"{row['refined']['divergence']:.4g}",
                 "uniform" if row["returned uniform"] else "plan", f"{returned['ratio']:.3f}",
                 f"{returned['difference']:+.2g} +- {returned['stderr']:.1g}", agreement,
             )  # fmt: skip

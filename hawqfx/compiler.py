@@ -48,6 +48,7 @@ def compile(
     fix: Mapping[str, int] | None = None,
     rule: Order = "exact",
     interactions: bool = False,
+    refine: int = 0,
     target: str = "any",
     plan: Plan | str | Path | None = None,
     draw: Draw | None = None,
@@ -97,6 +98,10 @@ def compile(
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
         interactions: let the joint effect of the errors of two weights enter the predicted loss (not for a loss of
             one's own without draw=); benchmarks/interactions.py shows its effect.
+        refine: times that the plan is measured again where it stands, with half of the data, and solved again one width
+            around; the new plan is taken if it loses less on the other half by more than two standard errors.  Plans of
+            the default metric seldom gain by it, those of others do; see benchmarks/uniform.py.  Not for budgets on
+            latency or drop, nor for a loss of one's own without draw=.
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
         plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
@@ -120,9 +125,9 @@ def compile(
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
-            keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, target=target, plan=plan, draw=draw,
-            samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed, observers=observers,
-            progress=progress,
+            keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
+            plan=plan, draw=draw, samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
+            observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -151,7 +156,7 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target,
+        options.target, options.refine,
     )  # fmt: skip
     if options.plan is not None:
         return session.lowered(measured, options.plan.budget)

@@ -45,6 +45,7 @@ class Options:
         observers: of the passes.
         threads: of the runs that a budget on latency is for.
         target: the processors that files are made for.
+        refine: times that a plan is measured where it stands and solved again.
     """
 
     budget: Budget | None
@@ -57,6 +58,7 @@ class Options:
     observers: tuple[Observer, ...]
     threads: int
     target: str
+    refine: int
 
 
 def validated(
@@ -76,6 +78,7 @@ def validated(
     fix: Mapping[str, int] | None,
     rule: Order,
     interactions: bool,
+    refine: int,
     target: str,
     plan: Plan | str | Path | None,
     draw: Draw | None,
@@ -103,6 +106,8 @@ def validated(
         raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
     if threads < 1:
         raise HawqfxError(f"threads={threads}: onnxruntime needs at least one")
+    if refine < 0:
+        raise HawqfxError(f"refine={refine}: a plan is refined zero times or more")
     if isinstance(keep_float, str):
         raise HawqfxError(f"keep_float={keep_float!r}: give a list of patterns, such as [{keep_float!r}]")
     for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):
@@ -155,6 +160,7 @@ def validated(
         observers=tuple(observers),
         threads=threads,
         target=target,
+        refine=refine,
     )
 
 

@@ -18,6 +18,7 @@ from hawqfx.errors import HawqfxError
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.pass_manager.base import Analysis, Pass
 from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.at_plan import AtPlan
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.cost import Cost
 from hawqfx.passes.decompose import Decompose
@@ -169,5 +170,5 @@ def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
 def every_pass() -> list[Pass]:
     """The recipe, then the passes that it takes when asked to."""
     steps = recipe().passes
-    optional = [*(make() for make in METRICS.values()), Interactions(), *weighing(), *profiling()]
+    optional = [*(make() for make in METRICS.values()), Interactions(), AtPlan(), *weighing(), *profiling()]
     return steps + [step for step in optional if step.name not in {known.name for known in steps}]

@@ -11,8 +11,8 @@ every site in every format.  HAWQ-V2 (equation 8) takes the mean over all direct
 own; errors are not random directions, and the two differ several times between layers.
 
 A sample is c times a squared normal variable, nearly: n of them have a relative standard error of sqrt(2 / n).  Draws
-of labels and draws of samples serve the same expectation, so the passes are shared out over the data: each sees an
-equal part of the samples.  The unit is that of the loss.
+of labels and draws of samples serve the same expectation, so the passes are shared out over the data: each sees one of
+a few equal parts of the samples.  The unit is that of the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class _Slopes(Measurement):
 class GaussNewton(WidthMetric):
     """Half the Gauss-Newton form of each site's own error, and the trace, by ordinary backward passes."""
 
-    probes: int = option(128, "backward passes over all of the data, each on an equal part of the samples")
+    probes: int = option(128, "backward passes, shared out over a few equal parts of the samples")
     shares_probes: ClassVar[bool] = True
     gives: ClassVar[tuple[Kind, ...]] = (Sensitivity, LossIncrease)
 

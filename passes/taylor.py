@@ -35,7 +35,8 @@ class _Directions(Measurement):
         self.program, self.context, self.index, self.run = program, context, index, run
         self.sites = {site.key: site for site in program.sites}
         self.slopes: dict[Quantity, float] = {}
-        loss = context.loss_of(run.output, context.batches[index], index)
+        target = context.expected_target(run.output, context.batches[index], index)
+        loss = context.loss_at(run.output, target, index)
         self.hessian = curvature.Hessian(loss, run.tensors, self._note_slopes)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:

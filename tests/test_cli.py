@@ -130,8 +130,8 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "global_average",
         "table_rows",
     ]
-    names += ["hawq_v2", "fisher", "taylor", "measured", "mse", "hawq_v1", "interactions", "weigh_file"]
-    names += ["profile_latency"]
+    names += ["hawq_v2", "fisher", "taylor", "measured", "mse", "hawq_v1", "interactions", "at_plan"]
+    names += ["weigh_file", "profile_latency"]
     assert re.findall(r"(\w+) +│ (?:analysis|rewrite)", output) == names
     steps = every_pass()
     undocumented = [(step.name, entry.name) for step in steps for entry in options_of(step) if not entry.metadata]

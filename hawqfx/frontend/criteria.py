@@ -51,9 +51,9 @@ class Criterion(ABC):
         the loss does not part by samples."""
 
     @abstractmethod
-    def expectation(self, output: Any) -> Any:
+    def expectation(self, output: Any, target: Any = None) -> Any:
         """The expected target of the float network's output, that `mean` and `values` take in place of a target; None
-        if targets can only be drawn."""
+        if targets can only be drawn.  What a given target leaves out, such as labels of padding, is left out too."""
 
     @abstractmethod
     def draw(self, output: Any, random: torch.Generator) -> Any:
@@ -85,7 +85,8 @@ class ExpectedLabels:
     """The distribution of labels, in place of labels that are drawn from it.
 
     Args:
-        probabilities: (N, classes, ...), those of the float network.
+        probabilities: (N, classes, ...), those of the float network; zero where labels are left out, and more by their
+            part in the others.
     """
 
     probabilities: Tensor
@@ -119,8 +120,16 @@ class Categorical(Criterion):
         # in units whose mean over samples is the mean over labels
         return _by_sample(losses * losses.numel() / max(1, _kept(labels)), samples)
 
-    def expectation(self, output: Any) -> ExpectedLabels:
-        return ExpectedLabels(self._probabilities(output))
+    def expectation(self, output: Any, target: Any = None) -> ExpectedLabels:
+        probabilities = self._probabilities(output)
+        if target is None:
+            return ExpectedLabels(probabilities)
+        kept = target != IGNORED_LABEL
+        if self.causal:
+            kept = torch.cat([kept[:, 1:], torch.zeros_like(kept[:, :1])], 1)
+        # in units whose mean over all labels is the mean over those that are kept
+        weights = kept.to(probabilities.dtype) * (kept.numel() / max(1, int(kept.sum())))
+        return ExpectedLabels(probabilities * weights.unsqueeze(1))
 
     def draw(self, output: Any, random: torch.Generator) -> Tensor:
         labels = sample_labels(self._probabilities(output), random)
@@ -182,7 +191,7 @@ class _Elementwise(Criterion):
     def values(self, output: Any, target: Any, samples: int) -> Tensor:
         return _by_sample(self._elements(output, target), samples)
 
-    def expectation(self, output: Any) -> Tensor:
+    def expectation(self, output: Any, target: Any = None) -> Tensor:
         return tensor_of(output).detach()
 
     def draws(self, target: Any) -> int:

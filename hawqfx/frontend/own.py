@@ -34,7 +34,7 @@ class Own(Criterion):
         alike = bool(torch.isclose(losses.mean(), whole, rtol=SAME_LOSS, atol=0.0))
         return losses if alike else whole  # such as one that compares samples with each other
 
-    def expectation(self, output: Any) -> None:
+    def expectation(self, output: Any, target: Any = None) -> None:
         return None
 
     def draw(self, output: Any, random: torch.Generator) -> Tensor | None:
@@ -69,7 +69,7 @@ class Redrawn(Criterion):
     def values(self, output: Any, target: Any, samples: int) -> Tensor:
         return self.criterion.values(output, target, samples)
 
-    def expectation(self, output: Any) -> None:
+    def expectation(self, output: Any, target: Any = None) -> None:
         return None
 
     def draw(self, output: Any, random: torch.Generator) -> Any:

@@ -68,9 +68,9 @@ class Several(Criterion):
         terms = [part.scale * part.criterion.values(found[part.key], targets[part.key], samples) for part in self.parts]
         return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
-    def expectation(self, output: Any) -> dict[Key, Any]:
-        found = entries(output)
-        return {part.key: part.criterion.expectation(found[part.key]) for part in self.parts}
+    def expectation(self, output: Any, target: Any = None) -> dict[Key, Any]:
+        targets, found = self._targets(target), entries(output)
+        return {part.key: part.criterion.expectation(found[part.key], targets[part.key]) for part in self.parts}
 
     def complete(self, output: Any, target: Any) -> dict[Key, Any]:
         targets, found = self._targets(target), entries(output)

@@ -1,6 +1,6 @@
 """Tensors, sizes and names of an fx graph."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,15 @@ def constants_of(graph: fx.GraphModule) -> dict[str, Tensor]:
     """The parameters and buffers that a graph reads, by qualified name."""
     nodes = graph.graph.find_nodes(op="get_attr")
     return {str(node.target): tensor_of(graph, str(node.target)) for node in nodes}
+
+
+def dependents(graph: fx.Graph, roots: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values follow from those of `roots`, and these themselves."""
+    found = set(roots)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def captured_size(size: Any) -> int:

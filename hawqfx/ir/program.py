@@ -149,6 +149,7 @@ class Program:
         tensors: Mapping[str, Tensor] | None = None,
         at: Iterable[str] | None = None,
         operators: Mapping[Any, Callable[..., Any]] | None = None,
+        known: Mapping[fx.Node, Any] | None = None,
     ) -> Any:
         """The model's output.
 
@@ -159,11 +160,20 @@ class Program:
             tensors: stand in for parameters of the same name.
             at: the nodes that the hook sees; by default those of the activation sites.
             operators: stand in for the functions that nodes call.
+            known: values of nodes that are not computed again; the hook does not see them.
         """
         hooked = set(at) if at is not None else {node for site in self.activations for node in site.nodes}
         interpreter = _Interpreter(self.graph, hooked, hook, tensors or {}, operators or {})
-        output = interpreter.run(*self.flat_inputs(args, kwargs), enable_io_processing=False)
+        inputs, start = self.flat_inputs(args, kwargs), None if known is None else dict(known)
+        output = interpreter.run(*inputs, initial_env=start, enable_io_processing=False)
         return self.graph.graph.process_outputs(output)
+
+    def values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[fx.Node, Any]]:
+        """The model's output, and the value of every node but the output."""
+        interpreter = _Interpreter(self.graph, set(), None, {}, {}, keep=True)
+        output = interpreter.run(*self.flat_inputs(args, kwargs), enable_io_processing=False)
+        kept = {node: value for node, value in interpreter.env.items() if node.op != "output"}
+        return self.graph.graph.process_outputs(output), kept
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The values of the graph's placeholders, in their order."""
@@ -188,8 +198,9 @@ class _Interpreter(fx.Interpreter):
         hook: Hook | None,
         tensors: Mapping[str, Tensor],
         operators: Mapping[Any, Callable[..., Any]],
+        keep: bool = False,
     ) -> None:
-        super().__init__(graph)
+        super().__init__(graph, garbage_collect_values=not keep)
         self.hooked, self.hook, self.tensors, self.operators = hooked, hook, tensors, operators
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -9,7 +9,9 @@ from torch import Tensor
 from hawqfx.errors import LossError
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import activation_at, weight_at
 from hawqfx.maths import curvature
+from hawqfx.maths.formats import Format
 from hawqfx.sensitivity.double_backward import Operators
 
 
@@ -69,6 +71,42 @@ def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
     with torch.enable_grad():
         output = program.run(batch.args, batch.kwargs, record, weights, operators=operators)
     return Forward(output, tensors)
+
+
+def quantized_forward(
+    program: Program, batch: Batch, plan: Mapping[str, Format]
+) -> tuple[Forward, dict[str, list[Tensor]]]:
+    """Runs the model as a plan quantizes it, so that a loss of its output can be differentiated by the tensors of all
+    sites; gradients pass straight through the quantizers.
+
+    Args:
+        program: the program with its sites, their quantizers and codes.
+        batch: the inputs.
+        plan: the format of every site.
+
+    Returns:
+        The forward pass, whose tensors are the quantized ones, and key of a site -> its tensors before quantization.
+    """
+    values: dict[str, list[Tensor]] = {site.key: [program.tensor(site.key).detach()] for site in program.weights}
+    weights = {
+        key: (weight if plan[key].is_float else weight_at(program, key, plan[key])).detach().requires_grad_()
+        for key, (weight,) in values.items()
+    }
+    tensors: dict[str, list[Tensor]] = {key: [weight] for key, weight in weights.items()}
+    site_of = program.site_of
+
+    def quantize(node: str, value: Tensor) -> Tensor:
+        site = site_of[node]
+        width, before = plan[site], value.detach()
+        after = before if width.is_float else activation_at(program, site, width, before)
+        value = value + (after - before) if value.requires_grad else after.clone().requires_grad_()
+        values.setdefault(site, []).append(before)
+        tensors.setdefault(site, []).append(value)
+        return value
+
+    with torch.enable_grad():
+        output = program.run(batch.args, batch.kwargs, quantize, weights)
+    return Forward(output, tensors), values
 
 
 def check_gradient(index: int, site: str, gradients: Sequence[Tensor]) -> None:

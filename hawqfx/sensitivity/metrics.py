@@ -30,8 +30,8 @@ class SensitivityMetric(Analysis):
             mean, or of the average over all sites of its kind; with 0 all `probes` are drawn.
         second_order: whether the metric needs second derivatives.
         exact: whether one sample is the true value for its batch.
-        shares_probes: whether `probes` counts those of all batches together: the samples are parted in so many equal
-            parts, if there are as many, and the standard error is that of the spread over the parts.
+        shares_probes: whether `probes` counts those of all batches together: the samples are parted in a few equal
+            parts that share them, and the standard error is that of the spread over the parts.
     """
 
     probes: int = 1

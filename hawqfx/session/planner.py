@@ -80,6 +80,21 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """A plan that was tried after another.
+
+    Args:
+        changed: number of sites whose format differs.
+        gain: the expected loss of the new plan less that of the old one, on samples that were not measured on.
+        taken: whether it is a gain beyond two standard errors.
+    """
+
+    changed: int
+    gain: Difference
+    taken: bool
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A plan and the network made of it.
 
@@ -89,6 +104,7 @@ class Candidate:
         budget: the text that the plan is for.
         rival: uniform bits within the same limits, if they were tried.
         scores: the metric of the float network and of the lowered one, by the name of the data.
+        refinements: the plans that were tried after the first one.
     """
 
     planned: Program
@@ -96,6 +112,7 @@ class Candidate:
     budget: str
     rival: Rival | None = None
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    refinements: tuple[Refinement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,14 +159,20 @@ class Planner:
         return Candidate(planned, run([Lowering()], planned, self.context, self.observers), budget)
 
     @torch.no_grad()
-    def losses(self, *programs: Program) -> "list[Losses]":
-        """The losses of programs on the calibration data, sample by sample and by the same targets."""
+    def losses(self, *programs: Program, expected: bool = False) -> "list[Losses]":
+        """The losses of programs on the calibration data, sample by sample and by the same targets.
+
+        Args:
+            programs: to be compared.
+            expected: whether the targets are the expected ones where these are known, whatever targets the data have.
+        """
         values: list[list[Tensor]] = [[] for _ in programs]
         weights: list[Tensor] = []
         for index, batch in enumerate(self.context.batches):
             target = batch.target
-            if batch.lacks_targets:
-                target = self.context.target_of(self.measured.run(batch.args, batch.kwargs), batch, index)
+            if expected or batch.lacks_targets:
+                find = self.context.expected_target if expected else self.context.target_of
+                target = find(self.measured.run(batch.args, batch.kwargs), batch, index)
             found = [
                 self.context.sample_losses(program.run(batch.args, batch.kwargs), target, index) for program in programs
             ]

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +11,7 @@ from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, Sensitivi
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import FLOAT_BITS
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Rival
+from hawqfx.session.planner import Refinement, Rival
 
 
 def site_table(planned: Program, budget: str) -> Table:
@@ -87,6 +87,7 @@ def summary(
     samples: int,
     losses: tuple[float, float],
     rival: Rival | None,
+    refinements: Sequence[Refinement],
     scores: Mapping[str, tuple[float, float]],
     loss_reason: str,
 ) -> str:
@@ -98,6 +99,7 @@ def summary(
         samples: number of calibration samples.
         losses: the mean loss on them, of the float network and of the compiled one.
         rival: uniform bits within the same limits, if they were tried.
+        refinements: the plans that were tried after the first one.
         loss_reason: the name of the loss and why it is taken.
         scores: the metric of the float network and of the compiled one, by the name of the data.
     """
@@ -114,6 +116,13 @@ def summary(
         f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
+    for refinement in refinements:
+        verdict = "taken" if refinement.taken else "not taken"
+        console.print(
+            f"measured again at the plan and {refinement.changed} sites moved: expected loss on samples that were not "
+            f"measured on {refinement.gain}, paired by sample: {verdict}",
+            soft_wrap=True,
+        )
     if rival is not None:
         uniform = f"uniform bits within the same limits (weights {rival.weights}, activations {rival.activations})"
         verdict = "they are returned" if rival.chosen else "the plan is returned"

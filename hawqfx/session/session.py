@@ -29,7 +29,8 @@ from hawqfx.session.drop_search import smallest
 from hawqfx.session.frontier import Frontier, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Candidate, Planner, Rival, Scoring, with_float
+from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, with_float
+from hawqfx.session.refine import refined
 from hawqfx.session.size_search import within_size
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
 
@@ -59,6 +60,7 @@ class Session:
         scoring: the judge of a budget on `drop`.
         threads: of the runs that a budget on latency is for.
         target: the processors that files are made for.
+        refine: times that a plan is measured where it stands and solved again.
     """
 
     measured: Program
@@ -68,18 +70,28 @@ class Session:
     scoring: Scoring | None = None
     threads: int = 1
     target: str = "any"
+    refine: int = 0
 
     @property
     def planner(self) -> Planner:
         return Planner(self.measured, self.context, self.observers, self.scoring)
 
-    def at(self, budget: Budget | str, *, against_uniform: bool = True, **rules: Unpack[RuleOptions]) -> "Compiled":
+    def at(
+        self,
+        budget: Budget | str,
+        *,
+        against_uniform: bool = True,
+        refine: int | None = None,
+        **rules: Unpack[RuleOptions],
+    ) -> "Compiled":
         """The network under a budget.
 
         Args:
             budget: a Budget or its text.
             against_uniform: try uniform bits within the same budget beside the plan, and return them with a warning if
                 they lose less on the calibration data by more than two standard errors of the paired differences.
+            refine: times that the plan is measured where it stands and solved again, in place of those given to
+                compile(); budgets on latency or drop do without.
             rules: those of compile(), in place of the rules given there.
 
         Raises:
@@ -94,7 +106,7 @@ class Session:
         if limits.latency is not None:
             allocation = with_float(allocation)  # a float kernel may be faster than the conversions of an integer one
         ready = self._measured_for(limits)
-        planner = ready.planner
+        planner, rounds = ready.planner, self.refine if refine is None else refine
 
         def found(held: Budget) -> Candidate:
             if held.drop is not None:
@@ -103,7 +115,11 @@ class Session:
             if held.latency is not None:
                 return within_latency(planner, ruled, self.threads)
             candidate = planner.lower(planner.plan(ruled), str(held))
-            return plan_or_uniform(planner, candidate, ruled) if against_uniform else candidate
+
+            def improve(start: Candidate) -> Candidate:
+                return refined(planner, start, ruled, rounds)
+
+            return plan_or_uniform(planner, candidate, ruled, improve) if against_uniform else improve(candidate)
 
         if limits.size is not None or limits.drop is not None:
             return ready._compiled(within_size(planner, limits, found, self.target))
@@ -168,7 +184,10 @@ class Session:
             raise HawqfxError(f"schemes={tuple(schemes)} were not calibrated: give schemes= to compile()")
 
     def _compiled(self, candidate: Candidate) -> "Compiled":
-        return Compiled(self, candidate.planned, candidate.program, candidate.budget, candidate.rival, candidate.scores)
+        return Compiled(
+            self, candidate.planned, candidate.program, candidate.budget, candidate.rival, candidate.scores,
+            candidate.refinements,
+        )  # fmt: skip
 
     def _measured_for(self, *budgets: Budget) -> "Session":
         """The session whose program knows what the limits of some budgets are counted by: the text of the file for a
@@ -205,6 +224,7 @@ class Compiled:
         budget: the text that the plan is for.
         rival: uniform bits within the same limits, if they were tried beside the plan.
         scores: under a budget on `drop`, the metric of the float network and of this one, by the name of the data.
+        refinements: the plans that were tried after the first one.
     """
 
     session: Session
@@ -213,6 +233,7 @@ class Compiled:
     budget: str
     rival: Rival | None = None
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    refinements: tuple[Refinement, ...] = ()
 
     @property
     def model(self) -> fx.GraphModule:
@@ -223,9 +244,16 @@ class Compiled:
     def plan(self) -> Plan:
         return Plan.of(self.planned, self.budget)
 
-    def at(self, budget: Budget | str, *, against_uniform: bool = True, **rules: Unpack[RuleOptions]) -> "Compiled":
-        """The same network under another budget, or other rules; no sensitivity is measured again.  See Session.at."""
-        return self.session.at(budget, against_uniform=against_uniform, **rules)
+    def at(
+        self,
+        budget: Budget | str,
+        *,
+        against_uniform: bool = True,
+        refine: int | None = None,
+        **rules: Unpack[RuleOptions],
+    ) -> "Compiled":
+        """The same network under another budget, or other rules, from the same sensitivities.  See Session.at."""
+        return self.session.at(budget, against_uniform=against_uniform, refine=refine, **rules)
 
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
         """The same network with one format for all weights and one for all activations, to compare with."""
@@ -310,6 +338,7 @@ class Compiled:
             self.session.context.samples,
             self.calibration_loss(),
             self.rival,
+            self.refinements,
             self.scores,
             self.session.context.loss_reason,
         )

@@ -1,7 +1,7 @@
 """Uniform bits, one format for all weights and one for all activations: the rival of every plan."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from hawqfx.allocation.search_space import Formats
@@ -19,30 +19,55 @@ def uniform_formats(program: Program, weight: Format, activation: Format) -> dic
     return {site.key: weight if isinstance(site, WeightSite) else activation for site in program.sites}
 
 
-def plan_or_uniform(planner: Planner, planned: Candidate, allocation: Allocation) -> Candidate:
+def plan_or_uniform(
+    planner: Planner, planned: Candidate, allocation: Allocation, improve: Callable[[Candidate], Candidate]
+) -> Candidate:
     """The plan, or uniform bits within the same limits where these lose less on the calibration data.
 
     Both are judged sample by sample; a difference below two standard errors decides nothing, and the plan stays.
+
+    Args:
+        planner: of the measured network.
+        planned: the plan.
+        allocation: its limits and rules.
+        improve: from either of the two to a better network within the limits, or to itself.
     """
-    uniform = _widest(planner.measured, allocation)
-    if uniform is None or uniform == planned.planned.formats():
-        return planned
-    other = planner.quiet.lower(planner.explain(allocation, uniform), str(allocation.budget))
-    loss, its_loss = planner.losses(planned.program, other.program)
+    formats = _widest(planner.measured, allocation)
+    if formats is None:
+        return improve(planned)
+    if formats == planned.planned.formats():
+        uniform = planned
+    else:
+        uniform = planner.quiet.lower(planner.explain(allocation, formats), str(allocation.budget))
+    start = _better(planner, planned, uniform)
+    found = improve(start)
+    if found.planned is not start.planned:
+        found = _better(planner, found, uniform)
+    rival = found.rival
+    if rival is None or not rival.chosen:
+        return found
+    log.warning(
+        "uniform bits (weights %s, activations %s) keep the budget %s too and lose less on the calibration data, by %s "
+        "sample by sample, at a loss of %.4g: they are returned; more calibration data or probes may tell the sites "
+        "apart",
+        rival.weights, rival.activations, allocation.budget, rival.behind, rival.loss,
+    )  # fmt: skip
+    return replace(planner.lower(found.planned, found.budget), rival=rival, refinements=found.refinements)
+
+
+def _better(planner: Planner, candidate: Candidate, uniform: Candidate) -> Candidate:
+    """The candidate, or uniform bits where these lose less, with the comparison; a candidate that is uniform itself has
+    no rival."""
+    formats = uniform.planned.formats()
+    if formats == candidate.planned.formats():
+        return candidate
+    loss, its_loss = planner.losses(candidate.program, uniform.program)
     behind = loss.minus(its_loss)
     rival = Rival(
-        _listed(uniform, planner.measured.weights), _listed(uniform, planner.measured.activations), its_loss.mean,
+        _listed(formats, planner.measured.weights), _listed(formats, planner.measured.activations), its_loss.mean,
         behind, chosen=behind.mean > 0 and behind.is_significant,
     )  # fmt: skip
-    if not rival.chosen:
-        return replace(planned, rival=rival)
-    log.warning(
-        "uniform bits (weights %s, activations %s) keep the budget %s too and lose less on the calibration data, "
-        "%.4g against %.4g, the difference of samples being %s: they are returned; more calibration data or probes may "
-        "tell the sites apart",
-        rival.weights, rival.activations, allocation.budget, its_loss.mean, loss.mean, behind,
-    )  # fmt: skip
-    return replace(planner.lower(other.planned, other.budget), rival=rival)
+    return replace(uniform if rival.chosen else candidate, rival=rival)
 
 
 def _widest(program: Program, allocation: Allocation) -> dict[str, Format] | None:

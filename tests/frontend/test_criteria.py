@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hawqfx.errors import DataError, LossError
 from hawqfx.frontend.context import Context, DrawnTargets
 from hawqfx.frontend.criteria import (
+    IGNORED_LABEL,
     Bernoulli,
     Categorical,
     Criterion,
@@ -181,6 +182,25 @@ def test_the_expectation_is_the_mean_over_draws(case: str) -> None:
     expected = float(criterion.mean(network(q), criterion.expectation(network(p))))
     drawn = torch.stack([criterion.mean(network(q), criterion.draw(network(p), random)) for _ in range(4000)])
     assert abs(float(drawn.mean()) - expected) <= 4 * float(drawn.std()) / 4000**0.5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_expectation_leaves_out_what_labels_leave_out(causal: bool) -> None:
+    """The mean over draws of the labels that are kept, within 4 standard errors of 4,000 draws."""
+    p, q, random = logits(0).reshape(2, 3, -1), logits(1).reshape(2, 3, -1), torch.Generator().manual_seed(0)
+    criterion = Categorical(-1, causal=causal)
+    labels = torch.tensor([[0, 1, IGNORED_LABEL], [1, IGNORED_LABEL, IGNORED_LABEL]])
+    expected = float(criterion.mean(q, criterion.expectation(p, labels)))
+    values = criterion.values(q, criterion.expectation(p, labels), 2)
+    losses = []
+    for _ in range(4000):
+        drawn = sample_labels(p.softmax(-1).movedim(-1, 1), random)
+        if causal:
+            drawn = torch.cat([drawn[:, :1], drawn[:, :-1]], 1)
+        losses.append(criterion.mean(q, torch.where(labels == IGNORED_LABEL, labels, drawn)))
+    found = torch.stack(losses)
+    assert abs(float(found.mean()) - expected) <= 4 * float(found.std()) / 4000**0.5
+    assert float(values.mean()) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_expectation_of_sigmoids_is_their_divergence_and_entropy() -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 import hawqfx
 from hawqfx import Budget, Compiled, Plan, zoo
 from hawqfx.errors import DataError, HawqfxError, InfeasibleBudget, PlanError
+from hawqfx.frontend.data import gather
 from hawqfx.ir.facts import Account, LossIncrease
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.session.planner import Candidate, Planner, Scoring
+from hawqfx.session.session import Session
 from tests.nets import Plain, Residual, build, images
 from tests.tools import quick
 
@@ -140,13 +142,7 @@ def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
     trained: Compiled, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sensitivities turned upside down make the plan bad: uniform bits within the same size are better."""
-    session = trained.session
-    upside_down = {
-        site.key: LossIncrease({width: 1.0 * width.bits for width in known}, dict.fromkeys(known, 0.0))
-        for site in session.measured.weights
-        for known in [session.measured.facts.get(site.key, LossIncrease).by_format]
-    }
-    session = replace(session, measured=session.measured.learn(upside_down))
+    session = upside_down(trained.session)
     with caplog.at_level(logging.WARNING):
         found = session.at("weight_bits=4")
     assert {found.plan.bits[site.key] for site in found.planned.weights} == {4}
@@ -155,6 +151,63 @@ def test_uniform_bits_that_lose_less_are_returned_with_a_warning(
     with caplog.at_level(logging.WARNING):
         fixed = session.at("weight_bits=4", fix={"classifier.weight": 8})
     assert fixed.plan.bits["classifier.weight"] == 8
+
+
+def upside_down(session: Session) -> Session:
+    """The session with sensitivities that make its plans bad."""
+    increases = {
+        site.key: LossIncrease({width: 1.0 * width.bits for width in known}, dict.fromkeys(known, 0.0))
+        for site in session.measured.weights
+        for known in [session.measured.facts.get(site.key, LossIncrease).by_format]
+    }
+    return replace(session, measured=session.measured.learn(increases))
+
+
+def test_a_bad_plan_is_refined_on_data_that_it_was_not_measured_on(trained: Compiled) -> None:
+    session = upside_down(trained.session)
+    first = session.at("weight_bits=4", against_uniform=False, refine=0)
+    found = session.at("weight_bits=4", against_uniform=False, refine=3)
+    assert first.refinements == ()
+    assert found.refinements[0].taken
+    for step in found.refinements:
+        assert step.taken == (step.gain.mean < 0 and step.gain.is_significant)
+    rounds = sum(step.taken for step in found.refinements)
+    moved = {key: abs(found.plan.bits[key] - bits) for key, bits in first.plan.bits.items()}
+    assert 0 < max(moved.values()) <= rounds
+    assert found.plan.account is not None
+    assert found.plan.account.limits["weight_bits"].amount <= 4
+    # and the gain is one on images that had no part in it
+    planner = replace(session.planner, context=replace(session.context, batches=gather(digits()[2:3])))
+    before, after = planner.losses(first.program, found.program)
+    gain = after.minus(before)
+    assert gain.mean < 0
+    assert gain.is_significant
+    assert "measured again at the plan" in found.summary()
+
+
+def test_a_plan_that_gains_nothing_stays(trained: Compiled) -> None:
+    found = trained.at("weight_bits=7.9", refine=3)
+    assert not any(step.taken for step in found.refinements)
+    assert found.plan.bits == trained.at("weight_bits=7.9", refine=0).plan.bits
+
+
+def test_the_rules_hold_for_plans_that_are_refined(trained: Compiled) -> None:
+    session = upside_down(trained.session)
+    found = session.at("weight_bits=4", refine=2, weight_bits=(2, 4, 8), fix={"stem.0.weight": 8})
+    weights = {site.key for site in found.planned.weights}
+    assert {found.plan.bits[key] for key in weights} <= {2, 4, 8}
+    assert found.plan.bits["stem.0.weight"] == 8
+
+
+def test_no_expansion_no_refinement(trained: Compiled) -> None:
+    """A loss whose targets cannot be drawn, a single sample, and the paper's own rule leave the plan as it is."""
+    session = upside_down(trained.session)
+    own = replace(session.context, loss=lambda output, target: output.square().mean())
+    single = replace(session.context, batches=(session.context.batches[0].first(1),))
+    for surroundings in (own, single):
+        assert replace(session, context=surroundings).at("weight_bits=4", refine=2).refinements == ()
+    with pytest.raises(HawqfxError, match="refine=-1: a plan is refined zero times or more"):
+        quick(Plain, refine=-1)
 
 
 def test_a_plan_explains_itself_also_from_json() -> None:
