@@ -24,6 +24,7 @@ from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.manager import run
 from hawqfx.pass_manager.observers import progress_bars
 from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
 from hawqfx.session.frontier import Frontier
 from hawqfx.session.plan import Plan
@@ -43,7 +44,7 @@ def compile(
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
-    rounding: Literal["compensated", "nearest"] = "compensated",
+    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding = "compensated",
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
     rule: Order = "exact",
@@ -92,7 +93,9 @@ def compile(
         schemes: how layers may compute: "static" in integers, and linear layers "dynamic", with the range of their
             input taken in each run, or "weight-only", with 4 bits in blocks; see hawqfx.maths.formats.  By default all
             three under a budget on latency or weight_memory, else the static one.
-        rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper.
+        rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper; or "learned": compensated
+            while formats are chosen, and then fitted block by block to the float network, with the scales, for a few
+            minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000).
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
@@ -156,7 +159,7 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target, options.refine,
+        options.target, options.refine, options.learning,
     )  # fmt: skip
     if options.plan is not None:
         return session.lowered(measured, options.plan.budget)

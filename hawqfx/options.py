@@ -22,6 +22,7 @@ from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
 from hawqfx.runtime.target import exact_widths
 from hawqfx.session.plan import FollowPlan, Plan
@@ -46,6 +47,7 @@ class Options:
         threads: of the runs that a budget on latency is for.
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
+        learning: fits the codes of a chosen plan, if codes are learned.
     """
 
     budget: Budget | None
@@ -59,6 +61,7 @@ class Options:
     threads: int
     target: str
     refine: int
+    learning: LearnedRounding | None
 
 
 def validated(
@@ -73,7 +76,7 @@ def validated(
     weight_bits: Sequence[int],
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
-    rounding: Literal["compensated", "nearest"],
+    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding,
     keep_float: Sequence[str],
     fix: Mapping[str, int] | None,
     rule: Order,
@@ -124,6 +127,9 @@ def validated(
     if metric is not None:
         batches, held = _held_out(batches, holdout, place)
         scoring = Scoring(metric, held)
+    learning = rounding if isinstance(rounding, LearnedRounding) else None
+    if rounding == "learned":
+        learning = LearnedRounding()
     folder = None if cache is None else Path(cache)
     return Options(
         budget=limits,
@@ -131,7 +137,7 @@ def validated(
         recipe=pipeline.recipe(
             keep_float=tuple(keep_float),
             quantizers=_quantizers(given, weights, activations, offered, target),
-            rounding=Rounding(rounding),
+            rounding=Rounding(_first_rounding(rounding)),
             metric=predictor,
             interactions=interactions,
         ),
@@ -161,7 +167,23 @@ def validated(
         threads=threads,
         target=target,
         refine=refine,
+        learning=learning,
     )
+
+
+def _first_rounding(
+    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding,
+) -> Literal["compensated", "nearest"]:
+    """The rounding that plans are made with, and that learning begins with.
+
+    Raises:
+        HawqfxError: if there is no such rounding.
+    """
+    if isinstance(rounding, LearnedRounding) or rounding == "learned":
+        return "compensated"
+    if rounding not in ("compensated", "nearest"):
+        raise HawqfxError(f"rounding={rounding!r}: must be 'learned', 'compensated' or 'nearest', or a LearnedRounding")
+    return rounding
 
 
 def with_loss(options: Options, program: Program) -> Options:

@@ -34,6 +34,7 @@ from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.passes.histograms import Histograms
 from hawqfx.passes.insert_copies import InsertCopies
 from hawqfx.passes.interactions import Interactions
+from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.lowering import Lowering
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
@@ -170,5 +171,12 @@ def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
 def every_pass() -> list[Pass]:
     """The recipe, then the passes that it takes when asked to."""
     steps = recipe().passes
-    optional = [*(make() for make in METRICS.values()), Interactions(), AtPlan(), *weighing(), *profiling()]
+    optional = [
+        *(make() for make in METRICS.values()),
+        Interactions(),
+        AtPlan(),
+        LearnedRounding(),
+        *weighing(),
+        *profiling(),
+    ]
     return steps + [step for step in optional if step.name not in {known.name for known in steps}]

@@ -175,6 +175,36 @@ class Program:
         kept = {node: value for node, value in interpreter.env.items() if node.op != "output"}
         return self.graph.graph.process_outputs(output), kept
 
+    def evaluate(
+        self,
+        wanted: Iterable[fx.Node],
+        known: Mapping[fx.Node, Any],
+        hook: Hook | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> dict[fx.Node, Any]:
+        """The values of some nodes, by as much of the graph as is needed between known values and them.
+
+        Args:
+            wanted: the nodes.
+            known: values that are not computed; those of the inputs, at least.
+            hook: as for `run`, on nodes that are computed.
+            tensors: stand in for parameters of the same name.
+        """
+        wanted = list(wanted)
+        needed, waiting = set(), [node for node in wanted if node not in known]
+        while waiting:
+            node = waiting.pop()
+            if node not in needed:
+                needed.add(node)
+                waiting += [source for source in node.all_input_nodes if source not in known]
+        hooked = {node for site in self.activations for node in site.nodes}
+        interpreter = _Interpreter(self.graph, hooked, hook, tensors or {}, {})
+        interpreter.env = dict(known)
+        for node in self.graph.graph.nodes:
+            if node in needed:
+                interpreter.env[node] = interpreter.run_node(node)
+        return {node: interpreter.env[node] for node in wanted}
+
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The values of the graph's placeholders, in their order."""
         spec = self.graph.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.pass_manager.base import Observer, Pass
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session import report
 from hawqfx.session.drop_search import smallest
 from hawqfx.session.frontier import Frontier, evaluated, plan_each
@@ -61,6 +62,7 @@ class Session:
         threads: of the runs that a budget on latency is for.
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
+        learning: fits the codes of a chosen plan, if codes are learned.
     """
 
     measured: Program
@@ -71,6 +73,7 @@ class Session:
     threads: int = 1
     target: str = "any"
     refine: int = 0
+    learning: LearnedRounding | None = None
 
     @property
     def planner(self) -> Planner:
@@ -184,6 +187,10 @@ class Session:
             raise HawqfxError(f"schemes={tuple(schemes)} were not calibrated: give schemes= to compile()")
 
     def _compiled(self, candidate: Candidate) -> "Compiled":
+        if self.learning is not None:
+            learned = run([self.learning], candidate.planned, self.context, self.observers)
+            program = self.planner.lower(learned, candidate.budget).program
+            candidate = replace(candidate, planned=learned, program=program)
         return Compiled(
             self, candidate.planned, candidate.program, candidate.budget, candidate.rival, candidate.scores,
             candidate.refinements,

@@ -1,0 +1,75 @@
+"""Quantizers whose numbers are learned by gradient: codes and scales of a weight, the scale of an activation.
+
+Gradients pass straight through the rounding (Bengio et al. 2013), also to the scale of an activation, as in LSQ (Esser
+et al. 2020, "Learned step size quantization", equation 3).  A weight's codes are rounded sums of the codes at the start
+and an offset; the offset begins at what the start has too little, so that a code moves towards the weight first, and
+moves only as far as the gradient keeps asking for.  In a few hundred steps that goes further than AdaRound's rectified
+sigmoids (Nagel et al. 2020), which begin between the codes and must come back to them.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+EDGE = 0.49  # an offset begins within half a code, where it changes nothing
+
+
+def round_through(x: Tensor) -> Tensor:
+    """`x` rounded, half to even; the gradient is that of `x`."""
+    return x + (x.round() - x).detach()
+
+
+class LearnedWeight(nn.Module):
+    """A weight whose codes and scales are learned.
+
+    Args:
+        weight: (C, ...), in float.
+        codes: in its shape, the codes at the start.
+        scale: in a shape that broadcasts over the weight, positive.
+        low: the lowest code.
+        high: the highest code.
+    """
+
+    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, low: int, high: int) -> None:
+        super().__init__()
+        self.start, self.low, self.high = codes.to(weight.dtype), low, high
+        self.offset = nn.Parameter((weight / scale - self.start).clamp(-EDGE, EDGE))
+        self.log_scale = nn.Parameter(scale.to(weight.dtype).log())
+
+    @property
+    def codes(self) -> Tensor:
+        """Integer codes in the weight's type."""
+        return round_through(self.start + self.offset).clamp(self.low, self.high)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+    def forward(self) -> Tensor:
+        """The dequantized weight."""
+        return self.codes * self.scale
+
+
+class LearnedActivation(nn.Module):
+    """The quantizer of an activation whose scale is learned.
+
+    Args:
+        scale: at the start, positive.
+        low: the lowest code less the zero-point.
+        high: the highest code less the zero-point.
+        ceiling: the highest value that the range may end at.
+    """
+
+    def __init__(self, scale: float, low: int, high: int, ceiling: float = math.inf) -> None:
+        super().__init__()
+        self.low, self.high, self.ceiling = low, high, ceiling
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp().clamp_max(self.ceiling / max(1, self.high))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` through the quantizer and back."""
+        return round_through(x / self.scale).clamp(self.low, self.high) * self.scale

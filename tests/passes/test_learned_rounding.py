@@ -1,0 +1,139 @@
+"""Learned rounding: closer to float on data that it never saw, never worse where it judges, the same in the file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+import hawqfx
+from hawqfx import Compiled, zoo
+from hawqfx.errors import HawqfxError
+from hawqfx.frontend.capture import capture
+from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.passes import learned_rounding
+from hawqfx.passes.learned_rounding import LearnedRounding
+from hawqfx.session.session import Session
+from tests.nets import Attention, Residual, SharedLayer, build, images
+from tests.tools import quick
+
+FEW = LearnedRounding(steps=8, batch=16)
+
+
+def digits(number: int) -> Tensor:
+    return zoo.calibration()[number][0][:128]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Session:
+    """A trained ResNet-20 whose plans are cheap."""
+    return hawqfx.compile(zoo.resnet20(), "weight_bits=3", [digits(0)], sensitivity="mse").session
+
+
+@torch.no_grad()
+def divergence(compiled: Compiled, images: Tensor) -> float:
+    """The mean Kullback-Leibler divergence of the network from the float network, in nats."""
+    p, q = zoo.resnet20()(images).log_softmax(1), compiled.model(images).log_softmax(1)
+    return float((p.exp() * (p - q)).sum(1).mean())
+
+
+def test_learned_codes_are_closer_to_float_on_other_images(trained: Session) -> None:
+    before = trained.uniform(2)
+    learned = replace(trained, learning=LearnedRounding(steps=20)).uniform(2)
+    assert divergence(learned, digits(1)) < 0.5 * divergence(before, digits(1))  # measured: .11 times
+    assert learned.plan.bits == before.plan.bits
+    assert learned.weight_bytes == before.weight_bytes
+
+
+def test_the_same_seed_gives_the_same_codes(trained: Session) -> None:
+    one, other = (replace(trained, learning=FEW).uniform(3) for _ in range(2))
+    assert one.plan == other.plan
+    for site in one.planned.weights:
+        codes = [each.planned.facts.get(site.key, RoundedWeights).codes for each in (one, other)]
+        for width in codes[0]:
+            assert torch.equal(codes[0][width], codes[1][width])
+
+
+def test_what_is_learned_badly_is_not_taken(trained: Session) -> None:
+    """Rates by which every step overshoots: all blocks keep the codes and scales that they had."""
+    before = trained.uniform(4)
+    wild = replace(trained, learning=replace(FEW, rate=50.0, scale_rate=5.0)).uniform(4)
+    assert wild.plan == before.plan
+    for site in before.planned.sites:
+        one, other = (each.planned.facts.get(site.key, Quantizers).by_format for each in (before, wild))
+        assert one == other
+
+
+@pytest.mark.parametrize("make", [Residual, SharedLayer, Attention])
+def test_learned_codes_are_those_of_the_file(tmp_path: Path, make: type[torch.nn.Module]) -> None:
+    compiled = quick(make, "weight_bits=3", rounding=FEW)
+    codes = {
+        site.key: compiled.planned.facts.get(site.key, RoundedWeights).codes[compiled.planned.formats()[site.key]]
+        for site in compiled.planned.weights
+    }
+    compensated = quick(make, "weight_bits=3")
+    assert any(
+        not torch.equal(codes[key], compensated.planned.facts.get(key, RoundedWeights).codes[width])
+        for key, width in compensated.planned.formats().items()
+        if key in codes
+    )
+    compiled.export(tmp_path / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for x, _ in images():
+        (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            wanted = compiled.model(x)
+        # a rounding that falls the other way by the order of sums is one step of 8 bits
+        assert float((torch.from_numpy(answer) - wanted).abs().max()) <= 0.02 * float(wanted.abs().max())
+
+
+def test_a_fixed_batch_is_learned_batch_by_batch() -> None:
+    data = [x for x, _ in images(count=4, batch=8)]
+    exported = torch.export.export(build(Residual), (data[0],))
+    assert not capture(exported, hawqfx.frontend.data.gather(data)[0]).dynamic_batch
+    compiled = hawqfx.compile(exported, "weight_bits=3", data, rounding=FEW, sensitivity="mse")
+    assert compiled.model(data[0]).shape == (8, 3)
+
+
+def test_a_single_sample_judges_and_teaches_nothing() -> None:
+    data = [images()[0][0][:1]]
+    learned = quick(Residual, "weight_bits=3", data=data, rounding=FEW)
+    assert learned.plan == quick(Residual, "weight_bits=3", data=data).plan
+
+
+def test_options_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(HawqfxError, match="steps and batch are 1 or more"):
+        LearnedRounding(steps=0)
+    with pytest.raises(HawqfxError, match="rounding='best': must be 'learned', 'compensated' or 'nearest'"):
+        quick(Residual, rounding="best")
+
+
+class Bounded(torch.nn.Module):
+    """Rectifiers that end at six, with values far beyond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.relu6(20 * self.stem(x))
+        return self.head(torch.nn.functional.relu6(20 * self.inner(x)).mean((2, 3)))
+
+
+def test_rectifiers_with_a_ceiling_keep_it() -> None:
+    """However fast scales are learned, the lowered network lets nothing pass that the float network holds back."""
+    compiled = quick(Bounded, "weight_bits=3", rounding=replace(FEW, scale_rate=0.5, steps=20))
+    for site in compiled.planned.activations:
+        if site.ceiling < float("inf"):
+            quantizer = compiled.planned.facts.get(site.key, Quantizers).by_format[compiled.planned.formats()[site.key]]
+            assert quantizer.scale[0] * quantizer.high <= site.ceiling * (1 + 1e-6)
+
+
+def test_as_many_samples_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    sample = 6 * 4 * 4 * 64  # six tensors of 4 x 8 x 8 in float32
+    monkeypatch.setattr(learned_rounding, "free_memory", lambda device: 2 * 9 * sample)
+    quick(Residual, "weight_bits=3", rounding=FEW)
+    assert "codes are learned from 9 of 32 samples, which fit into memory" in caplog.text
