@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, build
 from common import RESULTS, Claims, console, environment, parser
+from deployed import Deployed
 from rich.table import Table
 from subjects import SUBJECTS, Subject
 from theirs import THEIRS, their_files
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import hawqfx
@@ -49,18 +49,6 @@ ISLANDS = {
     "HardSwish", "Tanh", "BatchNormalization", "Resize", "Relu",
 }  # fmt: skip
 QUICK = ("U-Net", "BERT", "LSTM classifier")
-
-
-class Deployed:
-    """A file in onnxruntime, called as the network that it was made of."""
-
-    def __init__(self, path: Path) -> None:
-        self.session = ort.session(path)
-
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        names = [value.name for value in self.session.get_inputs()]
-        values = [kwargs[name] for name in names] if kwargs else args
-        return torch.from_numpy(ort.run(self.session, [value.numpy() for value in values])[0])
 
 
 def share_of_macs(compiled: Compiled) -> float:
