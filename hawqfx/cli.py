@@ -175,7 +175,7 @@ def bench(
 
 @app.command()
 def demo(
-    budget: str = "size=12.5%",
+    budget: str = "size=9.5%",
     out: Annotated[Path, typer.Option(help="folder for the ONNX files")] = Path("demo"),
 ) -> None:
     """Compile ResNet-20 on Fashion-MNIST and compare it with float32 and uniform bits."""
