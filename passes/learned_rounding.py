@@ -7,14 +7,16 @@ float network.  The errors of earlier blocks are thereby corrected too.  Half of
 stay in float in each step, drawn anew, so that few samples are not fitted at the cost of others (Wei et al., "QDrop",
 ICLR 2022).
 
-The codes begin as they were rounded, and a block keeps them unless the learned ones leave less error on samples that
-had no part in learning.  Codes stay whole numbers all the time; those that come out are lowered and exported bit for
-bit.
+A quarter of the samples judge.  Learning begins with codes that are compensated by the others alone, and these are what
+a block must beat on the samples that judge: codes that are compensated by all samples fit the judges too, and would
+win where they are worse for everyone else.  A block that does not gain keeps the codes and scales that it had.  Codes
+stay whole numbers all the time; those that come out are lowered and exported bit for bit.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,16 +25,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hawqfx.analysis.blocks import Block, blocks
+from hawqfx.analysis.compensation import compensated
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.program import Hook, Program
 from hawqfx.ir.quantizers import activation_at, scale_of, weight_at
-from hawqfx.ir.sites import ActivationSite, WeightSite
+from hawqfx.ir.sites import ActivationSite, Layer, WeightSite
 from hawqfx.maths import affine
 from hawqfx.maths.formats import Format
-from hawqfx.maths.learned import LearnedActivation, LearnedWeight
+from hawqfx.maths.learned import LearnedActivation, LearnedBias, LearnedWeight
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Analysis, Kind, option
 from hawqfx.sensitivity.batching import free_memory
@@ -104,6 +107,7 @@ class _Walk:
         unit: samples that are only run together: those of a fixed batch, else one.
         learning: numbers of the units that are fitted.
         judging: numbers of those that are not.
+        start: codes in the formats of the plan, compensated by the samples that are fitted.
         done: keys of the sites whose quantizers are final.
     """
 
@@ -115,6 +119,7 @@ class _Walk:
     unit: int
     learning: Tensor
     judging: Tensor
+    start: Mapping[str, RoundedWeights]
     done: frozenset[str]
 
     @staticmethod
@@ -127,15 +132,13 @@ class _Walk:
         units = context.samples // unit
         order = torch.randperm(units, generator=generator(context.seed, "judging", device=torch.device("cpu")))
         judges = max(1, round(units * held_out))
-        return _Walk(program, context, inputs, {}, {}, unit, order[judges:], order[:judges], frozenset())
+        learning, judging = order[judges:], order[:judges]
+        start = _compensated(program, context, _rows(learning, unit)) if len(learning) else {}
+        return _Walk(program, context, inputs, {}, {}, unit, learning, judging, start, frozenset())
 
     @property
     def samples(self) -> int:
         return self.context.samples
-
-    def rows(self, units: Tensor) -> Tensor:
-        """The numbers of the samples of some units."""
-        return (units[:, None] * self.unit + torch.arange(self.unit)).reshape(-1)
 
     def part(self, values: _Values, rows: Tensor) -> _Values:
         """The values of some samples; what has no sample axis stays whole."""
@@ -153,6 +156,27 @@ class _Walk:
         return {node: torch.cat([part[node] for part in parts]) for node in block.outputs}
 
 
+def _rows(units: Tensor, unit: int) -> Tensor:
+    """The numbers of the samples of some units."""
+    return (units[:, None] * unit + torch.arange(unit)).reshape(-1)
+
+
+def _compensated(program: Program, context: Context, rows: Tensor) -> dict[str, RoundedWeights]:
+    """The codes of all weights in the formats of the plan, compensated by some samples."""
+    formats = program.formats()
+    chosen = {}
+    for site in program.weights:
+        known = program.facts.get(site.key, Quantizers).by_format
+        chosen[site.key] = Quantizers({width: known[width] for width in known if width == formats[site.key]})
+    batches, first = [], 0
+    for batch in context.batches:
+        inside = rows[(rows >= first) & (rows < first + batch.size)].sort().values - first
+        if len(inside):
+            batches.append(batch.rows(inside))
+        first += batch.size
+    return compensated(program.learn(chosen), replace(context, batches=tuple(batches)))
+
+
 class _Quantizers(nn.Module):
     """The quantizers of a block, learned where the plan has static ones that no earlier block uses.
 
@@ -167,6 +191,7 @@ class _Quantizers(nn.Module):
         self.walk, self.plan = walk, plan
         program = walk.program
         nodes = {node.name for node in block.nodes}
+        self.bias_of = {layer.weight: layer.bias for layer in program.layers if layer.bias is not None}
         self.site_of = {node: site.key for site in program.activations for node in site.nodes}
         tables = {site.key for site in program.weights if site.kind == "embedding"}
         self.fixed = {
@@ -174,11 +199,11 @@ class _Quantizers(nn.Module):
         }  # as they are
         self.weights: dict[str, LearnedWeight] = {}
         for key in block.weights:
-            if plan[key].is_static and key not in walk.done and key not in tables:
+            if plan[key].is_static and key in walk.start and key not in walk.done and key not in tables:
                 quantizer = program.facts.get(key, Quantizers).by_format[plan[key]]
                 weight = program.tensor(key).detach()
                 scale = affine.along_channels(scale_of(quantizer).to(weight.device), weight)
-                codes = program.facts.get(key, RoundedWeights).codes[plan[key]]
+                codes = walk.start[key].codes[plan[key]]
                 self.weights[key] = LearnedWeight(weight, codes, scale, quantizer.low, quantizer.high)
         self.activations: dict[str, LearnedActivation] = {}
         for site in program.activations:
@@ -190,11 +215,31 @@ class _Quantizers(nn.Module):
                 self.activations[site.key] = LearnedActivation(
                     quantizer.scale[0], quantizer.low - zero, quantizer.high - zero, ceiling
                 ).to(walk.context.device)
-        self.learned = nn.ModuleList([*self.weights.values(), *self.activations.values()])
+        self.biases = {
+            layer.weight: LearnedBias(program.tensor(bias), unit) for layer, bias, unit in self._free_biases()
+        }
+        self.learned = nn.ModuleList([*self.weights.values(), *self.biases.values(), *self.activations.values()])
+
+    def _free_biases(self) -> Iterator[tuple[Layer, str, Tensor]]:
+        """Layers of the block whose bias can be learned with their weight, the bias, and the unit of its steps, (C,):
+        about the error that half a code of every element leaves in the output."""
+        program = self.walk.program
+        weights, biases = (Counter(getattr(layer, part) for layer in program.layers) for part in ("weight", "bias"))
+        for layer in program.layers:
+            alone = layer.bias is not None and weights[layer.weight] == biases[layer.bias] == 1
+            if layer.weight in self.weights and alone and self.plan[layer.input].is_static:
+                assert layer.bias is not None
+                read = program.facts.get(layer.input, Quantizers).by_format[self.plan[layer.input]]
+                size = read.scale[0] * (read.high - read.low) / 4  # four standard deviations, nearly
+                weight = self.weights[layer.weight]
+                columns = weight.start[0].numel()
+                scale = weight.scale.detach().flatten().expand(weight.start.shape[0])
+                yield layer, layer.bias, scale * size * math.sqrt(columns)
 
     def tensors(self) -> dict[str, Tensor]:
         """The dequantized weights of the block."""
-        return self.fixed | {key: weight() for key, weight in self.weights.items()}
+        biases = {self.bias_of[key]: bias() for key, bias in self.biases.items()}
+        return self.fixed | {key: weight() for key, weight in self.weights.items()} | biases
 
     def quantize(self, node: str, value: Tensor) -> Tensor:
         """The hook that quantizes activations."""
@@ -222,6 +267,9 @@ class _Quantizers(nn.Module):
             before_codes = known.get(key, RoundedWeights)
             learned = {**before_codes.codes, self.plan[key]: weight.codes.detach().to(torch.int8)}
             codes[key] = replace(before_codes, codes=learned)
+            if key in self.biases:
+                biases = {**before_codes.biases, self.plan[key]: self.biases[key]().detach()}
+                codes[key] = replace(codes[key], biases=biases)
         return quantizers, codes
 
 
@@ -230,19 +278,20 @@ def _fitted(options: LearnedRounding, walk: _Walk, block: Block, number: int) ->
     plan = walk.program.formats()
     quantizers = _Quantizers(walk, block, plan)
     wanted = walk.run(block, walk.floats, None, {})
-    with torch.no_grad():
-        before = walk.run(block, walk.quantized, _before(walk, plan, quantizers), quantizers.fixed)
-    found, program = before, walk.program
-    if quantizers.weights and len(walk.learning):
+    found, program = None, walk.program
+    if quantizers.weights:
+        before = walk.run(block, walk.quantized, _before(walk, plan, quantizers), quantizers.tensors())
         _learn(options, walk, block, quantizers, wanted, number)
-        with torch.no_grad():
-            after = walk.run(block, walk.quantized, quantizers.quantize, quantizers.tensors())
-        errors = [_error(wanted, values, wanted, walk.rows(walk.judging)) for values in (before, after)]
+        after = walk.run(block, walk.quantized, quantizers.quantize, quantizers.tensors())
+        rows = _rows(walk.judging, walk.unit)
+        errors = [_error(wanted, values, wanted, rows) for values in (before, after)]
         log.info("%s: error on samples left out %.4g, learned %.4g", block.outputs[-1].name, *map(float, errors))
         if errors[1] < errors[0]:
             found = after
             for facts in quantizers.facts():
                 program = program.learn(facts)
+    if found is None:
+        found = walk.run(block, walk.quantized, _before(walk, plan, quantizers), quantizers.fixed)
     later = _read_later(walk, block)
     return replace(
         walk,
@@ -275,6 +324,7 @@ def _learn(
 ) -> None:
     """Adam on the quantizers of a block; the error is that of its outputs, each relative to its mean square."""
     codes = [weight.offset for weight in quantizers.weights.values()]
+    codes += [bias.offset for bias in quantizers.biases.values()]
     scales = [part.log_scale for part in (*quantizers.weights.values(), *quantizers.activations.values())]
     optimizer = torch.optim.Adam([{"params": codes, "lr": options.rate}, {"params": scales, "lr": options.scale_rate}])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
@@ -294,7 +344,7 @@ def _learn(
     floats = {node: walk.floats[node] for node in block.inputs}
     inputs = {node: walk.quantized[node] for node in block.inputs}
     for _ in range(options.steps):
-        rows = walk.rows(walk.learning[torch.randperm(len(walk.learning), generator=order)[:size]])
+        rows = _rows(walk.learning[torch.randperm(len(walk.learning), generator=order)[:size]], walk.unit)
         known, exact = walk.part(inputs, rows), walk.part(floats, rows)
         if options.drop:
             known = {node: pytree.tree_map(mixed, value, exact[node]) for node, value in known.items()}

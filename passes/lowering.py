@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_BLOCKS, FAKE_QUANTIZE_DYNAMIC
@@ -75,12 +75,14 @@ class _Lowerer(GraphRewriter):
 
     def own_biases(self) -> None:
         """Biases are tensors of the lowered graph alone: it may be trained."""
-        for key in {layer.bias for layer in self.program.layers if layer.bias is not None}:
-            self.own(key)
+        for layer in self.program.layers:
+            if layer.bias is not None:
+                quantizer, known = self.chosen.get(layer.weight), self.program.facts.get(layer.weight, RoundedWeights)
+                self.own(layer.bias, None if quantizer is None else known.biases.get(quantizer.format))
 
-    def own(self, key: str) -> None:
-        """Copy a parameter, so that the lowered graph does not share it."""
-        self.store(key, self.program.tensor(key).detach().clone(), parameter=True)
+    def own(self, key: str, value: Tensor | None = None) -> None:
+        """Copy a parameter, or another value in its place, so that the lowered graph does not share it."""
+        self.store(key, (self.program.tensor(key) if value is None else value).detach().clone(), parameter=True)
 
     def lower_weight(self, site: WeightSite) -> None:
         """A weight goes through its quantizer, which maps the stored values onto themselves."""

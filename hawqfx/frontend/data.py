@@ -60,6 +60,11 @@ class Batch:
         """The last `most` samples; `most` must not exceed the number of samples."""
         return self._part(self.size - most, self.size)
 
+    def rows(self, numbers: Tensor) -> "Batch":
+        """The samples of these numbers; a tensor without a batch dimension stays whole."""
+        size = self.size
+        return self._map(lambda tensor: tensor[numbers] if tensor.shape[:1] == (size,) else tensor)
+
     def _part(self, start: int, stop: int) -> "Batch":
         """The samples from `start` to `stop`; a tensor without a batch dimension stays whole."""
         size = self.size

@@ -1,7 +1,7 @@
 """Facts that passes learn, about a site or about the whole network, and the typed table that holds them."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -96,11 +96,13 @@ class RoundedWeights:
         squared_error: that such codes leave on samples which they are not fitted to.
         optimism: the ratio of that error to the one on the calibration samples, at least 1; what is measured on the
             calibration samples is too small by this factor.
+        biases: (C,), of the layer that the weight belongs to, where a format's codes were learned together with one.
     """
 
     codes: Mapping[Format, Tensor]
     squared_error: Mapping[Format, float]
     optimism: Mapping[Format, float]
+    biases: Mapping[Format, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,23 @@ class LearnedWeight(nn.Module):
         return self.codes * self.scale
 
 
+class LearnedBias(nn.Module):
+    """A bias that is learned.
+
+    Args:
+        bias: (C,), at the start.
+        unit: (C,), of its steps.
+    """
+
+    def __init__(self, bias: Tensor, unit: Tensor) -> None:
+        super().__init__()
+        self.start, self.unit = bias.detach(), unit
+        self.offset = nn.Parameter(torch.zeros_like(self.start))
+
+    def forward(self) -> Tensor:
+        return self.start + self.unit * self.offset
+
+
 class LearnedActivation(nn.Module):
     """The quantizer of an activation whose scale is learned.
 

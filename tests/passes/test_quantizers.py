@@ -177,7 +177,7 @@ def test_errors_of_compensated_rounding_are_those_of_samples_left_out() -> None:
 def test_the_damping_is_the_one_that_serves_samples_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes fitted to 48 samples lose a third less on others than with GPTQ's damping of 0.01."""
     _, _, chosen = fitted_to(48)
-    monkeypatch.setattr("hawqfx.passes.rounding.DAMPINGS", (rounding.DAMPING,))
+    monkeypatch.setattr("hawqfx.analysis.compensation.DAMPINGS", (rounding.DAMPING,))
     _, _, least = fitted_to(48)
     for width, error in chosen.items():
         assert error < 0.75 * least[width]  # measured: 0.66 to 0.68
