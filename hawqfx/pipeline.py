@@ -5,7 +5,8 @@ compile(), measure_latency() and `hawqfx passes` all take their passes from here
     validate    hawqfx.options: the arguments, checked
     prepare     rewrite, price
     measure     measure
-    decide      decide, lower (a session repeats both for every budget)
+    decide      decide, lower (a session repeats both for every budget, with AtPlan and LearnedRounding in between where
+                plans are refined or codes learned)
     export      legalize
 """
 
