@@ -54,7 +54,7 @@ class LearnedRounding(Analysis):
     """The codes and scales of a plan, fitted block by block to the float network."""
 
     steps: int = option(200, "steps of Adam for each block")
-    rate: float = option(0.005, "the rate of codes, in codes per step, that falls to zero along half a cosine")
+    rate: float = option(0.01, "the rate of codes, in codes per step, that falls to zero along half a cosine")
     scale_rate: float = option(0.001, "the rate of the logarithms of scales, likewise")
     batch: int = option(32, "the most samples of a step")
     drop: float = option(0.5, "the part of the elements of inputs and activations that stay in float in a step")
