@@ -22,12 +22,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import Fact, LossIncrease, Sensitivity
+from hawqfx.ir.facts import Fact, LossIncrease, Quantizers, Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import errors_at
 from hawqfx.maths import curvature
+from hawqfx.maths.formats import Format
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Kind, option
+from hawqfx.sensitivity.batching import free_memory
 from hawqfx.sensitivity.double_backward import Operators
 from hawqfx.sensitivity.forward import Forward, check_gradient, forward
 from hawqfx.sensitivity.metrics import WidthMetric
@@ -35,11 +37,21 @@ from hawqfx.sensitivity.quantity import Estimate, Measurement, Quantity
 
 
 class _Slopes(Measurement):
-    """The graph of one forward pass, for any number of backward passes."""
+    """The graph of one forward pass, for any number of backward passes.
+
+    The errors of all formats are kept from one pass to the next, if they take at most a quarter of the free memory.
+    """
 
     def __init__(self, program: Program, context: Context, index: int, run: Forward) -> None:
         self.program, self.context, self.index, self.run = program, context, index, run
         self.sites = {site.key: site for site in program.sites}
+        self.kept: dict[Quantity, list[Tensor]] = {}
+        needed = sum(
+            len(program.facts.get(key, Quantizers).by_format) * tensor.nbytes
+            for key, tensors in run.tensors.items()
+            for tensor in tensors
+        )
+        self.keeps = needed < free_memory(context.device) // 4
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         random = generator(self.context.seed, "drawn", self.index, probe, device=self.context.device)
@@ -55,9 +67,16 @@ class _Slopes(Measurement):
         """g . g over the tensors of a site, or half of (d . g)^2."""
         if quantity.format is None:
             return sum(curvature.dot(g, g) for g in gradients)
-        tensors = self.run.tensors[quantity.site]
-        errors = errors_at(self.program, self.sites[quantity.site], quantity.format, tensors)
-        return 0.5 * sum(map(curvature.dot, gradients, errors)) ** 2
+        return 0.5 * sum(map(curvature.dot, gradients, self._errors(quantity.site, quantity.format))) ** 2
+
+    def _errors(self, site: str, width: Format) -> list[Tensor]:
+        quantity = Quantity(site, width)
+        if quantity in self.kept:
+            return self.kept[quantity]
+        errors = errors_at(self.program, self.sites[site], width, self.run.tensors[site])
+        if self.keeps:
+            self.kept[quantity] = errors
+        return errors
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 ROUND = 4  # probes between two looks at the standard errors; the processes of a team share a round
 # Parts of the data that share probes.  Few samples of a trained network have most of its curvature: with as many parts
 # as probes, the probes of these few would be all that counts.  More probes of larger parts cost more.  On ResNet-20 and
-# 128 images, 128 probes of 128 parts leave a tau of .90 to the truth, 8 of each of 16 parts .94.
-PARTS = 16
+# 128 images, 128 probes of 128 parts leave a tau of .90 to the truth, 8 of each of 16 parts .94.  Where samples are
+# many, parts of SAMPLES serve as well, and a probe of them costs less.
+PARTS, SAMPLES = 16, 32
 LEAST = 8  # probes before the first look: fewer may agree by chance, where a sample is one of few values
 
 
@@ -86,7 +87,7 @@ def estimate(metric: Metric, program: Program, context: Context) -> dict[Quantit
     cache = _open_cache(metric, program, context, workers)
     context = fit_into_memory(program, context, workers, cache, second_order=metric.second_order)
     if metric.shares_probes:
-        context = parted(program, context, min(metric.probes, PARTS))
+        context = parted(program, context, min(metric.probes, max(PARTS, context.samples // SAMPLES)))
     cached = _cached_batches(cache, len(context.batches), workers)
     table = _Table(metric.quantities(program), len(context.batches))
     _measure_batches(metric, program, context, workers, cache, table, cached)
