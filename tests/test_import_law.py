@@ -22,9 +22,10 @@ LAW: dict[str, set[str]] = {
     "analysis": {"frontend", "ir", "maths"},
     "pass_manager": {"errors", "frontend", "ir"},
     "sensitivity": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager"},
+    "learning": {"analysis", "atomic_write", "errors", "frontend", "ir", "maths", "sensitivity"},
     "allocation": {"analysis", "errors", "ir", "maths"},
     "passes": {
-        "allocation", "analysis", "errors", "frontend", "ir", "maths", "pass_manager", "sensitivity",
+        "allocation", "analysis", "errors", "frontend", "ir", "learning", "maths", "pass_manager", "sensitivity",
     },
     "export": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager", "passes"},
     "runtime": {"errors", "export", "frontend", "ir", "maths"},

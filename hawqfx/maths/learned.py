@@ -20,6 +20,17 @@ def round_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def chosen(shape: torch.Size, part: float, random: torch.Generator) -> Tensor:
+    """Elements chosen at random, bool in `shape`; the probability is `part`, rounded to a multiple of 1/256.
+
+    A byte of random bits each: five times faster than a random number each.
+    """
+    elements = shape.numel()
+    words = torch.empty(-(-elements // 8), dtype=torch.int64, device=random.device)
+    octets = words.random_(-(1 << 63), None, generator=random).view(torch.uint8)
+    return (octets[:elements] < round(256 * part)).reshape(shape)
+
+
 class LearnedWeight(nn.Module):
     """A weight whose codes and scales are learned.
 
@@ -30,6 +41,9 @@ class LearnedWeight(nn.Module):
         low: the lowest code.
         high: the highest code.
     """
+
+    offset: nn.Parameter
+    log_scale: nn.Parameter
 
     def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, low: int, high: int) -> None:
         super().__init__()
@@ -59,6 +73,8 @@ class LearnedBias(nn.Module):
         unit: (C,), of its steps.
     """
 
+    offset: nn.Parameter
+
     def __init__(self, bias: Tensor, unit: Tensor) -> None:
         super().__init__()
         self.start, self.unit = bias.detach(), unit
@@ -77,6 +93,8 @@ class LearnedActivation(nn.Module):
         high: the highest code less the zero-point.
         ceiling: the highest value that the range may end at.
     """
+
+    log_scale: nn.Parameter
 
     def __init__(self, scale: float, low: int, high: int, ceiling: float = math.inf) -> None:
         super().__init__()

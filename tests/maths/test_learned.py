@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hawqfx.maths.learned import LearnedActivation, LearnedWeight, round_through
+from hawqfx.maths.learned import LearnedActivation, LearnedWeight, chosen, round_through
 
 
 def weight() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,3 +67,13 @@ def test_the_scale_of_an_activation_has_the_gradient_of_lsq() -> None:
         wanted = 0.0 if ratio < 0 else 3.0 if ratio > 3 else round(ratio) - ratio
         assert quantizer.log_scale.grad is not None
         torch.testing.assert_close(float(quantizer.log_scale.grad), scale * wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.25, 0.5, 1.0])
+def test_so_many_elements_are_chosen_independently(part: float) -> None:
+    drawn = chosen(torch.Size((300, 333)), part, torch.Generator().manual_seed(0)).double()
+    n = drawn.numel()  # 99,900: a mean within 4 standard errors of sqrt(part (1 - part) / n)
+    assert abs(float(drawn.mean()) - part) <= 4 * (part * (1 - part) / n) ** 0.5
+    flat = drawn.flatten() - part
+    for lag in (1, 7, 8):  # bytes of the same word and of the next
+        assert abs(float((flat[:-lag] * flat[lag:]).mean())) <= 4 * part * (1 - part) / n**0.5

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,12 +12,13 @@ from torch import Tensor
 
 import hawqfx
 from hawqfx import Compiled, zoo
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import CacheError, HawqfxError
 from hawqfx.export.cleanup import site_of
 from hawqfx.frontend.capture import capture
 from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.learning import walk
+from hawqfx.learning.walk import Walk
 from hawqfx.maths.formats import Format
-from hawqfx.passes import learned_rounding
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.runtime import ort
 from hawqfx.session.session import Session
@@ -144,7 +146,7 @@ def test_rectifiers_with_a_ceiling_keep_it() -> None:
 
 def test_as_many_samples_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     sample = 6 * 4 * 4 * 64  # six tensors of 4 x 8 x 8 in float32
-    monkeypatch.setattr(learned_rounding, "free_memory", lambda device: 2 * 9 * sample)
+    monkeypatch.setattr(walk, "free_memory", lambda device: 2 * 9 * sample)
     quick(Residual, "weight_bits=3", rounding=FEW)
     assert "codes are learned from 9 of 32 samples, which fit into memory" in caplog.text
 
@@ -170,3 +172,34 @@ def test_a_bias_that_two_layers_share_is_not_learned() -> None:
     facts = {site.key: compiled.planned.facts.get(site.key, RoundedWeights) for site in compiled.planned.weights}
     assert facts["twice.weight"].biases == {}
     assert any(fact.biases for fact in facts.values())
+
+
+def test_a_run_that_was_killed_goes_on_after_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run learns what is left, and the codes are those of a run in one piece."""
+    whole = quick(Residual, "weight_bits=2", rounding=FEW)
+    fitted: list[int] = []
+    fit = LearnedRounding._fit
+
+    def dying(self: LearnedRounding, walk: Walk, *rest: Any) -> None:
+        fitted.append(walk.number)
+        if len(fitted) == 2:
+            raise KeyboardInterrupt
+        fit(self, walk, *rest)
+
+    monkeypatch.setattr(LearnedRounding, "_fit", dying)
+    with pytest.raises(KeyboardInterrupt):
+        quick(Residual, "weight_bits=2", rounding=FEW, cache=tmp_path)
+    again = quick(Residual, "weight_bits=2", rounding=FEW, cache=tmp_path)
+    assert fitted[0] not in fitted[1:]
+    assert again.plan == whole.plan
+    for site in whole.planned.weights:
+        one, other = (each.planned.facts.get(site.key, RoundedWeights).codes[Format(2)] for each in (whole, again))
+        assert torch.equal(one, other)
+
+
+def test_a_damaged_block_is_named(tmp_path: Path) -> None:
+    quick(Residual, "weight_bits=2", rounding=FEW, cache=tmp_path)
+    (first, *_) = sorted(tmp_path.glob("learned-*/block-*"))
+    first.write_bytes(first.read_bytes()[:-3])
+    with pytest.raises(CacheError, match=f"{first.name} is damaged .* learned again"):
+        quick(Residual, "weight_bits=2", rounding=FEW, cache=tmp_path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hawqfx.analysis.blocks import MOST, blocks
 from hawqfx.ir.program import Program
+from hawqfx.learning.blocks import MOST, blocks
 from tests.nets import Attention, Concat, ConcatInput, Plain, Residual, SharedLayer, TiedWeights
 from tests.tools import after, context
 

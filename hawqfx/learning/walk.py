@@ -1,0 +1,177 @@
+"""How far the blocks of a network are fitted: what goes into the next one, in float and quantized so far."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hawqfx.analysis.compensation import compensated
+from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.ir.graph import batch_size, captured_shape
+from hawqfx.ir.program import Hook, Program
+from hawqfx.learning.blocks import Block
+from hawqfx.maths.seeding import generator
+from hawqfx.sensitivity.batching import free_memory
+
+log = logging.getLogger(__name__)
+
+Values = dict[fx.Node, Any]
+
+_KEPT = 6  # tensors of all samples at the ends of a block: in float and quantized, before it and after it, and learned
+_TOGETHER = 32  # samples that are run at once where nothing is learned
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """How far the blocks are fitted.
+
+    Args:
+        program: with the facts of the blocks so far.
+        context: the device and the seed.
+        inputs: of the network, all samples.
+        floats: node -> its values in the float network, of nodes that later blocks read.
+        quantized: likewise in the network as quantized so far.
+        unit: samples that are only run together: those of a fixed batch, else one.
+        learning: numbers of the units that are fitted.
+        judging: numbers of those that are not.
+        start: codes in the formats of the plan, compensated by the samples that are fitted.
+        done: keys of the sites whose quantizers are final.
+        number: of the next block.
+    """
+
+    program: Program
+    context: Context
+    inputs: Values
+    floats: Values
+    quantized: Values
+    unit: int
+    learning: Tensor
+    judging: Tensor
+    start: Mapping[str, RoundedWeights]
+    done: frozenset[str] = frozenset()
+    number: int = 0
+
+    @staticmethod
+    def begin(program: Program, context: Context, held_out: float) -> "Walk":
+        """Before the first block.
+
+        Args:
+            program: with a plan.
+            context: the samples; as many as fit into memory are taken.
+            held_out: the part of them that judges.
+        """
+        context = _within_memory(program, context)
+        batches = [program.flat_inputs(batch.args, batch.kwargs) for batch in context.batches]
+        columns = zip(*batches, strict=True)
+        values = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        inputs = dict(zip(program.graph.graph.find_nodes(op="placeholder"), values, strict=True))
+        unit = 1 if program.dynamic_batch else context.batches[0].size
+        units = context.samples // unit
+        order = torch.randperm(units, generator=generator(context.seed, "judging", device=torch.device("cpu")))
+        judges = max(1, round(units * held_out))
+        learning, judging = order[judges:], order[:judges]
+        start = _compensated(program, context, _rows(learning, unit)) if len(learning) else {}
+        return Walk(program, context, inputs, {}, {}, unit, learning, judging, start)
+
+    @property
+    def samples(self) -> int:
+        return self.context.samples
+
+    @property
+    def judges(self) -> Tensor:
+        """The numbers of the samples that judge."""
+        return _rows(self.judging, self.unit)
+
+    def draw(self, most: int, random: torch.Generator) -> Tensor:
+        """The numbers of at most `most` samples that are fitted, or of one fixed batch."""
+        size = most if self.unit == 1 else 1
+        return _rows(self.learning[torch.randperm(len(self.learning), generator=random)[:size]], self.unit)
+
+    def part(self, values: Values, rows: Tensor) -> Values:
+        """The values of some samples; what has no sample axis stays whole."""
+        return {
+            node: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (self.samples,) else value
+            for node, value in values.items()
+        }
+
+    @torch.no_grad()
+    def run(self, block: Block, known: Values, hook: Hook | None, tensors: Mapping[str, Tensor]) -> Values:
+        """The outputs of a block for all samples.
+
+        Args:
+            block: the block.
+            known: the values of its inputs.
+            hook: sees its activations, see Program.run.
+            tensors: stand in for its weights.
+        """
+        parts: list[Values] = []
+        for rows in torch.arange(self.samples).split(_TOGETHER if self.unit == 1 else self.unit):
+            parts.append(self.program.evaluate(block.outputs, self.part(self.inputs | known, rows), hook, tensors))
+        return {node: torch.cat([part[node] for part in parts]) for node in block.outputs}
+
+    def after(self, block: Block, program: Program, floats: Values, quantized: Values, sites: set[str]) -> "Walk":
+        """The walk after a block.
+
+        Args:
+            block: the block.
+            program: with the facts of the block.
+            floats: the outputs of the block in the float network.
+            quantized: likewise in the quantized one.
+            sites: keys of the block's sites, which no later block changes.
+        """
+        order = {node: number for number, node in enumerate(program.graph.graph.nodes)}
+        end = order[block.nodes[-1]]
+        later = {node for node in order if any(order[user] > end for user in node.users)}
+        return replace(
+            self,
+            program=program,
+            floats={node: value for node, value in (self.floats | floats).items() if node in later},
+            quantized={node: value for node, value in (self.quantized | quantized).items() if node in later},
+            done=self.done | sites,
+            number=self.number + 1,
+        )
+
+
+def _within_memory(program: Program, context: Context) -> Context:
+    """The context with as many samples as can be kept at the ends of a block; all, of a fixed batch."""
+    if not program.dynamic_batch:
+        return context
+    nodes = (node for node in program.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    largest = max(math.prod(captured_shape(node)) for node in nodes if node.op == "call_function")
+    bytes_of_sample = _KEPT * 4 * largest // batch_size(program.graph.graph)
+    most = max(1, free_memory(context.device) // 2 // bytes_of_sample)
+    if most >= context.samples:
+        return context
+    log.warning("codes are learned from %d of %d samples, which fit into memory", most, context.samples)
+    kept = []
+    for batch in context.batches:
+        if most > 0:
+            kept.append(batch.first(most))
+            most -= batch.size
+    return replace(context, batches=tuple(kept))
+
+
+def _rows(units: Tensor, unit: int) -> Tensor:
+    """The numbers of the samples of some units."""
+    return (units[:, None] * unit + torch.arange(unit)).reshape(-1)
+
+
+def _compensated(program: Program, context: Context, rows: Tensor) -> dict[str, RoundedWeights]:
+    """The codes of all weights in the formats of the plan, compensated by some samples."""
+    formats = program.formats()
+    chosen = {}
+    for site in program.weights:
+        known = program.facts.get(site.key, Quantizers).by_format
+        chosen[site.key] = Quantizers({width: known[width] for width in known if width == formats[site.key]})
+    batches, first = [], 0
+    for batch in context.batches:
+        inside = rows[(rows >= first) & (rows < first + batch.size)].sort().values - first
+        if len(inside):
+            batches.append(batch.rows(inside))
+        first += batch.size
+    return compensated(program.learn(chosen), replace(context, batches=tuple(batches)))
