@@ -10,12 +10,13 @@ from rich.console import Console
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
-from hawqfx.allocation.rules import Order
+from hawqfx.allocation.rules import Order, default_schemes
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import gather
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.trial import try_loss
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
 from hawqfx.maths.latency_model import LatencyModel
@@ -26,9 +27,9 @@ from hawqfx.pass_manager.observers import progress_bars
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
-from hawqfx.session.frontier import Frontier
+from hawqfx.session.frontier import Frontier, checked
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Score
+from hawqfx.session.planner import Planner, Score
 from hawqfx.session.session import Compiled, Session
 
 
@@ -142,10 +143,20 @@ def compile(
 
 def prepare(model: Model, options: Options) -> tuple[Program, Options]:
     """The captured network with its sites, and the quantizers, codes and costs of each; and the options with the loss
-    that the network's output asks for."""
+    that the network's output asks for.  The user's functions are tried on the first batch before that.
+
+    Raises:
+        HawqfxError: if the loss, the metric or a pattern of names cannot be used.
+    """
     captured = capture(model, options.context.batches[0])
     options = with_loss(options, captured)
-    return run(options.recipe.prepare, captured, options.context, options.observers), options
+    try_loss(captured, options.context, 0 if options.plan else pipeline.derivatives(options.recipe))
+    if options.scoring is not None:
+        planner = Planner(captured, options.context, scoring=options.scoring)
+        planner.score(captured, options.scoring.holdout[:1])  # refuses a metric that fails
+    found = run(options.recipe.rewrite, captured, options.context, options.observers)
+    options.allocation.rules.fixed(found)  # refuses patterns that match nothing
+    return run(options.recipe.price, found, options.context, options.observers), options
 
 
 def measure(prepared: Program, options: Options) -> Program:
@@ -187,8 +198,15 @@ def pareto(
         budgets: see there.
         evaluate: see there.
         options: those of compile().
+
+    Raises:
+        HawqfxError: as compile() and Session.frontier do.
     """
-    first = Budget(**{limit: Limit(1.0, relative=True)})
+    parsed = checked(points, limit, budgets, evaluate)
+    if parsed is None:
+        first = Budget(**{limit: Limit(1.0, relative=True)})
+    else:  # that of the most schemes, since the first budget says which are calibrated
+        first = max(reversed(parsed), key=lambda each: len(default_schemes(each)))
     return compile(model, first, data, **options).session.frontier(points, limit, budgets, evaluate)
 
 

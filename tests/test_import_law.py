@@ -19,6 +19,7 @@ LAW: dict[str, set[str]] = {
     "atomic_write": {"errors"},
     "ir": {"errors", "maths"},
     "frontend": {"errors", "ir", "maths"},
+    "arguments": {"errors", "maths"},
     "analysis": {"frontend", "ir", "maths"},
     "pass_manager": {"errors", "frontend", "ir"},
     "sensitivity": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager"},
@@ -32,13 +33,16 @@ LAW: dict[str, set[str]] = {
         "analysis", "atomic_write", "errors", "export", "frontend", "ir", "maths", "pass_manager", "passes",
         "runtime",
     },
-    "pipeline": {"allocation", "errors", "export", "frontend", "ir", "latency", "maths", "pass_manager", "passes"},
+    "pipeline": {
+        "allocation", "errors", "export", "frontend", "ir", "latency", "maths", "pass_manager", "passes", "sensitivity",
+    },
     "session": {
-        "allocation", "atomic_write", "errors", "export", "frontend", "ir", "latency", "maths", "pass_manager",
-        "passes", "pipeline", "runtime",
+        "allocation", "arguments", "atomic_write", "errors", "export", "frontend", "ir", "latency", "maths",
+        "pass_manager", "passes", "pipeline", "runtime",
     },
     "options": {
-        "allocation", "errors", "frontend", "ir", "maths", "pass_manager", "passes", "pipeline", "runtime", "session",
+        "allocation", "arguments", "errors", "frontend", "ir", "maths", "pass_manager", "passes", "pipeline", "runtime",
+        "session",
     },
     "compiler": {
         "allocation", "errors", "frontend", "ir", "latency", "maths", "options", "pass_manager", "passes", "pipeline",
@@ -47,8 +51,8 @@ LAW: dict[str, set[str]] = {
     "benchmark": {"compiler", "frontend", "runtime", "session"},
     "demo": {"compiler", "pass_manager", "runtime", "session", "zoo"},
     "cli": {
-        "allocation", "atomic_write", "benchmark", "compiler", "demo", "errors", "pass_manager", "pipeline", "runtime",
-        "sensitivity", "session",
+        "allocation", "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "pass_manager", "pipeline",
+        "runtime", "sensitivity", "session",
     },
     "__main__": {"cli"},
     "__init__": {"allocation", "compiler", "session"},

@@ -10,6 +10,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from hawqfx.errors import BackendError
+
 CPU = "CPUExecutionProvider"
 Arrays = Sequence[NDArray[np.generic]]
 
@@ -30,6 +32,9 @@ def session(
         optimize: whether onnxruntime may fuse and replace operators.
         save: a file to write the graph to, as onnxruntime optimized it for this machine.
         provider: runs the operators that it supports; the processor runs the others.
+
+    Raises:
+        BackendError: if onnxruntime does not load the model.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -38,9 +43,12 @@ def session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if save is not None:
         options.optimized_model_filepath = str(save)
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=list(dict.fromkeys((provider, CPU)))
-    )
+    content = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=list(dict.fromkeys((provider, CPU))))
+    except Exception as error:  # onnxruntime has a class of its own for each failure
+        name = "the model" if isinstance(model, bytes) else str(model)
+        raise BackendError(f"{name} cannot be loaded by onnxruntime {version()}: {error}") from error
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:

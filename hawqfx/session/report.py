@@ -85,6 +85,7 @@ def summary(
     planned: Program,
     budget: str,
     samples: int,
+    held: int,
     losses: tuple[float, float],
     rival: Rival | None,
     refinements: Sequence[Refinement],
@@ -97,6 +98,7 @@ def summary(
         planned: the float program with the chosen formats.
         budget: the text that the plan is for.
         samples: number of calibration samples.
+        held: number of samples that the metric is validated on.
         losses: the mean loss on them, of the float network and of the compiled one.
         rival: uniform bits within the same limits, if they were tried.
         refinements: the plans that were tried after the first one.
@@ -106,7 +108,7 @@ def summary(
     text = io.StringIO()
     console = Console(file=text, width=110)
     console.print(f"loss: {loss_reason}", soft_wrap=True)
-    console.print(f"calibrated on {samples} samples")
+    console.print(f"calibrated on {samples} samples" + (f"; {held} more held out for the metric" if held else ""))
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
     console.print(_sizes(planned))
@@ -120,18 +122,25 @@ def summary(
         verdict = "taken" if refinement.taken else "not taken"
         console.print(
             f"measured again at the plan and {refinement.changed} sites moved: expected loss on samples that were not "
-            f"measured on {refinement.gain}, paired by sample: {verdict}",
+            f"measured on {refinement.gain}, {_paired(refinement.unit)}: {verdict}",
             soft_wrap=True,
         )
     if rival is not None:
         uniform = f"uniform bits within the same limits (weights {rival.weights}, activations {rival.activations})"
         verdict = "they are returned" if rival.chosen else "the plan is returned"
         difference = f"the plan's loss less theirs {rival.behind}"
-        console.print(f"{uniform}: loss {rival.loss:.4g}; {difference}, paired by sample: {verdict}")
+        console.print(f"{uniform}: loss {rival.loss:.4g}; {difference}, {_paired(rival.unit)}: {verdict}")
     for data, (float_score, score) in scores.items():
         console.print(f"metric on the {data} {score:.4g}, float32 {float_score:.4g}")
+    why = "chosen by the plan" if planned.knows(Account) else "given, not chosen"
     for key in (key for key, width in planned.formats().items() if width.is_float):
-        console.print(f"in float: {key}: chosen by the plan")
+        console.print(f"in float: {key}: {why}")
     for node, reason in planned.left_float.items():
         console.print(f"in float: {node}: {reason}")
     return text.getvalue()
+
+
+def _paired(unit: str) -> str:
+    if unit == "sample":
+        return "paired by sample"
+    return "paired by batch, since the loss is no mean over samples or fails on single ones"

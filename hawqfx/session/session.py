@@ -12,12 +12,12 @@ from rich.table import Table
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from hawqfx import pipeline
+from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, known_schemes
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import FileText, FloatNetwork, Quantizers
+from hawqfx.ir.facts import FileText, FloatNetwork, LossIncrease, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme, format_of
 from hawqfx.maths.latency_model import LatencyModel
@@ -27,10 +27,10 @@ from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session import report
 from hawqfx.session.drop_search import smallest
-from hawqfx.session.frontier import Frontier, evaluated, plan_each
+from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, with_float
+from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, for_budget
 from hawqfx.session.refine import refined
 from hawqfx.session.size_search import within_size
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
@@ -102,19 +102,18 @@ class Session:
             InfeasibleBudget: if no choice keeps it.
             HawqfxError: if the rules contradict each other, or a score is missing.
         """
-        limits = Budget.parse(budget) if isinstance(budget, str) else budget
+        limits = Budget.of(budget)
+        self._require_measured()
         allocation = _ruled(self.allocation, rules)
         if "schemes" in rules:
             self._check_calibrated(allocation.schemes or ())
-        if limits.latency is not None:
-            allocation = with_float(allocation)  # a float kernel may be faster than the conversions of an integer one
         ready = self._measured_for(limits)
         planner, rounds = ready.planner, self.refine if refine is None else refine
 
         def found(held: Budget) -> Candidate:
             if held.drop is not None:
                 return smallest(planner, held, allocation)
-            ruled = replace(allocation, budget=held)
+            ruled = for_budget(allocation, held)
             if held.latency is not None:
                 return within_latency(planner, ruled, self.threads)
             candidate = planner.lower(planner.plan(ruled), str(held))
@@ -137,28 +136,25 @@ class Session:
         Args:
             points: number of budgets, a constant factor apart.
             limit: size, weight_bits, bops or activation_memory.
-            budgets: these, instead of `points` along `limit`.
+            budgets: these, instead of `points` along `limit`; the plan of one on latency is exported and timed.
             evaluate: number of points, evenly chosen, to lower and run on the calibration data; they are marked as
                 measured.
 
         Raises:
-            HawqfxError: if there are fewer than two points, or no such limit.
+            HawqfxError: if there are fewer than two points, no such limit, or a budget on drop.
+            InfeasibleBudget: if no choice keeps one of the budgets.
         """
-        if budgets is None and points < 2:
-            raise HawqfxError(f"points={points}: a frontier has at least two")
-        if limit not in ("size", "weight_bits", "bops", "activation_memory"):
-            raise HawqfxError(f"limit={limit!r}: a frontier goes along size, weight_bits, bops or activation_memory")
-        if budgets is None:
+        parsed = checked(points, limit, budgets, evaluate)
+        self._require_measured()
+        if parsed is None:
             ready = self._measured_for(Budget(**{limit: Limit(1.0, relative=True)}))
             amounts = ready.planner.range_of(self.allocation, limit, points)
             parsed = [Budget(**{limit: Limit(amount)}) for amount in amounts]
         else:
-            parsed = [Budget.parse(each) if isinstance(each, str) else each for each in budgets]
             ready = self._measured_for(*parsed)
-        planner = ready.planner.quiet
-        curve = plan_each(planner, self.allocation, parsed)
+        curve = plan_each(ready.planner.quiet, self.allocation, parsed, self.threads)
         for number in {round(k * (len(curve) - 1) / max(1, evaluate - 1)) for k in range(min(evaluate, len(curve)))}:
-            curve[number] = evaluated(planner, self.allocation, parsed[number], curve[number])
+            curve[number] = evaluated(ready.planner.quiet, self.allocation, parsed[number], curve[number])
         return Frontier(limit if budgets is None else "", tuple(curve))
 
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
@@ -171,6 +167,7 @@ class Session:
             chosen = uniform_formats(self.measured, format_of(weight_bits), format_of(activation_bits))
         except ValueError as error:
             raise HawqfxError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
+        self._require_measured()
         for key, width in chosen.items():
             if not width.is_float and width not in self.measured.facts.get(key, Quantizers).by_format:
                 raise HawqfxError(f"{key!r} was not calibrated at {width}: give such bits to compile()")
@@ -179,6 +176,14 @@ class Session:
     def lowered(self, planned: Program, budget: str) -> "Compiled":
         """The network with the formats that `planned` knows."""
         return self._compiled(self.planner.lower(planned, budget))
+
+    def _require_measured(self) -> None:
+        """Raises HawqfxError if the network follows a plan: then nothing is known of other formats."""
+        if not all(self.measured.facts.has(site.key, LossIncrease) for site in self.measured.sites):
+            raise HawqfxError(
+                "this network follows a plan, and no other formats were calibrated or measured: compile() the model "
+                "with a budget for other plans"
+            )
 
     def _check_calibrated(self, schemes: Sequence[Scheme]) -> None:
         known = (self.measured.facts.get(site.key, Quantizers).by_format for site in self.measured.sites)
@@ -209,14 +214,17 @@ class Session:
 
 def _ruled(allocation: Allocation, rules: RuleOptions) -> Allocation:
     """The allocation with these rules in place of its own."""
+    unknown = rules.keys() - RuleOptions.__annotations__
+    if unknown:
+        raise HawqfxError(f"{', '.join(sorted(unknown))}: the rules are {', '.join(RuleOptions.__annotations__)}")
     changes: dict[str, Any] = dict(rules)
     for name in ("weight_bits", "activation_bits"):
         if name in changes:
-            changes[name] = tuple(sorted(set(changes[name])))
+            changes[name] = arguments.bits(name, changes[name])
     if "schemes" in rules:
         changes["schemes"] = known_schemes(rules["schemes"])
     if "fix" in rules:
-        changes["fix"] = tuple(rules["fix"].items())
+        changes["fix"] = arguments.fixed(rules["fix"])
     return replace(allocation, **changes)
 
 
@@ -343,6 +351,7 @@ class Compiled:
             self.planned,
             self.budget,
             self.session.context.samples,
+            0 if self.session.scoring is None else sum(batch.size for batch in self.session.scoring.holdout),
             self.calibration_loss(),
             self.rival,
             self.refinements,
