@@ -24,7 +24,7 @@ from hawqfx.pass_manager.base import Analysis, Observer, options_of
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
 from hawqfx.sensitivity.distributed import launched
-from hawqfx.session.plan import Plan
+from hawqfx.session.saved import read_plan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mixed-precision integer compiler for PyTorch models."
@@ -38,6 +38,7 @@ def compile(
     data: Annotated[str, typer.Option(help="pkg.module:loader, a function that returns an iterable of batches")],
     out: Annotated[Path, typer.Option(help="the ONNX file to write")],
     plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
+    save: Annotated[Path | None, typer.Option(help="write plan, codes and ranges here, for bench and load()")] = None,
     packing: Annotated[str, typer.Option(help="portable (onnxruntime >= 1.20) or native (>= 1.24)")] = "portable",
     sensitivity: Annotated[str, typer.Option(help=f"one of {', '.join(pipeline.METRICS)}")] = DEFAULT_METRIC,
     probes: Annotated[int | None, typer.Option(min=2, help="the most probes per batch")] = None,
@@ -72,7 +73,7 @@ def compile(
         observers.append(PrintAfter(print_after))
     if packing not in get_args(Packing):
         raise HawqfxError(f"--packing {packing}: must be one of {', '.join(get_args(Packing))}")
-    for path in (out, plan):
+    for path in (out, plan, save):
         if path is not None:
             check_writable(path)
     chosen = _metric(sensitivity, probes)
@@ -102,6 +103,8 @@ def compile(
     compiled.export(out, packing)  # type: ignore[arg-type]
     if plan is not None:
         compiled.plan.write(plan)
+    if save is not None:
+        compiled.save(save)
     print(compiled.summary())
     if time_passes:
         Console().print(timing.table())
@@ -138,11 +141,11 @@ def pareto(
 
 @app.command()
 def explain(
-    plan: Annotated[Path, typer.Argument(help="a plan, as `compile --plan` writes it")],
+    plan: Annotated[Path, typer.Argument(help="a plan, as `compile --plan` or `--save` writes it")],
     site: Annotated[str | None, typer.Argument(help="a site, or a pattern of sites; without one, the whole")] = None,
 ) -> None:
     """Say why a plan has the bits that it has."""
-    print(Plan.read(plan).explain(site))
+    print(read_plan(plan).explain(site))
 
 
 @app.command()
@@ -153,7 +156,7 @@ def bench(
     ] = None,
     model: Annotated[str | None, typer.Option(help="pkg.module:factory of the float model, to compare with")] = None,
     data: Annotated[str | None, typer.Option(help="pkg.module:loader; its first batch is run")] = None,
-    plan: Annotated[Path | None, typer.Option(help="the plan of the file, for torch")] = None,
+    plan: Annotated[Path | None, typer.Option(help="the plan of the file, as --save writes it, for torch")] = None,
     batch: Annotated[int, typer.Option(min=1, help="samples in a run")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="of onnxruntime or torch")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="runs that are timed")] = 100,

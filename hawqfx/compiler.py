@@ -28,7 +28,7 @@ from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
 from hawqfx.session.frontier import Frontier, checked
-from hawqfx.session.plan import Plan
+from hawqfx.session.plan import Plan, check_codes, check_sites
 from hawqfx.session.planner import Planner, Score
 from hawqfx.session.session import Compiled, Session
 
@@ -53,6 +53,7 @@ def compile(
     refine: int = 0,
     target: str = "any",
     plan: Plan | str | Path | None = None,
+    reround: bool = False,
     draw: Draw | None = None,
     samples: int | None = None,
     batch: int | None = None,
@@ -107,7 +108,11 @@ def compile(
             the default metric seldom gain by it, those of others do; see benchmarks/uniform.py.  Not for budgets on
             latency or drop, nor for a loss of one's own without draw=.
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
-        plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
+        plan: a plan to follow, or the path of one, of JSON or of Compiled.save(); `budget` is None then, and no
+            sensitivity is measured.  The weights, the data and rounding= must be those that it was made with, so that
+            the network is the same; hawqfx.load() needs no data.
+        reround: take the bits of the plan alone, for other weights or data: ranges are calibrated and codes rounded
+            anew.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
             without targets, "gauss-newton" and "fisher", where the loss is one's own.  The known losses have such a
             distribution, by whose expectation networks are compared; see hawqfx.frontend.criteria.
@@ -130,8 +135,8 @@ def compile(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
             keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
-            plan=plan, draw=draw, samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
-            observers=observers, progress=progress,
+            plan=plan, reround=reround, draw=draw, samples=samples, batch=batch, cache=cache, device=device,
+            threads=threads, seed=seed, observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -170,10 +175,16 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target, options.refine, options.learning,
+        options.target, options.refine, options.learning, options.keep_float,
     )  # fmt: skip
-    if options.plan is not None:
-        return session.lowered(measured, options.plan.budget)
+    plan = options.plan
+    if plan is not None and options.reround:
+        check_sites(plan, measured)
+        return session.lowered(session.planner.given(plan.formats), plan.budget)
+    if plan is not None:
+        compiled = session.lowered(measured, plan.budget)
+        check_codes(plan, compiled.plan)
+        return compiled
     assert options.budget is not None
     return session.at(options.budget)
 

@@ -28,6 +28,7 @@ from hawqfx.passes.rounding import Rounding
 from hawqfx.runtime.target import exact_widths
 from hawqfx.session.plan import FollowPlan, Plan
 from hawqfx.session.planner import Score, Scoring
+from hawqfx.session.saved import read_plan
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Options:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
+        keep_float: patterns of names of weights whose layers stay in float.
+        reround: whether the bits of the plan alone are taken.
     """
 
     budget: Budget | None
@@ -65,6 +68,8 @@ class Options:
     target: str
     refine: int
     learning: LearnedRounding | None
+    keep_float: tuple[str, ...]
+    reround: bool
 
 
 def validated(
@@ -87,6 +92,7 @@ def validated(
     refine: int,
     target: str,
     plan: Plan | str | Path | None,
+    reround: bool,
     draw: Draw | None,
     samples: int | None,
     batch: int | None,
@@ -107,8 +113,10 @@ def validated(
     """
     arguments.model(model)
     limits = None if budget is None else Budget.of(budget)
-    given = Plan.read(plan) if plan is not None else None
+    given = None if plan is None else read_plan(plan)
     _check_budget(limits, given, metric, holdout)
+    if reround and given is None:
+        raise HawqfxError("reround=True takes the bits of a plan: give plan= too")
     if batch is not None:
         arguments.whole("batch", batch, 1, "at least one sample is measured at a time")
     if samples is not None:
@@ -151,7 +159,7 @@ def validated(
         plan=given,
         recipe=pipeline.recipe(
             keep_float=kept,
-            quantizers=_quantizers(given, weights, activations, offered, target),
+            quantizers=_quantizers(given, reround, weights, activations, offered, target),
             rounding=Rounding(_first_rounding(rounding)),
             metric=predictor,
             interactions=interactions,
@@ -183,6 +191,8 @@ def validated(
         target=target,
         refine=refine,
         learning=learning,
+        keep_float=kept,
+        reround=reround,
     )
 
 
@@ -255,6 +265,7 @@ def _check_budget(
 
 def _quantizers(
     plan: Plan | None,
+    reround: bool,
     weights: tuple[int, ...],
     activations: tuple[int, ...],
     schemes: tuple[Scheme, ...],
@@ -267,7 +278,7 @@ def _quantizers(
     for key, quantizer in plan.quantizers.items():
         if quantizer is not None and quantizer.per_channel:  # a weight
             exact_widths(target, [plan.bits[key]])
-    return FollowPlan(plan)
+    return plan.calibration() if reround else FollowPlan(plan)
 
 
 def _held_out(

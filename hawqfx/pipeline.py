@@ -66,6 +66,11 @@ class Recipe:
     legalize: Sequence[Pass]
 
     @property
+    def costs(self) -> list[Pass]:
+        """The passes among those of `price` that need neither data nor codes."""
+        return [step for step in self.price if isinstance(step, Cost)]
+
+    @property
     def prepare(self) -> list[Pass]:
         """The passes that run before anything is measured."""
         return [*self.rewrite, *self.price]

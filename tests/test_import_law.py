@@ -48,7 +48,7 @@ LAW: dict[str, set[str]] = {
         "allocation", "errors", "frontend", "ir", "latency", "maths", "options", "pass_manager", "passes", "pipeline",
         "runtime", "session",
     },
-    "benchmark": {"compiler", "frontend", "runtime", "session"},
+    "benchmark": {"compiler", "errors", "frontend", "runtime", "session"},
     "demo": {"compiler", "pass_manager", "runtime", "session", "zoo"},
     "cli": {
         "allocation", "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "pass_manager", "pipeline",
@@ -140,6 +140,19 @@ def test_each_backend_is_imported_in_one_place() -> None:
         for name in imports(path):
             owner = OWNERS.get(name.split(".")[0])
             assert owner is None or (ROOT / owner) in (path, *path.parents), f"{path} imports {name}"
+
+
+def test_nothing_is_unpickled() -> None:
+    """A pickle runs what its author likes: files are JSON, safetensors and ONNX, and checkpoints tensors alone."""
+    loaders = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle")
+    for path in [*sources(), *(ROOT / "benchmarks").glob("*.py")]:
+        assert not {name.split(".")[0] for name in imports(path)} & set(loaders), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called, given = ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
+            assert called != "torch.load" or given.get("weights_only") == "True", f"{path}: {ast.unparse(node)}"
+            assert called != "np.load" or given.get("allow_pickle", "False") == "False", f"{path}: {ast.unparse(node)}"
 
 
 def test_importing_hawqfx_loads_no_backend() -> None:

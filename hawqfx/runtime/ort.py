@@ -164,6 +164,11 @@ def inputs(path: str | Path) -> list[tuple[str, list[int | str], str]]:
     return [(value.name, value.shape, value.type) for value in session(path).get_inputs()]
 
 
+def texts(path: str | Path) -> dict[str, str]:
+    """The texts that a file carries, by name."""
+    return dict(session(path).get_modelmeta().custom_metadata_map)
+
+
 def version() -> str:
     """The version of onnxruntime."""
     return str(onnxruntime.__version__)

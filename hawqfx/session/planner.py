@@ -158,7 +158,7 @@ class Planner:
         """The program with formats that were chosen elsewhere, explained under the limits of an allocation."""
         return explained(allocation.task(self.measured, chosen), chosen, None)
 
-    def uniform(self, chosen: Formats) -> Program:
+    def given(self, chosen: Formats) -> Program:
         """The program with formats that keep no budget, and the increase predicted for each where it was measured."""
         choices = {key: ChosenFormat(width, self._increase(key, width)) for key, width in chosen.items()}
         # a plan that is followed has an account of its own

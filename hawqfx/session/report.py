@@ -2,7 +2,6 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +10,7 @@ from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, Sensitivi
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import FLOAT_BITS
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Refinement, Rival
+from hawqfx.session.record import Calibrated, Trials
 
 
 def site_table(planned: Program, budget: str) -> Table:
@@ -81,56 +80,43 @@ def predicted_loss(planned: Program) -> float:
     return sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
 
 
-def summary(
-    planned: Program,
-    budget: str,
-    samples: int,
-    held: int,
-    losses: tuple[float, float],
-    rival: Rival | None,
-    refinements: Sequence[Refinement],
-    scores: Mapping[str, tuple[float, float]],
-    loss_reason: str,
-) -> str:
+def summary(planned: Program, budget: str, calibrated: Calibrated, trials: Trials) -> str:
     """The loss and its reason, the table, the cost in bytes and in loss, and the nodes in float with their reasons.
 
     Args:
         planned: the float program with the chosen formats.
         budget: the text that the plan is for.
-        samples: number of calibration samples.
-        held: number of samples that the metric is validated on.
-        losses: the mean loss on them, of the float network and of the compiled one.
-        rival: uniform bits within the same limits, if they were tried.
-        refinements: the plans that were tried after the first one.
-        loss_reason: the name of the loss and why it is taken.
-        scores: the metric of the float network and of the compiled one, by the name of the data.
+        calibrated: the data and the losses there.
+        trials: what was tried beside the plan.
     """
     text = io.StringIO()
     console = Console(file=text, width=110)
-    console.print(f"loss: {loss_reason}", soft_wrap=True)
-    console.print(f"calibrated on {samples} samples" + (f"; {held} more held out for the metric" if held else ""))
+    console.print(f"loss: {calibrated.loss_reason}", soft_wrap=True)
+    held = f"; {calibrated.held} more held out for the metric" if calibrated.held else ""
+    console.print(f"calibrated on {calibrated.samples} samples{held}")
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
     console.print(_sizes(planned))
     console.print(_average_bits(planned))
-    float_loss, loss = losses
+    float_loss, loss = calibrated.losses
     console.print(
         f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
-    for refinement in refinements:
+    for refinement in trials.refinements:
         verdict = "taken" if refinement.taken else "not taken"
         console.print(
             f"measured again at the plan and {refinement.changed} sites moved: expected loss on samples that were not "
             f"measured on {refinement.gain}, {_paired(refinement.unit)}: {verdict}",
             soft_wrap=True,
         )
+    rival = trials.rival
     if rival is not None:
         uniform = f"uniform bits within the same limits (weights {rival.weights}, activations {rival.activations})"
         verdict = "they are returned" if rival.chosen else "the plan is returned"
         difference = f"the plan's loss less theirs {rival.behind}"
         console.print(f"{uniform}: loss {rival.loss:.4g}; {difference}, {_paired(rival.unit)}: {verdict}")
-    for data, (float_score, score) in scores.items():
+    for data, (float_score, score) in trials.scores.items():
         console.print(f"metric on the {data} {score:.4g}, float32 {float_score:.4g}")
     why = "chosen by the plan" if planned.knows(Account) else "given, not chosen"
     for key in (key for key, width in planned.formats().items() if width.is_float):

@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, known_schemes
+from hawqfx.atomic_write import check_writable
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.facts import FileText, FloatNetwork, LossIncrease, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme, format_of
@@ -29,9 +31,12 @@ from hawqfx.session import report
 from hawqfx.session.drop_search import smallest
 from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
+from hawqfx.session.pins import Pins, of_graph, of_network, stored_codes
 from hawqfx.session.plan import Plan
 from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, for_budget
+from hawqfx.session.record import Calibrated, Trials, known_facts
 from hawqfx.session.refine import refined
+from hawqfx.session.saved import Saved
 from hawqfx.session.size_search import within_size
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
 
@@ -63,6 +68,7 @@ class Session:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
+        keep_float: patterns of names of weights whose layers stay in float.
     """
 
     measured: Program
@@ -74,6 +80,13 @@ class Session:
     target: str = "any"
     refine: int = 0
     learning: LearnedRounding | None = None
+    keep_float: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> Batch:
+        """Inputs to run the model on: two samples, where the graph takes any number."""
+        batch = self.context.batches[0]
+        return batch.first(2) if self.measured.dynamic_batch else batch
 
     @property
     def planner(self) -> Planner:
@@ -171,7 +184,7 @@ class Session:
         for key, width in chosen.items():
             if not width.is_float and width not in self.measured.facts.get(key, Quantizers).by_format:
                 raise HawqfxError(f"{key!r} was not calibrated at {width}: give such bits to compile()")
-        return self.lowered(self.planner.uniform(chosen), f"uniform W{weight_bits}A{activation_bits}")
+        return self.lowered(self.planner.given(chosen), f"uniform W{weight_bits}A{activation_bits}")
 
     def lowered(self, planned: Program, budget: str) -> "Compiled":
         """The network with the formats that `planned` knows."""
@@ -240,6 +253,8 @@ class Compiled:
         rival: uniform bits within the same limits, if they were tried beside the plan.
         scores: under a budget on `drop`, the metric of the float network and of this one, by the name of the data.
         refinements: the plans that were tried after the first one.
+        calibrated: the data and the losses there; None: those of the session.
+        pins: what the plan was made with; None: the session's data and the codes.
     """
 
     session: Session
@@ -249,6 +264,8 @@ class Compiled:
     rival: Rival | None = None
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     refinements: tuple[Refinement, ...] = ()
+    calibrated: Calibrated | None = None
+    pins: Pins | None = None
 
     @property
     def model(self) -> fx.GraphModule:
@@ -257,7 +274,8 @@ class Compiled:
 
     @property
     def plan(self) -> Plan:
-        return Plan.of(self.planned, self.budget)
+        pins = self.pins or Pins.of(self.planned, self.session.context.batches)
+        return Plan.of(self.planned, self.budget, pins)
 
     def at(
         self,
@@ -292,8 +310,31 @@ class Compiled:
 
     def calibration_loss(self) -> tuple[float, float]:
         """The mean loss over the calibration data, of the float network and of the compiled one."""
+        return self._calibrated().losses
+
+    def _calibrated(self) -> Calibrated:
+        """The data and the losses there, which are computed where they are not known."""
+        if self.calibrated is not None:
+            return self.calibrated
+        context, scoring = self.session.context, self.session.scoring
         float_losses, losses = self.session.planner.losses(self.session.measured, self.program)
-        return float_losses.mean, losses.mean
+        held = 0 if scoring is None else sum(batch.size for batch in scoring.holdout)
+        return Calibrated(context.samples, held, (float_losses.mean, losses.mean), context.loss_reason)
+
+    def save(self, path: str | Path) -> None:
+        """Write plan, codes and ranges in one file, whole or not at all, from which hawqfx.load() makes this network
+        again.  The first two samples of the calibration inputs are in it, as an example to run the model on; all of
+        the first batch, where the model takes batches of one size.
+
+        Raises:
+            ExportError: if the file cannot be written.
+        """
+        check_writable(Path(path))
+        Saved(
+            self.plan, stored_codes(self.planned), self.session.example, self.session.keep_float, self.session.target,
+            of_graph(self.planned), of_network(self.program), self._calibrated(),
+            Trials(self.rival, self.scores, self.refinements), known_facts(self.planned),
+        ).write(Path(path))  # fmt: skip
 
     def export(self, path: str | Path, packing: "Packing" = "portable") -> None:
         """Write the packed integer model as ONNX, whole or not at all; see hawqfx.export.
@@ -308,8 +349,7 @@ class Compiled:
         texts = metadata(plan.digest, set(self.planned.schemes().values()), self.session.target, packing)
         size = plan.account.limits.get("size") if plan.account is not None and packing == "portable" else None
         most = math.inf if size is None else size.bound
-        example = self.session.context.batches[0]
-        export(self.program, example, path, packing, texts, self.session.observers, most)
+        export(self.program, self.session.example, path, packing, texts, self.session.observers, most)
 
     def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration
@@ -339,7 +379,7 @@ class Compiled:
         from hawqfx.export.exporter import export
 
         graph = self.planned.about(FloatNetwork).graph
-        export(replace(Program(graph), facts=self.planned.facts), self.session.context.batches[0], path)
+        export(replace(Program(graph), facts=self.planned.facts), self.session.example, path)
 
     def table(self) -> Table:
         """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
@@ -347,14 +387,5 @@ class Compiled:
 
     def summary(self) -> str:
         """The loss and its reason, the table, the cost in bytes and loss, and the nodes in float with their reasons."""
-        return report.summary(
-            self.planned,
-            self.budget,
-            self.session.context.samples,
-            0 if self.session.scoring is None else sum(batch.size for batch in self.session.scoring.holdout),
-            self.calibration_loss(),
-            self.rival,
-            self.refinements,
-            self.scores,
-            self.session.context.loss_reason,
-        )
+        trials = Trials(self.rival, self.scores, self.refinements)
+        return report.summary(self.planned, self.budget, self._calibrated(), trials)
