@@ -53,6 +53,7 @@ def compile(
     holdout: Annotated[str | None, typer.Option(help="pkg.module:loader of data to validate a drop on")] = None,
     target: Annotated[str, typer.Option(help="any, or x86-avx2 for x86 without VNNI")] = "any",
     threads: Annotated[int, typer.Option(min=1, help="of the runs that latency= is for")] = 1,
+    check: Annotated[bool, typer.Option(help="run the file first, and refuse it if it differs")] = True,
     seed: int = 0,
     dump: Annotated[Path | None, typer.Option(help="write the graph after every pass into this folder")] = None,
     print_after: Annotated[str | None, typer.Option(help="print the graph after this pass")] = None,
@@ -100,7 +101,7 @@ def compile(
         )
     if rank != 0:  # the first process writes and speaks for all
         return
-    compiled.export(out, packing)  # type: ignore[arg-type]
+    compiled.export(out, packing, check=check)  # type: ignore[arg-type]
     if plan is not None:
         compiled.plan.write(plan)
     if save is not None:

@@ -130,7 +130,7 @@ def compile(
         HawqfxError: CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError,
             InfeasibleBudget, PlanError, CacheError or WorkerError; each message says what to do.
     """
-    with progress_bars(console or Console(stderr=True)) as progress:
+    with torch.enable_grad(), progress_bars(console or Console(stderr=True)) as progress:
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,

@@ -112,6 +112,8 @@ def validated(
         DataError: if the data are empty, not finite or of different shapes.
     """
     arguments.model(model)
+    if torch.is_inference_mode_enabled():
+        raise HawqfxError("compile() takes gradients: call it outside of torch.inference_mode()")
     limits = None if budget is None else Budget.of(budget)
     given = None if plan is None else read_plan(plan)
     _check_budget(limits, given, metric, holdout)

@@ -405,3 +405,10 @@ def test_the_summary_says_what_was_compared() -> None:
     )
     floating = quick(Plain, weight_bits=(4, 8, 32), activation_bits=(8, 32)).uniform(32)
     assert "in float: head.weight: given, not chosen" in floating.summary()
+
+
+def test_compile_works_where_gradients_are_off() -> None:
+    with torch.no_grad():
+        assert quick(Plain).plan == quick(Plain).plan
+    with torch.inference_mode(), pytest.raises(HawqfxError, match=r"outside of torch\.inference_mode"):
+        quick(Plain)

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -80,7 +81,13 @@ def predicted_loss(planned: Program) -> float:
     return sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
 
 
-def summary(planned: Program, budget: str, calibrated: Calibrated, trials: Trials) -> str:
+def summary(
+    planned: Program,
+    budget: str,
+    calibrated: Calibrated,
+    trials: Trials,
+    checks: Mapping[str, str],
+) -> str:
     """The loss and its reason, the table, the cost in bytes and in loss, and the nodes in float with their reasons.
 
     Args:
@@ -88,6 +95,7 @@ def summary(planned: Program, budget: str, calibrated: Calibrated, trials: Trial
         budget: the text that the plan is for.
         calibrated: the data and the losses there.
         trials: what was tried beside the plan.
+        checks: what was found in the files that were exported, by their names.
     """
     text = io.StringIO()
     console = Console(file=text, width=110)
@@ -123,6 +131,8 @@ def summary(planned: Program, budget: str, calibrated: Calibrated, trials: Trial
         console.print(f"in float: {key}: {why}")
     for node, reason in planned.left_float.items():
         console.print(f"in float: {node}: {reason}")
+    for name, found in checks.items():
+        console.print(f"file {name} in onnxruntime: {found}", soft_wrap=True)
     return text.getvalue()
 
 

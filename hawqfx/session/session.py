@@ -1,5 +1,6 @@
 """A measured network, and the compiled ones that are made from it: any budget, a whole frontier, no new measuring."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ from hawqfx.session.refine import refined
 from hawqfx.session.saved import Saved
 from hawqfx.session.size_search import within_size
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from hawqfx.export.opsets import Packing
@@ -255,6 +258,7 @@ class Compiled:
         refinements: the plans that were tried after the first one.
         calibrated: the data and the losses there; None: those of the session.
         pins: what the plan was made with; None: the session's data and the codes.
+        checks: what was found in the files that were exported, by their names.
     """
 
     session: Session
@@ -266,6 +270,7 @@ class Compiled:
     refinements: tuple[Refinement, ...] = ()
     calibrated: Calibrated | None = None
     pins: Pins | None = None
+    checks: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def model(self) -> fx.GraphModule:
@@ -336,20 +341,36 @@ class Compiled:
             Trials(self.rival, self.scores, self.refinements), known_facts(self.planned),
         ).write(Path(path))  # fmt: skip
 
-    def export(self, path: str | Path, packing: "Packing" = "portable") -> None:
+    def export(self, path: str | Path, packing: "Packing" = "portable", *, check: bool = True) -> None:
         """Write the packed integer model as ONNX, whole or not at all; see hawqfx.export.
 
+        Args:
+            path: of the file.
+            packing: "portable" loads in onnxruntime 1.20 and later, "native" in 1.24 and later.
+            check: run the file in onnxruntime on the first batch of the calibration data before it takes its place, and
+                refuse it if it computes anything else than the graph; the summary then says what was found.
+
         Raises:
-            ExportError: if the file cannot be made or written, or is above the plan's limit on size, which is for the
-                portable packing.
+            ExportError: if the file cannot be made or written, is above the plan's limit on size, which is for the
+                portable packing, or does not compute what the graph computes.
         """
         from hawqfx.export.exporter import export, metadata
+
+        def checked(written: Path) -> None:
+            from hawqfx.runtime.check import check as check_file
+
+            batch = self.session.context.batches[0]
+            found = check_file(self.program, self.session.measured, written, batch)
+            self.checks[Path(path).name] = str(found)
+            if found.saturated is not None:
+                log.warning("%s: %s", path, found)
 
         plan = self.plan
         texts = metadata(plan.digest, set(self.planned.schemes().values()), self.session.target, packing)
         size = plan.account.limits.get("size") if plan.account is not None and packing == "portable" else None
         most = math.inf if size is None else size.bound
-        export(self.program, self.session.example, path, packing, texts, self.session.observers, most)
+        example, observers = self.session.example, self.session.observers
+        export(self.program, example, path, packing, texts, observers, most, checked if check else None)
 
     def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration
@@ -366,7 +387,7 @@ class Compiled:
         reference = [leaf.detach().numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            self.export(path)
+            self.export(path, check=False)
             results = every(path, self.model, backends, sample, reference, threads=threads, rounds=rounds)
         return table(results)
 
@@ -388,4 +409,4 @@ class Compiled:
     def summary(self) -> str:
         """The loss and its reason, the table, the cost in bytes and loss, and the nodes in float with their reasons."""
         trials = Trials(self.rival, self.scores, self.refinements)
-        return report.summary(self.planned, self.budget, self._calibrated(), trials)
+        return report.summary(self.planned, self.budget, self._calibrated(), trials, self.checks)
