@@ -83,7 +83,7 @@ def planned(session: Session, plan: str) -> Compiled:
 
 def rounded(session: Session, chosen: Compiled) -> Compiled:
     """A plan's formats in the rounding of a session."""
-    return session.lowered(session.planner.uniform(chosen.planned.formats()), chosen.budget)
+    return session.lowered(session.planner.given(chosen.planned.formats()), chosen.budget)
 
 
 def answers(subject: Subject, network: Compiled) -> dict[str, Any]:

@@ -8,10 +8,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hawqfx.compiler import compile
+from hawqfx.errors import BackendError
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
+from hawqfx.runtime import ort
 from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
+from hawqfx.session.load import load
 from hawqfx.session.plan import Plan
+from hawqfx.session.saved import is_saved, read_plan
 
 
 def benchmark(
@@ -34,7 +38,8 @@ def benchmark(
             under a name such as "torch-cpu, float".
         data: as for compile(); the first `batch` samples are the inputs.  Without data, the inputs are random, in the
             shapes that the file states.
-        plan: the plan that the file was made by; a torch backend needs it.
+        plan: what the file was made by, for a torch backend: the file of Compiled.save(); or a plan, or its JSON, with
+            the data that it was made with, on which weights are rounded again.
         batch: samples in a run.
         threads: of one operator.
         rounds: timed runs, at least two.
@@ -43,13 +48,15 @@ def benchmark(
         For every backend its result, or the reason why it cannot run here.
 
     Raises:
-        BackendError: if there is no backend of a name, or if a backend lacks the model, the plan or the data.
+        BackendError: if there is no backend of a name, if a backend lacks the model, the plan or the data, or if the
+            file was made by another plan.
         DataError: if the data are empty or not finite.
         CaptureError: if the model cannot be captured.
         PlanError: if the plan does not belong to the model.
     """
-    if data is not None:
-        sample = gather(data)[0].first(batch)
+    batches = None if data is None else gather(data)
+    if batches is not None:
+        sample = batches[0].first(batch)
     else:
         sample = Batch(tuple(map(torch.from_numpy, file_inputs(file, batch))), {})
     reference, floating = None, None
@@ -60,8 +67,7 @@ def benchmark(
         reference = [leaf.numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
     quantized = None
     if model is not None and plan is not None:
-        data = [sample.args[0] if not sample.kwargs else dict(sample.kwargs)]
-        quantized = compile(model, None, data, plan=plan).model
+        quantized = _planned(file, model, batches, plan)
     results = every(file, quantized, backends, sample, reference, threads=threads, rounds=rounds)
     for backend in DEVICES.keys() & results.keys():
         if floating is not None and not isinstance(results[backend], str):
@@ -69,3 +75,23 @@ def benchmark(
                 floating, backend, sample, reference, threads=threads, rounds=rounds
             )
     return results
+
+
+def _planned(
+    file: str | Path, model: Model, batches: Sequence[Batch] | None, plan: Plan | str | Path
+) -> torch.nn.Module:
+    """The fake-quantized network that the file was made of.
+
+    Raises:
+        BackendError: if the file was made by another plan.
+        PlanError: if the plan is not that of the model and the data.
+    """
+    known, made = read_plan(plan), ort.texts(file).get("hawqfx_plan")
+    if made != known.digest:
+        raise BackendError(f"{file} was made by the plan {made}, and {plan} is {known.digest}: give the file's own")
+    if not isinstance(plan, Plan) and is_saved(plan):
+        return load(plan, model).model
+    if batches is None:
+        raise BackendError(f"{plan} has no codes: give the file of Compiled.save(), or the data that it was made with")
+    items = [((batch.args or dict(batch.kwargs)), batch.target) for batch in batches]
+    return compile(model, None, items, plan=known).model

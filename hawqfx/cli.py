@@ -3,10 +3,11 @@
 import importlib
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -14,15 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqfx import pipeline
-from hawqfx.atomic_write import whole_file
+from hawqfx.atomic_write import check_writable, whole_file
 from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import HawqfxError, InfeasibleBudget
+from hawqfx.export.opsets import Packing
 from hawqfx.pass_manager.base import Analysis, Observer, options_of
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
 from hawqfx.sensitivity.distributed import launched
-from hawqfx.session.plan import Plan
+from hawqfx.session.saved import read_plan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Mixed-precision integer compiler for PyTorch models."
@@ -36,6 +38,7 @@ def compile(
     data: Annotated[str, typer.Option(help="pkg.module:loader, a function that returns an iterable of batches")],
     out: Annotated[Path, typer.Option(help="the ONNX file to write")],
     plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
+    save: Annotated[Path | None, typer.Option(help="write plan, codes and ranges here, for bench and load()")] = None,
     packing: Annotated[str, typer.Option(help="portable (onnxruntime >= 1.20) or native (>= 1.24)")] = "portable",
     sensitivity: Annotated[str, typer.Option(help=f"one of {', '.join(pipeline.METRICS)}")] = DEFAULT_METRIC,
     probes: Annotated[int | None, typer.Option(min=2, help="the most probes per batch")] = None,
@@ -50,6 +53,7 @@ def compile(
     holdout: Annotated[str | None, typer.Option(help="pkg.module:loader of data to validate a drop on")] = None,
     target: Annotated[str, typer.Option(help="any, or x86-avx2 for x86 without VNNI")] = "any",
     threads: Annotated[int, typer.Option(min=1, help="of the runs that latency= is for")] = 1,
+    check: Annotated[bool, typer.Option(help="run the file first, and refuse it if it differs")] = True,
     seed: int = 0,
     dump: Annotated[Path | None, typer.Option(help="write the graph after every pass into this folder")] = None,
     print_after: Annotated[str | None, typer.Option(help="print the graph after this pass")] = None,
@@ -62,20 +66,25 @@ def compile(
     timing = TimePasses()
     observers: list[Observer] = [timing]
     if dump is not None:
-        observers.append(Dump(dump))
+        observers.append(Dump(_folder(dump)))
     if print_after is not None:
         names = [step.name for step in pipeline.every_pass()]
         if print_after not in names:
             raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(names)}")
         observers.append(PrintAfter(print_after))
+    if packing not in get_args(Packing):
+        raise HawqfxError(f"--packing {packing}: must be one of {', '.join(get_args(Packing))}")
+    for path in (out, plan, save):
+        if path is not None:
+            check_writable(path)
     chosen = _metric(sensitivity, probes)
     with launched(torch.device(device)) as rank:
         compiled = compile_model(
-            _load(model)(),
+            _made(model),
             budget,
-            _load(data)(),
+            _made(data),
             metric=None if metric is None else _load(metric),
-            holdout=None if holdout is None else _load(holdout)(),
+            holdout=None if holdout is None else _made(holdout),
             sensitivity=chosen,
             keep_float=keep_float or (),
             fix=_fixed(fix or ()),
@@ -92,9 +101,11 @@ def compile(
         )
     if rank != 0:  # the first process writes and speaks for all
         return
-    compiled.export(out, packing)  # type: ignore[arg-type]
+    compiled.export(out, packing, check=check)  # type: ignore[arg-type]
     if plan is not None:
         compiled.plan.write(plan)
+    if save is not None:
+        compiled.save(save)
     print(compiled.summary())
     if time_passes:
         Console().print(timing.table())
@@ -115,8 +126,8 @@ def pareto(
 ) -> None:
     """Print the whole curve of a budget against the predicted loss, from one measurement."""
     frontier = pareto_of(
-        _load(model)(),
-        _load(data)(),
+        _made(model),
+        _made(data),
         limit=limit,
         points=points,
         evaluate=evaluate,
@@ -131,11 +142,11 @@ def pareto(
 
 @app.command()
 def explain(
-    plan: Annotated[Path, typer.Argument(help="a plan, as `compile --plan` writes it")],
+    plan: Annotated[Path, typer.Argument(help="a plan, as `compile --plan` or `--save` writes it")],
     site: Annotated[str | None, typer.Argument(help="a site, or a pattern of sites; without one, the whole")] = None,
 ) -> None:
     """Say why a plan has the bits that it has."""
-    print(Plan.read(plan).explain(site))
+    print(read_plan(plan).explain(site))
 
 
 @app.command()
@@ -146,7 +157,7 @@ def bench(
     ] = None,
     model: Annotated[str | None, typer.Option(help="pkg.module:factory of the float model, to compare with")] = None,
     data: Annotated[str | None, typer.Option(help="pkg.module:loader; its first batch is run")] = None,
-    plan: Annotated[Path | None, typer.Option(help="the plan of the file, for torch")] = None,
+    plan: Annotated[Path | None, typer.Option(help="the plan of the file, as --save writes it, for torch")] = None,
     batch: Annotated[int, typer.Option(min=1, help="samples in a run")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="of onnxruntime or torch")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="runs that are timed")] = 100,
@@ -159,8 +170,8 @@ def bench(
     results = benchmark(
         file,
         backend or ["ort-cpu"],
-        None if model is None else _load(model)(),
-        None if data is None else _load(data)(),
+        None if model is None else _made(model),
+        None if data is None else _made(data),
         plan,
         batch=batch,
         threads=threads,
@@ -182,7 +193,7 @@ def demo(
     from hawqfx.demo import demo as run_demo
 
     console = Console()
-    run_demo(budget, out, console if console.is_terminal else Console(width=120))
+    run_demo(budget, _folder(out), console if console.is_terminal else Console(width=120))
 
 
 @app.command()
@@ -207,6 +218,15 @@ def _metric(name: str, probes: int | None) -> Analysis:
     return replace(metric, probes=probes)  # type: ignore[type-var]
 
 
+def _folder(path: Path) -> Path:
+    """The folder, which is made if it does not exist."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HawqfxError(f"the folder {path} cannot be made: {error}") from error
+    return path
+
+
 def _fixed(rules: Sequence[str]) -> dict[str, int]:
     """Pattern -> bits from PATTERN=BITS."""
     fixed = {}
@@ -226,8 +246,30 @@ def _load(spec: str) -> Any:
     sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise HawqfxError(f"{spec!r} cannot be loaded: {error}") from error
+
+
+def _made(spec: str) -> Any:
+    """What the function that `pkg.module:name` names returns."""
+    factory = _load(spec)
+    if not callable(factory):
+        raise HawqfxError(f"{spec!r} is {factory!r:.60}: name a function that returns the model or the data")
+    try:
+        made = factory()
+    except HawqfxError:
+        raise
+    except Exception as error:  # the user's function may raise anything
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise HawqfxError(
+            f"{spec!r} raised {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+        ) from error
+    if made is None:
+        raise HawqfxError(f"{spec!r} returned None: return the model or the data")
+    return made
+
+
+FAILED, INFEASIBLE, INTERRUPTED = 1, 3, 130  # exit codes; typer gives 2 where the command line is wrong
 
 
 def main() -> None:
@@ -237,4 +279,8 @@ def main() -> None:
     except HawqfxError as error:
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         print(f"hawqfx: {error}{notes}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(INFEASIBLE if isinstance(error, InfeasibleBudget) else FAILED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("hawqfx: interrupted; with --cache FOLDER the same command goes on where it was", file=sys.stderr)
+        raise

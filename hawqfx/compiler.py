@@ -10,12 +10,13 @@ from rich.console import Console
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
-from hawqfx.allocation.rules import Order
+from hawqfx.allocation.rules import Order, default_schemes
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import gather
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.trial import try_loss
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
 from hawqfx.maths.latency_model import LatencyModel
@@ -26,9 +27,9 @@ from hawqfx.pass_manager.observers import progress_bars
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
-from hawqfx.session.frontier import Frontier
-from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Score
+from hawqfx.session.frontier import Frontier, checked
+from hawqfx.session.plan import Plan, check_codes, check_sites
+from hawqfx.session.planner import Planner, Score
 from hawqfx.session.session import Compiled, Session
 
 
@@ -52,6 +53,7 @@ def compile(
     refine: int = 0,
     target: str = "any",
     plan: Plan | str | Path | None = None,
+    reround: bool = False,
     draw: Draw | None = None,
     samples: int | None = None,
     batch: int | None = None,
@@ -106,7 +108,11 @@ def compile(
             the default metric seldom gain by it, those of others do; see benchmarks/uniform.py.  Not for budgets on
             latency or drop, nor for a loss of one's own without draw=.
         target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
-        plan: a plan, or the path of one, to follow; then `budget` is not needed, and no sensitivity is measured.
+        plan: a plan to follow, or the path of one, of JSON or of Compiled.save(); `budget` is None then, and no
+            sensitivity is measured.  The weights, the data and rounding= must be those that it was made with, so that
+            the network is the same; hawqfx.load() needs no data.
+        reround: take the bits of the plan alone, for other weights or data: ranges are calibrated and codes rounded
+            anew.
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
             without targets, "gauss-newton" and "fisher", where the loss is one's own.  The known losses have such a
             distribution, by whose expectation networks are compared; see hawqfx.frontend.criteria.
@@ -124,13 +130,13 @@ def compile(
         HawqfxError: CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError,
             InfeasibleBudget, PlanError, CacheError or WorkerError; each message says what to do.
     """
-    with progress_bars(console or Console(stderr=True)) as progress:
+    with torch.enable_grad(), progress_bars(console or Console(stderr=True)) as progress:
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
             keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
-            plan=plan, draw=draw, samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
-            observers=observers, progress=progress,
+            plan=plan, reround=reround, draw=draw, samples=samples, batch=batch, cache=cache, device=device,
+            threads=threads, seed=seed, observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -142,10 +148,20 @@ def compile(
 
 def prepare(model: Model, options: Options) -> tuple[Program, Options]:
     """The captured network with its sites, and the quantizers, codes and costs of each; and the options with the loss
-    that the network's output asks for."""
+    that the network's output asks for.  The user's functions are tried on the first batch before that.
+
+    Raises:
+        HawqfxError: if the loss, the metric or a pattern of names cannot be used.
+    """
     captured = capture(model, options.context.batches[0])
     options = with_loss(options, captured)
-    return run(options.recipe.prepare, captured, options.context, options.observers), options
+    try_loss(captured, options.context, 0 if options.plan else pipeline.derivatives(options.recipe))
+    if options.scoring is not None:
+        planner = Planner(captured, options.context, scoring=options.scoring)
+        planner.score(captured, options.scoring.holdout[:1])  # refuses a metric that fails
+    found = run(options.recipe.rewrite, captured, options.context, options.observers)
+    options.allocation.rules.fixed(found)  # refuses patterns that match nothing
+    return run(options.recipe.price, found, options.context, options.observers), options
 
 
 def measure(prepared: Program, options: Options) -> Program:
@@ -159,10 +175,16 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target, options.refine, options.learning,
+        options.target, options.refine, options.learning, options.keep_float,
     )  # fmt: skip
-    if options.plan is not None:
-        return session.lowered(measured, options.plan.budget)
+    plan = options.plan
+    if plan is not None and options.reround:
+        check_sites(plan, measured)
+        return session.lowered(session.planner.given(plan.formats), plan.budget)
+    if plan is not None:
+        compiled = session.lowered(measured, plan.budget)
+        check_codes(plan, compiled.plan)
+        return compiled
     assert options.budget is not None
     return session.at(options.budget)
 
@@ -187,8 +209,15 @@ def pareto(
         budgets: see there.
         evaluate: see there.
         options: those of compile().
+
+    Raises:
+        HawqfxError: as compile() and Session.frontier do.
     """
-    first = Budget(**{limit: Limit(1.0, relative=True)})
+    parsed = checked(points, limit, budgets, evaluate)
+    if parsed is None:
+        first = Budget(**{limit: Limit(1.0, relative=True)})
+    else:  # that of the most schemes, since the first budget says which are calibrated
+        first = max(reversed(parsed), key=lambda each: len(default_schemes(each)))
     return compile(model, first, data, **options).session.frontier(points, limit, budgets, evaluate)
 
 

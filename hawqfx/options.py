@@ -1,5 +1,6 @@
 """compile()'s arguments, checked before anything is measured."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,18 +8,18 @@ from typing import Any, Literal
 
 import torch
 
-from hawqfx import pipeline
+from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.rules import Order, default_schemes, known_schemes
 from hawqfx.errors import DataError, HawqfxError
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
 from hawqfx.frontend.criteria import Draw, Loss
-from hawqfx.frontend.data import Batch, gather
+from hawqfx.frontend.data import Batch, check_alike, gather
 from hawqfx.frontend.default_loss import default_criterion
 from hawqfx.frontend.losses import criterion_of, cross_entropy
 from hawqfx.ir.program import Program
-from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
+from hawqfx.maths.formats import FLOAT_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.calibration import Calibration
@@ -27,6 +28,9 @@ from hawqfx.passes.rounding import Rounding
 from hawqfx.runtime.target import exact_widths
 from hawqfx.session.plan import FollowPlan, Plan
 from hawqfx.session.planner import Score, Scoring
+from hawqfx.session.saved import read_plan
+
+log = logging.getLogger(__name__)
 
 STRONGEST = 64  # pairs of weights whose interaction enters the integer program
 
@@ -48,6 +52,8 @@ class Options:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
+        keep_float: patterns of names of weights whose layers stay in float.
+        reround: whether the bits of the plan alone are taken.
     """
 
     budget: Budget | None
@@ -62,6 +68,8 @@ class Options:
     target: str
     refine: int
     learning: LearnedRounding | None
+    keep_float: tuple[str, ...]
+    reround: bool
 
 
 def validated(
@@ -84,6 +92,7 @@ def validated(
     refine: int,
     target: str,
     plan: Plan | str | Path | None,
+    reround: bool,
     draw: Draw | None,
     samples: int | None,
     batch: int | None,
@@ -102,30 +111,46 @@ def validated(
         PlanError: if the plan cannot be read.
         DataError: if the data are empty, not finite or of different shapes.
     """
-    limits = Budget.parse(budget) if isinstance(budget, str) else budget
-    given = Plan.read(plan) if plan is not None else None
-    _check_budget(limits, given, metric)
-    if batch is not None and batch < 1:
-        raise HawqfxError(f"batch={batch}: at least one sample is measured at a time")
-    if threads < 1:
-        raise HawqfxError(f"threads={threads}: onnxruntime needs at least one")
-    if refine < 0:
-        raise HawqfxError(f"refine={refine}: a plan is refined zero times or more")
-    if isinstance(keep_float, str):
-        raise HawqfxError(f"keep_float={keep_float!r}: give a list of patterns, such as [{keep_float!r}]")
+    arguments.model(model)
+    if torch.is_inference_mode_enabled():
+        raise HawqfxError("compile() takes gradients: call it outside of torch.inference_mode()")
+    limits = None if budget is None else Budget.of(budget)
+    given = None if plan is None else read_plan(plan)
+    _check_budget(limits, given, metric, holdout)
+    if reround and given is None:
+        raise HawqfxError("reround=True takes the bits of a plan: give plan= too")
+    if batch is not None:
+        arguments.whole("batch", batch, 1, "at least one sample is measured at a time")
+    if samples is not None:
+        arguments.whole("samples", samples, 1, "at least one sample is needed")
+    arguments.whole("threads", threads, 1, "onnxruntime needs at least one")
+    arguments.whole("refine", refine, 0, "a plan is refined zero times or more")
+    arguments.whole("seed", seed)
+    kept = arguments.patterns("keep_float", keep_float)
     for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):
         if function is not None and not callable(function):
             raise HawqfxError(f"{name}={function!r}: must be a function")
     drawn = loss == "auto" or criterion_of(loss, draw).knows_distribution
     predictor = pipeline.metric(sensitivity, drawn=drawn)
     offered = default_schemes(limits) if schemes is None else known_schemes(schemes)
-    weights, activations = exact_widths(target, _bits(weight_bits)), _bits(activation_bits)
+    weights = exact_widths(target, arguments.bits("weight_bits", weight_bits))
+    activations = arguments.bits("activation_bits", activation_bits)
+    rules = arguments.fixed(fix)
+    for pattern, width in rules:
+        if given is None and width != FLOAT_BITS and width not in {*weights, *activations}:
+            raise HawqfxError(f"fix {pattern!r}: {width} bits are in neither weight_bits= nor activation_bits=")
     place = usable_device(device)
     check_device(model, place)
     batches = tuple(part.to(place) for part in gather(data, samples))
     scoring = None
     if metric is not None:
         batches, held = _held_out(batches, holdout, place)
+        if holdout is None and (limits is None or limits.drop is None):
+            log.warning(
+                "metric= holds out %d samples, the last quarter of the data, for budgets on drop and for scores; "
+                "they neither calibrate nor are measured: give holdout=, or leave metric= out",
+                sum(part.size for part in held),
+            )
         scoring = Scoring(metric, held)
     learning = rounding if isinstance(rounding, LearnedRounding) else None
     if rounding == "learned":
@@ -135,8 +160,8 @@ def validated(
         budget=limits,
         plan=given,
         recipe=pipeline.recipe(
-            keep_float=tuple(keep_float),
-            quantizers=_quantizers(given, weights, activations, offered, target),
+            keep_float=kept,
+            quantizers=_quantizers(given, reround, weights, activations, offered, target),
             rounding=Rounding(_first_rounding(rounding)),
             metric=predictor,
             interactions=interactions,
@@ -159,7 +184,7 @@ def validated(
             weight_bits=weights if FLOAT_BITS in weights else None,
             activation_bits=activations if FLOAT_BITS in activations else None,
             schemes=None if schemes is None else offered,
-            fix=tuple((fix or {}).items()),
+            fix=rules,
             rule=rule,
             interactions=STRONGEST if interactions else 0,
         ),
@@ -168,6 +193,8 @@ def validated(
         target=target,
         refine=refine,
         learning=learning,
+        keep_float=kept,
+        reround=reround,
     )
 
 
@@ -222,15 +249,25 @@ def check_device(model: Model, device: torch.device) -> None:
         raise HawqfxError(f"the model is on {stray} and device={str(device)!r}: move it with model.to({str(device)!r})")
 
 
-def _check_budget(limits: Budget | None, plan: Plan | None, metric: Score | None) -> None:
+def _check_budget(
+    limits: Budget | None, plan: Plan | None, metric: Score | None, holdout: Iterable[Any] | None
+) -> None:
     if limits is None and plan is None:
         raise HawqfxError("give a budget, such as 'size=12.5%', or a plan")
+    if limits is not None and plan is not None:
+        raise HawqfxError(
+            f"budget={str(limits)!r} beside plan=: a plan has its budget already; give None for the budget to follow "
+            "the plan, or no plan"
+        )
     if limits is not None and limits.drop is not None and metric is None:
         raise HawqfxError("a budget on drop needs metric=, a function of (output, target), higher being better")
+    if holdout is not None and metric is None:
+        raise HawqfxError("holdout= is data that metric= is validated on: give metric= too, or leave it out")
 
 
 def _quantizers(
     plan: Plan | None,
+    reround: bool,
     weights: tuple[int, ...],
     activations: tuple[int, ...],
     schemes: tuple[Scheme, ...],
@@ -243,7 +280,7 @@ def _quantizers(
     for key, quantizer in plan.quantizers.items():
         if quantizer is not None and quantizer.per_channel:  # a weight
             exact_widths(target, [plan.bits[key]])
-    return FollowPlan(plan)
+    return plan.calibration() if reround else FollowPlan(plan)
 
 
 def _held_out(
@@ -251,7 +288,9 @@ def _held_out(
 ) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
     """The data for calibration, and the data for validation."""
     if holdout is not None:
-        return batches, tuple(batch.to(device) for batch in gather(holdout))
+        held_out = gather(holdout, name="holdout")
+        check_alike(held_out[0], batches[0], "holdout")
+        return batches, tuple(batch.to(device) for batch in held_out)
     total = sum(batch.size for batch in batches)
     kept, held, seen = [], [], 0
     for batch in batches:
@@ -264,10 +303,3 @@ def _held_out(
     if not held:
         raise DataError("the data is too little to hold some out for the metric: give holdout=")
     return tuple(kept), tuple(held)
-
-
-def _bits(wanted: Sequence[int]) -> tuple[int, ...]:
-    bits = tuple(sorted(set(wanted)))
-    if not bits or not all(b in STATIC_BITS or b == FLOAT_BITS for b in bits) or bits == (FLOAT_BITS,):
-        raise HawqfxError(f"bit widths must be from 2 to 8, with 32 for float beside them, not {tuple(wanted)}")
-    return bits

@@ -42,6 +42,7 @@ from hawqfx.passes.mse import Mse
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.taylor import Taylor
+from hawqfx.sensitivity.metrics import SensitivityMetric
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Recipe:
     decide: Sequence[Pass]
     lower: Sequence[Pass]
     legalize: Sequence[Pass]
+
+    @property
+    def costs(self) -> list[Pass]:
+        """The passes among those of `price` that need neither data nor codes."""
+        return [step for step in self.price if isinstance(step, Cost)]
 
     @property
     def prepare(self) -> list[Pass]:
@@ -162,11 +168,17 @@ def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
     """
     if name is None:
         name = DEFAULT_METRIC if drawn else GENERAL_METRIC
-    if not isinstance(name, str):
+    if isinstance(name, Analysis):
         return name
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise HawqfxError(f"sensitivity={name!r}: must be one of {', '.join(METRICS)}, or such a pass")
     return METRICS[name]()
+
+
+def derivatives(recipe: Recipe) -> int:
+    """How often the passes that measure differentiate the loss: 0, 1 or 2 times."""
+    metrics = [step for step in recipe.measure if isinstance(step, SensitivityMetric)]
+    return max((2 if step.second_order else int(not step.exact) for step in metrics), default=0)
 
 
 def every_pass() -> list[Pass]:

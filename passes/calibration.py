@@ -6,6 +6,7 @@ may have other schemes than the static one (hawqfx.maths.formats): weights with 
 range is taken in each run.
 """
 
+import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,10 +23,47 @@ from hawqfx.maths import affine
 from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Format, Scheme
 from hawqfx.pass_manager.base import Analysis, Kind, option
 
+log = logging.getLogger(__name__)
 
-def _weight_quantizer(weight: Tensor, bits: int) -> QuantParams:
+BIAS_CODES = 2.0**30  # half of what int32 holds, since scales and biases may still be learned
+
+
+def _weight_quantizer(weight: Tensor, bits: int, least: Tensor) -> QuantParams:
+    """The quantizer of a weight (C, ...) whose scales are at least `least` (C,)."""
     low, high = affine.signed_range(bits)
-    return QuantParams(bits, tuple(affine.symmetric_scales(weight, bits).tolist()), 0, low, high, per_channel=True)
+    scales = torch.maximum(affine.symmetric_scales(weight, bits), least)
+    return QuantParams(bits, tuple(scales.tolist()), 0, low, high, per_channel=True)
+
+
+def _least_scales(program: Program, activations: Mapping[str, Quantizers]) -> dict[str, Tensor]:
+    """The least scales of every weight (C,) with which the biases of its layers fit into int32.
+
+    A bias b has the scale s_x s_w of the sums that it is added to, so that |b| <= BIAS_CODES s_x s_w.  Where b is so
+    large, the products lose nothing by wider steps of the weight: rounding a weight changes each product by half of
+    255 s_x s_w at most, which is 2^-23 of such a bias, as much as float32 loses.  Wider steps of the input would do as
+    well for this channel, and cost the others their precision.
+    """
+    least = {site.key: torch.zeros(site.shape[0]) for site in program.weights}
+    for layer in program.layers:
+        static = [q.scale[0] for width, q in activations[layer.input].by_format.items() if width.is_static]
+        if not static:
+            continue
+        bias = torch.zeros(1) if layer.bias is None else program.tensor(layer.bias).detach().abs()
+        needed = (bias.double() / BIAS_CODES).clamp_min(torch.finfo(torch.float32).tiny) / min(static)
+        least[layer.weight] = torch.maximum(least[layer.weight], needed.to(least[layer.weight]))
+    return least
+
+
+def _warn_of_biases(key: str, by_format: Mapping[Format, QuantParams], least: Tensor) -> None:
+    """Say of how many channels a bias widens the steps."""
+    narrowest = torch.tensor(by_format[max(by_format)].scale) if by_format else torch.ones(0)
+    widened = int((narrowest == least.cpu()).sum()) if len(narrowest) else 0
+    if widened:
+        log.warning(
+            "%r: the biases of %d of %d channels are so far above the products that int32 cannot hold them in the "
+            "products' steps: the steps of those channels' weights are wider",
+            key, widened, len(least),
+        )  # fmt: skip
 
 
 def _blockwise_quantizer(weight: Tensor) -> QuantParams:
@@ -71,15 +109,18 @@ class Calibration(Analysis):
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, Quantizers]:
-        return self._of_weights(program) | self._of_activations(program)
+        activations = self._of_activations(program)
+        return self._of_weights(program, _least_scales(program, activations)) | activations
 
-    def _of_weights(self, program: Program) -> dict[str, Quantizers]:
+    def _of_weights(self, program: Program, least: Mapping[str, Tensor]) -> dict[str, Quantizers]:
         linear = {layer.node for layer in program.layers if layer.operator == "linear"}
         blockwise = _read_by(program, linear) if "weight-only" in self.schemes else []
         facts = {}
         for site in program.weights:
             weight = program.tensor(site.key)
-            by_format = {Format(bits): _weight_quantizer(weight, bits) for bits in self.weight_bits}
+            needed = least[site.key].to(weight.device)
+            by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
+            _warn_of_biases(site.key, by_format, needed)
             if site.key in blockwise:
                 by_format[BLOCKWISE] = _blockwise_quantizer(weight)
             facts[site.key] = Quantizers(by_format)

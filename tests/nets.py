@@ -211,6 +211,47 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class UnreadAttention(nn.Module):
+    """Attention whose result nobody reads; it has a place for dropout, which is a random draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mods = nn.Linear(8, 8), nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x.flatten(1).reshape(-1, 8, 8)))
+        self.mods[0](x, x, x, need_weights=False)
+        return self.head(x.mean(1))
+
+
+class TinyRange(nn.Module):
+    """A linear layer behind a tensor of tiny range, the mean of layer-normed values: its bias is all of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(64, 8), nn.LayerNorm(8, elementwise_affine=False)
+        self.head = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x.flatten(1))).mean(1, keepdim=True))
+
+
+class LargeBias(nn.Module):
+    """Linear layers and convolutions whose biases are a million times their products, in some channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 6), nn.Linear(6, 3)
+        for layer in (self.conv, self.inner, self.head):
+            assert layer.bias is not None
+            layer.bias.data[0] *= 1e6
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        return self.head(torch.tanh(self.inner(torch.tanh(x))))
+
+
 class Recurrent(nn.Module):
     """An LSTM, for which onnxruntime has no integer kernel."""
 

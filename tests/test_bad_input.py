@@ -248,3 +248,167 @@ def test_targets_are_given_for_all_batches_or_for_none() -> None:
             quick(Plain, data=data)
     with pytest.raises(DataError, match=r"targets in the shape of the output, \(N, 3\), not \(N\)"):
         quick(Plain, data=[(x, torch.zeros(4, 3)), (x, torch.zeros(4))])
+
+
+def forbidden(*_: object) -> None:
+    raise AssertionError("calibrated before the arguments were checked")
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """A squared error whose backward pass has no derivative, as that of many kernels of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * 2 * x / x.numel()
+
+
+def squared(output: Tensor) -> Tensor:
+    return OnceDifferentiable.apply(output)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.15}, r"budget=0\.15: give text, such as 'size=12\.5%'"),
+        ({"budget": ["size=3%"]}, r"budget=\['size=3%'\]: give text"),
+        ({"model": Plain}, r"the model is type .*: call it, and give what it returns"),
+        ({"model": None}, "the model is NoneType None; an nn.Module in eval mode"),
+        (
+            {"budget": "drop=1%", "metric": lambda output: 1.0},
+            r"metric= raised TypeError: .* with an output of float32",
+        ),
+        ({"budget": "drop=1%", "metric": lambda output, target: output.nope}, "metric= raised AttributeError"),
+        ({"budget": "drop=1%", "metric": lambda output, target: output.argmax(1) == target}, "metric= raised"),
+        ({"budget": "drop=1%", "metric": lambda output, target: float("nan")}, "the metric is nan"),
+        ({"holdout": images()}, "holdout= is data that metric= is validated on"),
+        (
+            {"metric": lambda output, target: 1.0, "holdout": [(torch.zeros(4, 1, 9, 9), torch.zeros(4).long())]},
+            r"holdout has inputs of type and shape \[\('torch.float32', \(1, 9, 9\)\)\] per sample",
+        ),
+        ({"metric": lambda output, target: 1.0, "holdout": []}, "holdout is empty"),
+        ({"loss": lambda output: output.mean()}, r"loss= raised TypeError: .* a target of int64 \(N\)"),
+        ({"loss": lambda output, target: output.detach().square().mean()}, "does not depend on the model's output"),
+        (
+            {"loss": lambda output, target: squared(output)},
+            r"the loss has no second derivatives.*once_differentiable.*sensitivity=\"measured\"",
+        ),
+        ({"fix": {"foo*": 8}}, r"fix 'foo\*': no site has such a name"),
+        ({"fix": {"head*": 9}}, r"fix 'head\*': bits are from 2 to 8, or 32 for float, not 9"),
+        ({"fix": {"head*": "8"}}, "not '8'"),
+        ({"fix": ["head*"]}, "fix=.*: give a dict from patterns of names to bits"),
+        ({"fix": {"head*": 8}, "weight_bits": (2, 4), "activation_bits": (4,)}, "8 bits are in neither weight_bits="),
+        ({"weight_bits": 8}, r"weight_bits=8: give several bit widths, such as \(4, 8\)"),
+        ({"activation_bits": (4.5,)}, "from 2 to 8"),
+        ({"threads": "2"}, "threads='2': give a whole number"),
+        ({"batch": 1.5}, r"batch=1\.5: give a whole number"),
+        ({"samples": 0}, "samples=0: at least one sample"),
+        ({"seed": "a"}, "seed='a': give a whole number"),
+        ({"keep_float": [3]}, r"keep_float=\[3\]: give a list of patterns of names"),
+        ({"sensitivity": HawqV2}, "sensitivity=<class .*: must be one of gauss-newton"),
+        ({"rule": "foo"}, "rule='foo': must be"),
+    ],
+)
+def test_slips_are_said_before_anything_is_calibrated(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hawqfx.passes.histograms.Histograms.learn", forbidden)
+    model, budget = options.pop("model", build(Plain)), options.pop("budget", "weight_bits=5")
+    with pytest.raises(HawqfxError, match=message):
+        hawqfx.compile(model, budget, images(), **options)
+
+
+def test_a_loss_of_first_derivatives_is_enough_where_no_more_are_taken() -> None:
+    compiled = hawqfx.compile(
+        build(Mlp), "weight_bits=5", images(), loss=lambda output, target: squared(output), sensitivity="measured"
+    )
+    assert compiled.predicted_loss >= 0
+
+
+def test_a_budget_beside_a_plan_is_refused() -> None:
+    plan = quick(Plain, "weight_bits=4").plan
+    with pytest.raises(HawqfxError, match="budget='weight_bits=8' beside plan=: a plan has its budget already"):
+        hawqfx.compile(build(Plain), "weight_bits=8", images(), plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": "foo"}, "limit='foo': a frontier goes along size, weight_bits, bops or activation_memory"),
+        ({"limit": "drop"}, "limit='drop': a frontier goes along"),
+        ({"points": 1}, "points=1: a frontier has at least two"),
+        ({"evaluate": -1}, "evaluate=-1"),
+        ({"budgets": []}, "budgets is empty"),
+        ({"budgets": "size=30%"}, "budgets='size=30%': give a list of budgets"),
+        ({"budgets": ["drop=1%"], "metric": lambda output, target: 1.0}, "a budget on drop is searched for"),
+        ({"budgets": ["size=x"]}, "size='x'"),
+    ],
+)
+def test_a_frontier_that_cannot_be(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hawqfx.passes.histograms.Histograms.learn", forbidden)
+    with pytest.raises(HawqfxError, match=message):
+        hawqfx.pareto(build(Plain), images(), **options)
+
+
+def test_a_network_that_follows_a_plan_has_no_other_budgets() -> None:
+    followed = hawqfx.compile(build(Plain), None, images(), plan=quick(Plain).plan)
+    for ask in (
+        lambda: followed.at("weight_bits=5"),
+        lambda: followed.at("size=50%"),
+        lambda: followed.uniform(8),
+        lambda: followed.session.frontier(4, "weight_bits"),
+    ):
+        with pytest.raises(HawqfxError, match=r"follows a plan, and no other formats were calibrated or measured"):
+            ask()
+
+
+def test_rules_of_another_budget_are_checked() -> None:
+    compiled = quick(Plain)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"foo": 8}, "foo: the rules are weight_bits"),
+        ({"weight_bits": (9,)}, "from 2 to 8"),
+        ({"fix": {"foo": 8}}, "no site has such a name"),
+        ({"rule": "foo"}, "rule='foo'"),
+    ]
+    for rules, message in wrong:
+        with pytest.raises(HawqfxError, match=message):
+            compiled.at("weight_bits=5", **rules)
+    with pytest.raises(BudgetError, match=r"budget=0\.15"):
+        compiled.at(0.15)  # type: ignore[arg-type]
+
+
+def test_samples_that_a_metric_holds_out_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    compiled = quick(Plain, "weight_bits=5", metric=lambda output, target: 1.0)
+    assert "metric= holds out 8 samples, the last quarter of the data" in caplog.text
+    assert "calibrated on 24 samples; 8 more held out for the metric" in compiled.summary()
+
+
+def test_the_summary_says_what_was_compared() -> None:
+    """A loss that fails on a single sample is compared batch by batch; float that was asked for is no choice."""
+
+    def several(output: Tensor, target: Tensor) -> Tensor:
+        if len(output) < 2:
+            raise ValueError("one sample")
+        return output.square().mean()
+
+    compiled = quick(Plain, "weight_bits=5, bops=4%", loss=several)
+    assert compiled.rival is not None
+    assert compiled.rival.unit == "batch"
+    assert "paired by batch, since the loss is no mean over samples or fails on single ones" in " ".join(
+        compiled.summary().split()
+    )
+    floating = quick(Plain, weight_bits=(4, 8, 32), activation_bits=(8, 32)).uniform(32)
+    assert "in float: head.weight: given, not chosen" in floating.summary()
+
+
+def test_compile_works_where_gradients_are_off() -> None:
+    with torch.no_grad():
+        assert quick(Plain).plan == quick(Plain).plan
+    with torch.inference_mode(), pytest.raises(HawqfxError, match=r"outside of torch\.inference_mode"):
+        quick(Plain)

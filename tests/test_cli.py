@@ -137,3 +137,65 @@ def test_passes_lists_the_recipe_in_order() -> None:
     steps = every_pass()
     undocumented = [(step.name, entry.name) for step in steps for entry in options_of(step) if not entry.metadata]
     assert undocumented == []
+
+
+def none() -> None: ...
+
+
+def boom() -> None:
+    raise ValueError("the checkpoint is gone")
+
+
+NUMBER = 3
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("compile HERE:NUMBER --budget size=12% --data HERE:loader --out m.onnx", "is 3: name a function that returns"),
+        ("compile HERE:none --budget size=12% --data HERE:loader --out m.onnx", "returned None"),
+        ("compile HERE:boom --budget size=12% --data HERE:loader --out m.onnx", "ValueError: the checkpoint is gone"),
+        ("compile HERE:boom --budget size=12% --data HERE:loader --out no/m.onnx", "the folder no does not exist"),
+        ("compile HERE:boom --budget size=12% --data HERE:loader --out m.onnx --plan no/p", "the folder no does not"),
+        ("compile HERE:boom --budget size=12% --data HERE:loader --out m.onnx --packing foo", "portable, native"),
+        (
+            "compile HERE:boom --budget size=12% --data HERE:loader --out m --dump /dev/null/x",
+            "folder /dev/null/x cannot",
+        ),
+        ("pareto HERE:model --data HERE:loader --limit foo", "limit='foo': a frontier goes along"),
+        ("bench nope.onnx", "nope.onnx cannot be loaded by onnxruntime"),
+        ("explain nope.json", "cannot be read"),
+    ],
+)
+def test_slips_on_the_command_line_are_one_line(
+    command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["hawqfx", *command.replace("HERE", "tests.test_cli").split()])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_exit_codes_tell_a_budget_that_cannot_be_met_and_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(tmp_path)
+    words[words.index("weight_bits=6")] = "weight_bits=1"
+    monkeypatch.setattr("sys.argv", ["hawqfx", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 3
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compile_model", lambda *_, **__: interrupted())
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    assert "interrupted; with --cache FOLDER the same command goes on where it was" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -66,6 +66,19 @@ class Budget:
     drop: Limit | None = None
 
     @staticmethod
+    def of(given: "Budget | str") -> "Budget":
+        """A budget, or the one of a text.
+
+        Raises:
+            BudgetError: if it is neither, or the text does not parse.
+        """
+        if isinstance(given, Budget):
+            return given
+        if isinstance(given, str):
+            return Budget.parse(given)
+        raise BudgetError(f"budget={given!r}: give text, such as 'size=12.5%' or 'size=1.2MB, bops=3%', or a Budget")
+
+    @staticmethod
     def parse(text: str) -> "Budget":
         """Read a budget from text.
 

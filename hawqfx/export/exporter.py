@@ -12,7 +12,7 @@ uint8 with a Clip on the integers (uint4 stays in float).
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from hawqfx.atomic_write import check_writable
@@ -42,6 +42,7 @@ def export(
     metadata: Mapping[str, str] = {},
     observers: Sequence[Observer] = (),
     most: float = math.inf,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Write a program, lowered or not, as an ONNX file; whole or not at all.
 
@@ -53,6 +54,7 @@ def export(
         metadata: texts that the file carries, by name.
         observers: told of the legalization passes.
         most: the most bytes that the file may have.
+        check: looks at the file before it takes its place, and raises ExportError if it is not right.
 
     Returns:
         The bytes of the file, and of the one with its tensors where there are two.
@@ -71,7 +73,7 @@ def export(
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None
     model.metadata_props.update(metadata)
-    return write(model, Path(path), most)
+    return write(model, Path(path), most, check)
 
 
 def metadata(plan: str, schemes: Collection[str], target: str, packing: Packing) -> dict[str, str]:

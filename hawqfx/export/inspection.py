@@ -1,6 +1,7 @@
 """Looks into exported files."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,22 @@ def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
         The file's content, and the keys of the activations' sites in the order of the outputs; a key comes as often as
         tensors share the quantizer of its site.
     """
+    return _exposed(path, lambda node: (node.output[0], onnx.TensorProto.FLOAT))
+
+
+def expose_codes(path: str | Path) -> tuple[bytes, list[str]]:
+    """A file with the codes of its quantized activations as further outputs, which leaves onnxruntime's fusions as they
+    are; the result is as that of `expose_sites`."""
+    return _exposed(path, lambda node: (node.input[0], onnx.TensorProto.UINT8))
+
+
+def _exposed(path: str | Path, value: Callable[[onnx.NodeProto], tuple[str, int]]) -> tuple[bytes, list[str]]:
     model = onnx.load(path)
-    keys = []
+    keys, seen = [], {output.name for output in model.graph.output}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.name:
+        if node.op_type == "DequantizeLinear" and node.name and value(node)[0] not in seen:
+            name, kind = value(node)
+            seen.add(name)
             keys.append(site_of(node.name))
-            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return model.SerializeToString(), keys

@@ -2,19 +2,22 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from hawqfx.atomic_write import whole_file
-from hawqfx.errors import ExportError
+from hawqfx.errors import ExportError, HawqfxError
 
 LARGEST_FILE = (1 << 31) - (1 << 26)  # bytes of tensors; protobuf takes files below 2 GiB
 
 
-def write(model: ir.Model, path: Path, most: float = math.inf) -> int:
+Check = Callable[[Path], None]
+
+
+def write(model: ir.Model, path: Path, most: float = math.inf, check: Check | None = None) -> int:
     """Write a model in one file, or with the tensors in a second file beside it where protobuf's limit of 2 GiB is
     near.
 
@@ -22,6 +25,7 @@ def write(model: ir.Model, path: Path, most: float = math.inf) -> int:
         model: the model.
         path: of the file.
         most: the most bytes that both may have.
+        check: looks at the file before it takes its place, and raises ExportError if it is not right.
 
     Returns:
         The bytes of both.
@@ -31,24 +35,24 @@ def write(model: ir.Model, path: Path, most: float = math.inf) -> int:
     """
     tensors = (value.const_value for value in model.graph.initializers.values())
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) > LARGEST_FILE:
-        return _write_in_two(model, path, most)
+        return _write_in_two(model, path, most, check)
     with whole_file(path) as temporary:
         ir.save(model, temporary)
-        return _checked([temporary], path, most)
+        return _checked([temporary], path, most, check)
 
 
-def _write_in_two(model: ir.Model, path: Path, most: float) -> int:
+def _write_in_two(model: ir.Model, path: Path, most: float, check: Check | None) -> int:
     name = f"{path.name}.data"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         whole = Path(folder) / path.name
         ir.save(model, whole, external_data=name, size_threshold_bytes=128)
-        size = _checked([whole, Path(folder) / name], path, most)
+        size = _checked([whole, Path(folder) / name], path, most, check)
         (Path(folder) / name).replace(path.with_name(name))
         whole.replace(path)
     return size
 
 
-def _checked(written: Sequence[Path], path: Path, most: float) -> int:
+def _checked(written: Sequence[Path], path: Path, most: float, check: Check | None) -> int:
     """The bytes of files, the first of which has the graph.
 
     Raises:
@@ -64,4 +68,9 @@ def _checked(written: Sequence[Path], path: Path, most: float) -> int:
         onnx.checker.check_model(str(written[0]))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{path} was not written: {error}") from error
+    if check is not None:
+        try:
+            check(written[0])
+        except HawqfxError as error:
+            raise ExportError(f"{path} was not written: {error}") from error
     return size

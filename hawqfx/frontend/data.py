@@ -83,7 +83,7 @@ def sample_axis(tensor: Tensor, samples: int) -> int | None:
     return next((axis for axis, size in enumerate(tensor.shape) if size % samples == 0), None)
 
 
-def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]:
+def gather(data: Iterable[Any], samples: int | None = None, name: str = "data") -> tuple[Batch, ...]:
     """The batches in `data`, checked.
 
     Args:
@@ -92,6 +92,7 @@ def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]
             of tensors or a dict.
         samples: the number of samples to take from the start; None takes all.  If there are fewer, all are taken, with
             a warning.
+        name: of the argument, for messages.
 
     Returns:
         At least one batch.  The shapes of all batches agree but for dimension 0, and all floats are finite.
@@ -106,7 +107,7 @@ def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]
     try:
         items = iter(data)
     except TypeError as error:
-        raise DataError(f"data must be an iterable of batches, not {type(data).__name__}") from error
+        raise DataError(f"{name} must be an iterable of batches, not {type(data).__name__}") from error
     batches: list[Batch] = []
     left = samples
     for index, item in enumerate(items):
@@ -117,11 +118,21 @@ def gather(data: Iterable[Any], samples: int | None = None) -> tuple[Batch, ...]
         if left == 0:
             break
     if not batches:
-        raise DataError("data is empty: give at least one batch of calibration inputs")
+        raise DataError(f"{name} is empty: give at least one batch of inputs")
     if left:
         assert samples is not None
         log.warning("samples=%d were asked for, and the data has %d: all of them are used", samples, samples - left)
     return tuple(batches)
+
+
+def check_alike(batch: Batch, first: Batch, name: str) -> None:
+    """Raise DataError if the data `name` have inputs of other kinds or shapes than those of calibration."""
+    shapes, expected = ([(str(x.dtype), tuple(x.shape[1:])) for x in each.tensors] for each in (batch, first))
+    if shapes != expected or batch.kwargs.keys() != first.kwargs.keys():
+        raise DataError(
+            f"{name} has inputs of type and shape {shapes} per sample, data of {expected}: both must be inputs of the "
+            "model"
+        )
 
 
 def _batch(item: Any, index: int) -> Batch:

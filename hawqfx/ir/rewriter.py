@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.node import Target
 
 from hawqfx.ir.graph import copy_graph, set_tensor, tensor_of
@@ -103,6 +105,13 @@ class GraphRewriter:
 
     def done(self) -> Program:
         """The program with the copy, without nodes and tensors that nothing reads any more."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(_has_effect)
         self.module.recompile()
         return replace(self.program, graph=fx.GraphModule(self.module, self.graph))
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node does something besides its result.  A random draw does not, such as the dropout that attention has
+    a place for: torch counts it as an effect, and would keep attention whose result nobody reads."""
+    drawn = isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return node.is_impure() and not (drawn and not node.target._schema.is_mutable)  # type: ignore[union-attr]

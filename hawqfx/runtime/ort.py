@@ -10,6 +10,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from hawqfx.errors import BackendError
+
 CPU = "CPUExecutionProvider"
 Arrays = Sequence[NDArray[np.generic]]
 
@@ -21,6 +23,7 @@ def session(
     optimize: bool = True,
     save: Path | None = None,
     provider: str = CPU,
+    exact: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session of onnxruntime.
 
@@ -30,17 +33,31 @@ def session(
         optimize: whether onnxruntime may fuse and replace operators.
         save: a file to write the graph to, as onnxruntime optimized it for this machine.
         provider: runs the operators that it supports; the processor runs the others.
+        exact: whether x86 processors without VNNI run integer kernels that are slower, and do not saturate sums.  That
+            takes optimizations: with optimize=False, all stay but the choice of integer kernels for QuantizeLinear and
+            DequantizeLinear.
+
+    Raises:
+        BackendError: if onnxruntime does not load the model.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize or exact else level.ORT_DISABLE_ALL
+    disabled = None if optimize or not exact else ["QDQSelectorActionTransformer"]
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if save is not None:
         options.optimized_model_filepath = str(save)
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=list(dict.fromkeys((provider, CPU)))
-    )
+    content = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(
+            content, options, providers=list(dict.fromkeys((provider, CPU))), disabled_optimizers=disabled
+        )
+    except Exception as error:  # onnxruntime has a class of its own for each failure
+        name = "the model" if isinstance(model, bytes) else str(model)
+        raise BackendError(f"{name} cannot be loaded by onnxruntime {version()}: {error}") from error
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:
@@ -154,6 +171,11 @@ def providers() -> list[str]:
 def inputs(path: str | Path) -> list[tuple[str, list[int | str], str]]:
     """Name, shape and type of each input of a file."""
     return [(value.name, value.shape, value.type) for value in session(path).get_inputs()]
+
+
+def texts(path: str | Path) -> dict[str, str]:
+    """The texts that a file carries, by name."""
+    return dict(session(path).get_modelmeta().custom_metadata_map)
 
 
 def version() -> str:

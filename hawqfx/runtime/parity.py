@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hawqfx.export.inspection import expose_sites, operators
+from hawqfx.errors import ExportError
+from hawqfx.export.inspection import expose_codes, expose_sites, operators
 from hawqfx.frontend.data import Batch
-from hawqfx.ir.custom_ops import FAKE_QUANTIZE
+from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import SCALE, Program
 from hawqfx.runtime import ort
@@ -44,6 +45,50 @@ class Parity:
     agreement: float
 
 
+@dataclass(frozen=True)
+class SiteCodes:
+    """The codes of one tensor of a site, in two computations.
+
+    Args:
+        key: of the site.
+        codes: their number.
+        flips: codes that differ.
+        largest: by how many steps, at most.
+    """
+
+    key: str
+    codes: int
+    flips: int
+    largest: int
+
+    @staticmethod
+    def of(key: str, one: Tensor, other: Tensor, scale: float = 1.0) -> "SiteCodes":
+        """The comparison of two tensors whose steps are `scale`."""
+        steps = ((one.double() - other.double()) / scale).abs().round()
+        return SiteCodes(key, steps.numel(), int((steps > 0).sum()), int(steps.max()) if steps.numel() else 0)
+
+
+@torch.no_grad()
+def sites(program: Program, path: str | Path, batch: Batch) -> list[SiteCodes]:
+    """The codes of each quantized activation, in the order of the graph: by the graph, from the values that the file
+    has at the sites before, and by the file, with onnxruntime's optimizations off."""
+    inputs = [tensor.cpu().numpy() for tensor in batch.tensors]
+    scales, _, exposed = _run_exposed(program, path, inputs)
+    return _followed(program, batch, scales, exposed)[0]
+
+
+def optimized_sites(program: Program, path: str | Path, inputs: ort.Arrays) -> list[SiteCodes]:
+    """The codes of each quantized activation of a file, in its order: by onnxruntime's exact integer kernels, and with
+    its optimizations off."""
+    content, keys = expose_codes(path)
+    sessions = ort.session(content, optimize=False, exact=_is_dynamic(program)), ort.session(content, exact=True)
+    plain, optimized = (ort.run(session, inputs)[-len(keys) or None :] for session in sessions)
+    return [
+        SiteCodes.of(key, torch.from_numpy(one), torch.from_numpy(other))
+        for key, one, other in zip(keys, plain, optimized, strict=bool(keys))
+    ]
+
+
 @torch.no_grad()
 def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
     """Compare the first output and all quantized activations of a lowered program and of its file, on one batch.
@@ -53,26 +98,33 @@ def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
         path: the file that was exported from it.
         batch: the inputs.
     """
-    inputs = [tensor.numpy() for tensor in batch.tensors]
+    inputs = [tensor.cpu().numpy() for tensor in batch.tensors]
     scales, reference, exposed = _run_exposed(program, path, inputs)
-    codes, flips = 0, 0
-
-    def follow(name: str, value: Tensor) -> Tensor:
-        nonlocal codes, flips
-        codes += value.numel()
-        flips += int(((value - exposed[name]).abs() > scales[name] / 2).sum())
-        return exposed[name]
-
-    followed = _first(program.run(batch.args, batch.kwargs, follow, at=scales))
+    found, followed = _followed(program, batch, scales, exposed)
     free = _first(program.run(batch.args, batch.kwargs))
     optimized = torch.from_numpy(ort.run(ort.session(path), inputs)[0])
     return Parity(
-        codes=codes,
-        flips=flips,
+        codes=sum(site.codes for site in found),
+        flips=sum(site.flips for site in found),
         worst=float((followed - reference).abs().max() / reference.abs().max()),
         mean_difference=float((optimized - free).abs().mean()),
         agreement=float((optimized.argmax(1) == free.argmax(1)).float().mean()),
     )
+
+
+def _followed(
+    program: Program, batch: Batch, scales: Mapping[str, float], exposed: Mapping[str, Tensor]
+) -> tuple[list[SiteCodes], Tensor]:
+    """The codes of each fake-quantize node, computed from the file's values at the nodes before, and the first output
+    from the file's values; the arguments are what `_run_exposed` gives."""
+    found: list[SiteCodes] = []
+    keys = {name: key for name, (key, _) in _quantizers(program).items()}
+
+    def follow(name: str, value: Tensor) -> Tensor:
+        found.append(SiteCodes.of(keys[name], value.cpu(), exposed[name], scales[name]))
+        return exposed[name].to(value.device)
+
+    return found, _first(program.run(batch.args, batch.kwargs, follow, at=scales))
 
 
 def kernels(path: str | Path) -> dict[str, int]:
@@ -93,13 +145,20 @@ def _run_exposed(
         of each of these nodes -> the tensor that the file has there.
     """
     content, keys = expose_sites(path)
-    values = [torch.from_numpy(value) for value in ort.run(ort.session(content, optimize=False), inputs)]
+    plain = ort.session(content, optimize=False, exact=_is_dynamic(program))
+    values = [torch.from_numpy(value) for value in ort.run(plain, inputs)]
     quantizers = _quantizers(program)
     for name in _quantizers_in_parts(program, quantizers, keys):
         del quantizers[name]
-    assert [key for key, _ in quantizers.values()] == keys, "the file quantizes other tensors than the graph"
+    if [key for key, _ in quantizers.values()] != keys:
+        raise ExportError("the file quantizes other tensors than the graph")
     scales = {name: scale for name, (_, scale) in quantizers.items()}
     return scales, values[0], dict(zip(quantizers, values[len(values) - len(keys) :], strict=True))
+
+
+def _is_dynamic(program: Program) -> bool:
+    """Whether integer kernels run whatever the optimizations: those of layers that quantize their input in each run."""
+    return any(node.target is FAKE_QUANTIZE_DYNAMIC for node in program.graph.graph.nodes)
 
 
 def _quantizers(program: Program) -> dict[str, tuple[str, float]]:

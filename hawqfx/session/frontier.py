@@ -5,11 +5,39 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from hawqfx import arguments
 from hawqfx.allocation.budget import Budget
-from hawqfx.ir.facts import Account
+from hawqfx.errors import HawqfxError
+from hawqfx.ir.facts import Account, LimitUse
 from hawqfx.maths.formats import Format
 from hawqfx.passes.allocation import Allocation
-from hawqfx.session.planner import Planner
+from hawqfx.session.latency_search import within_latency
+from hawqfx.session.planner import Planner, for_budget
+
+LIMITS = ("size", "weight_bits", "bops", "activation_memory")  # that a frontier goes along
+
+
+def checked(points: int, limit: str, budgets: Sequence[Budget | str] | None, evaluate: int) -> list[Budget] | None:
+    """The budgets that are given, parsed; None if the frontier goes along a limit.
+
+    Raises:
+        HawqfxError: if there are fewer than two points, no such limit, or budgets that a frontier cannot have.
+        BudgetError: if the text of a budget does not parse.
+    """
+    arguments.whole("evaluate", evaluate, 0, "so many points are lowered and run; zero or more")
+    if budgets is None:
+        arguments.whole("points", points, 2, "a frontier has at least two")
+        if limit not in LIMITS:
+            raise HawqfxError(f"limit={limit!r}: a frontier goes along {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
+        return None
+    if isinstance(budgets, (str, Budget)):
+        raise HawqfxError(f"budgets={str(budgets)!r}: give a list of budgets")
+    parsed = [Budget.of(each) for each in budgets]
+    if not parsed:
+        raise HawqfxError("budgets is empty: give at least one, or leave it out")
+    if any(each.drop is not None for each in parsed):
+        raise HawqfxError("a frontier plans for budgets on resources: a budget on drop is searched for, by compile()")
+    return parsed
 
 
 @dataclass(frozen=True)
@@ -60,8 +88,8 @@ class Frontier:
             uses = point.account.limits.values()
             table.add_row(
                 point.budget,
-                ", ".join(f"{use.amount:.6g} {use.unit}" for use in uses),
-                ", ".join(f"{use.amount / use.reference:.2%}" for use in uses),
+                ", ".join(f"{_taken(use):.6g} {use.unit}" for use in uses),
+                ", ".join(f"{_taken(use) / use.reference:.2%}" for use in uses),
                 f"{point.account.loss:.4g}",
                 "least" if point.account.optimal else f">= {point.account.bound:.4g}",
                 "predicted only" if point.loss is None else f"{point.loss:.4f}",
@@ -70,19 +98,37 @@ class Frontier:
         return table
 
 
-def plan_each(planner: Planner, allocation: Allocation, budgets: Sequence[Budget]) -> list[Point]:
-    """A point for every budget, each solve begun from the plan before."""
+def _taken(use: LimitUse) -> float:
+    """The amount of a limit that a plan takes: the measured one, where the network was run."""
+    return use.amount if use.measured is None else use.measured
+
+
+def plan_each(planner: Planner, allocation: Allocation, budgets: Sequence[Budget], threads: int) -> list[Point]:
+    """A point for every budget, each solve begun from the plan before; a plan for a latency is exported and timed.
+
+    Args:
+        planner: of the measured network.
+        allocation: the rules, whatever the budget.
+        budgets: without limits on drop.
+        threads: of the runs that a budget on latency is for.
+
+    Raises:
+        InfeasibleBudget: if no choice keeps one of the budgets.
+    """
     points: list[Point] = []
     for budget in budgets:
-        start = tuple(points[-1].formats.items()) if points else ()
-        planned = planner.plan(replace(allocation, budget=budget, start=start))
+        ruled = for_budget(allocation, budget)
+        if budget.latency is not None:
+            planned = within_latency(planner, ruled, threads).planned
+        else:
+            planned = planner.plan(replace(ruled, start=tuple(points[-1].formats.items()) if points else ()))
         points.append(Point(str(budget), planned.formats(), planned.about(Account)))
     return points
 
 
 def evaluated(planner: Planner, allocation: Allocation, budget: Budget, point: Point) -> Point:
     """The point with the loss, and the score if there is one, of its lowered network."""
-    planned = planner.explain(replace(allocation, budget=budget), point.formats)
+    planned = planner.explain(for_budget(allocation, budget), point.formats)
     program = planner.lower(planned, point.budget).program
     score = None if planner.scoring is None else planner.score(program, planner.scoring.holdout)
     return replace(point, loss=planner.loss(program), score=score)

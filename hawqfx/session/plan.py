@@ -1,7 +1,7 @@
 """A plan: the quantizer chosen for every site, and the reason."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,8 +13,13 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, ChosenFormat, Quantizers, QuantParams
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
+from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.base import Analysis, Kind, option
+from hawqfx.passes.calibration import Calibration
 from hawqfx.session import plan_json, plan_text
+from hawqfx.session.pins import Pins, of_data, of_weights
+
+REROUND = "to take its bits alone, calibrated and rounded anew, give reround=True to compile()"
 
 
 @dataclass(frozen=True)
@@ -26,22 +31,24 @@ class Plan:
         quantizers: site -> its quantizer; None: float.
         chosen: site -> its format, the increase predicted for it, and the reason.
         account: the amounts that the plan takes of its limits; None where the formats were given and not chosen.
+        pins: what it was made with; None where that is not known, as in plans of older versions.
     """
 
     budget: str
     quantizers: Mapping[str, QuantParams | None]
     chosen: Mapping[str, ChosenFormat]
     account: Account | None = None
+    pins: Pins | None = None
 
     @staticmethod
-    def of(program: Program, budget: str) -> "Plan":
+    def of(program: Program, budget: str, pins: Pins | None = None) -> "Plan":
         """The plan that a program knows."""
         chosen = {site.key: program.facts.get(site.key, ChosenFormat) for site in program.sites}
         quantizers = {
             key: None if choice.format.is_float else program.facts.get(key, Quantizers).by_format[choice.format]
             for key, choice in chosen.items()
         }
-        return Plan(budget, quantizers, chosen, program.about(Account) if program.knows(Account) else None)
+        return Plan(budget, quantizers, chosen, program.about(Account) if program.knows(Account) else None, pins)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -52,6 +59,20 @@ class Plan:
     def schemes(self) -> dict[str, str]:
         """The scheme by which the tensors of each site are quantized: see hawqfx.maths.formats."""
         return {key: choice.format.scheme for key, choice in self.chosen.items()}
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The format of every site."""
+        return {key: choice.format for key, choice in self.chosen.items()}
+
+    def calibration(self) -> Calibration:
+        """The pass that calibrates every site in the formats that the plan has."""
+        signed, unsigned = (
+            {q.format for q in self.quantizers.values() if q is not None and q.per_channel is weight}
+            for weight in (True, False)
+        )
+        schemes = {width.scheme for width in signed | unsigned} - {"static"}
+        return Calibration(_static(signed), _static(unsigned), tuple(sorted(schemes)))
 
     def explain(self, site: str | None = None) -> str:
         """The reason for the bits of a site, or of every site whose name matches the pattern; without one, the amounts
@@ -74,7 +95,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; see hawqfx.session.plan_json."""
-        return plan_json.dumps(self.budget, self.quantizers, self.chosen, self.account)
+        return plan_json.dumps(self.budget, self.quantizers, self.chosen, self.account, self.pins)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -96,7 +117,7 @@ class Plan:
             return source
         try:
             return Plan.from_json(Path(source).read_text())
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"the plan {source} cannot be read: {error}") from error
 
     def write(self, path: str | Path) -> None:
@@ -109,24 +130,52 @@ class Plan:
             temporary.write_text(self.to_json())
 
 
+def _static(formats: Collection[Format]) -> tuple[int, ...]:
+    return tuple(sorted(width.bits for width in formats if width.is_static))
+
+
 @dataclass(frozen=True)
 class FollowPlan(Analysis):
     """The quantizers and formats of a plan, in place of calibration and allocation."""
 
     plan: Plan = option(doc="the plan to follow")
+    rounds: bool = option(True, "whether the codes are made anew, which takes the data that the plan was made with")
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite)
     gives: ClassVar[tuple[Kind, ...]] = (Quantizers, ChosenFormat)
 
     def learn(self, program: Program, context: Context) -> Program:
-        """Raises PlanError if the program has other sites than the plan."""
-        have, want = {site.key for site in program.sites}, set(self.plan.quantizers)
-        if have != want:
-            odd = sorted(have ^ want)
-            raise PlanError(f"the plan is for another model: {', '.join(odd[:5])} in only one of them")
-        for site in program.weights:
-            quantizer = self.plan.quantizers[site.key]
-            if quantizer is not None and len(quantizer.scale) != site.shape[0] * quantizer.blocks:
-                raise PlanError(f"the plan is for another model: {site.key} has {site.shape[0]} channels here")
+        """Raises PlanError if the program has other sites or weights than the plan, or the context other data."""
+        check_sites(self.plan, program)
+        if self.plan.pins is None:
+            raise PlanError(f"the plan does not say which weights and data it was made with; {REROUND}")
+        if self.plan.pins.weights != of_weights(program):
+            raise PlanError(f"the plan was made for other weights of this network; {REROUND}")
+        if self.rounds and self.plan.pins.data != of_data(context.batches):
+            raise PlanError(
+                "the plan was made with other data, on which weights would be rounded otherwise: give the same data, "
+                f"or take hawqfx.load() and the file of Compiled.save(), which holds the codes; {REROUND}"
+            )
         quantizers = {key: Quantizers({} if q is None else {q.format: q}) for key, q in self.plan.quantizers.items()}
         known = program.learn(quantizers).learn(self.plan.chosen)
         return known if self.plan.account is None else known.learn_about_network(self.plan.account)
+
+
+def check_sites(plan: Plan, program: Program) -> None:
+    """Raises PlanError if the program has other sites than the plan, or sites of other shapes."""
+    have, want = {site.key for site in program.sites}, set(plan.quantizers)
+    if have != want:
+        odd = sorted(have ^ want)
+        raise PlanError(f"the plan is for another model: {', '.join(odd[:5])} in only one of them")
+    for site in program.weights:
+        quantizer = plan.quantizers[site.key]
+        if quantizer is not None and len(quantizer.scale) != site.shape[0] * quantizer.blocks:
+            raise PlanError(f"the plan is for another model: {site.key} has {site.shape[0]} channels here")
+
+
+def check_codes(plan: Plan, followed: Plan) -> None:
+    """Raises PlanError if the network of a plan that was followed has other codes than the plan's own."""
+    if plan.pins is not None and followed.pins is not None and plan.pins.codes != followed.pins.codes:
+        raise PlanError(
+            "the plan's codes were learned, or rounded in another way: give the same rounding=, or take hawqfx.load() "
+            f"and the file of Compiled.save(), which holds the codes; {REROUND}"
+        )

@@ -1,4 +1,7 @@
-"""A plan's JSON: {hawqfx_plan, budget, account, sites}, with null for numbers that JSON has not (NaN, infinity)."""
+"""A plan's JSON: {hawqfx_plan, budget, account, pins, sites}, with null for numbers that JSON has not (NaN, infinity).
+
+Format 3 had no pins.
+"""
 
 import json
 import math
@@ -8,11 +11,15 @@ from typing import Any
 
 from hawqfx.errors import PlanError
 from hawqfx.ir.facts import Account, ChosenFormat, LimitUse, Move, QuantParams, Reason
+from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT_BITS, Format, known_format
+from hawqfx.session.pins import Pins
 
-FORMAT = 3
+FORMAT = 4
+READ = (3, 4)
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
-Content = tuple[str, Mapping[str, QuantParams | None], Mapping[str, ChosenFormat], Account | None]
+Content = tuple[str, Mapping[str, QuantParams | None], Mapping[str, ChosenFormat], Account | None, Pins | None]
 
 
 def dumps(
@@ -20,8 +27,21 @@ def dumps(
     quantizers: Mapping[str, QuantParams | None],
     chosen: Mapping[str, ChosenFormat],
     account: Account | None,
+    pins: Pins | None,
 ) -> str:
     """The content of a plan as JSON text."""
+    content = to_tree(budget, quantizers, chosen, account, pins)
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def to_tree(
+    budget: str,
+    quantizers: Mapping[str, QuantParams | None],
+    chosen: Mapping[str, ChosenFormat],
+    account: Account | None,
+    pins: Pins | None,
+) -> dict[str, Any]:
+    """The content of a plan as dicts, lists, texts and finite numbers."""
     sites = {}
     for key, choice in chosen.items():
         quantizer = quantizers[key]
@@ -31,9 +51,8 @@ def dumps(
             "quantizer": None if quantizer is None else asdict(quantizer),
             "why": _reason_entry(choice.reason),
         }
-    entry = None if account is None else asdict(account)
-    content = {"hawqfx_plan": FORMAT, "budget": budget, "account": entry, "sites": sites}
-    return json.dumps(_finite(content), indent=1, allow_nan=False)
+    entry, made = None if account is None else asdict(account), None if pins is None else asdict(pins)
+    return finite({"hawqfx_plan": FORMAT, "budget": budget, "account": entry, "pins": made, "sites": sites})
 
 
 def loads(text: str) -> Content:
@@ -43,32 +62,43 @@ def loads(text: str) -> Content:
         PlanError: if the text is no plan.
     """
     try:
-        data = json.loads(text)
-        if data["hawqfx_plan"] != FORMAT:
-            raise PlanError(f"the plan has format {data['hawqfx_plan']}, this version reads {FORMAT}: compile again")
-        sites = {key: dict(entry) for key, entry in data["sites"].items()}
-        quantizers = {key: _quantizer(entry) for key, entry in sites.items()}
-        chosen = {
-            key: ChosenFormat(_format(entry), _number(entry["loss_increase"]), _reason(entry["why"]))
-            for key, entry in sites.items()
-        }
-        return str(data["budget"]), quantizers, chosen, _account(data["account"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return from_tree(json.loads(text))
+    except DAMAGE as error:
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"this is no plan, or it is damaged ({type(error).__name__}: {error})") from error
 
 
-def _finite(value: Any) -> Any:
+def from_tree(data: Any) -> Content:
+    """The content of a plan in the tree of `to_tree`.
+
+    Raises:
+        PlanError: if the format is not known.
+        Exception: one of DAMAGE, if the tree is no plan.
+    """
+    if data["hawqfx_plan"] not in READ:
+        raise PlanError(f"the plan has format {data['hawqfx_plan']}, this version reads {FORMAT}: compile again")
+    pins = None if data["hawqfx_plan"] == 3 or data["pins"] is None else Pins(**data["pins"])
+    sites = {key: dict(entry) for key, entry in data["sites"].items()}
+    quantizers = {key: _quantizer(entry) for key, entry in sites.items()}
+    chosen = {
+        key: ChosenFormat(_format(entry), number(entry["loss_increase"]), _reason(entry["why"]))
+        for key, entry in sites.items()
+    }
+    return str(data["budget"]), quantizers, chosen, _account(data["account"]), pins
+
+
+def finite(value: Any) -> Any:
     """The value with null for every number that JSON has not."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: float | None, otherwise: float = math.nan) -> float:
+def number(value: float | None, otherwise: float = math.nan) -> float:
+    """The number that stands in JSON, or what null stands for."""
     return otherwise if value is None else float(value)
 
 
@@ -79,8 +109,14 @@ def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
     quantizer = QuantParams(**known | {"scale": tuple(map(float, known["scale"]))})
     if quantizer.bits != entry["bits"]:
         raise ValueError(f"bits are {entry['bits']}, the quantizer has {quantizer.bits}")
-    if not all(scale > 0 for scale in quantizer.scale):
-        raise ValueError("a scale is not above zero")
+    if not all(0 < scale < math.inf for scale in quantizer.scale):
+        raise ValueError("a scale is not above zero, or not finite")
+    low, high = (affine.signed_range if quantizer.per_channel else affine.unsigned_range)(quantizer.bits)
+    zeros = (0,) if quantizer.per_channel else range(low, high + 1)
+    if (quantizer.low, quantizer.high) != (low, high) or quantizer.zero_point not in zeros:
+        raise ValueError("codes or the zero-point are out of the range of the bits")
+    if quantizer.format != _format(entry) or (quantizer.scheme == "dynamic") == bool(quantizer.scale):
+        raise ValueError("the quantizer is not of the format")
     return quantizer
 
 
@@ -110,11 +146,11 @@ def _reason(entry: Mapping[str, Any] | None) -> Reason | None:
         return None
     known = (entry[word] for word in ("wider", "narrower"))
     moves = (None if move is None else Move(_format(move), move["loss"], move["amounts"]) for move in known)
-    return Reason(_number(entry["loss_share"]), dict(entry["shares"]), *moves)
+    return Reason(number(entry["loss_share"]), dict(entry["shares"]), *moves)
 
 
 def _account(entry: Mapping[str, Any] | None) -> Account | None:
     if entry is None:
         return None
     limits = {name: LimitUse(**use) for name, use in entry["limits"].items()}
-    return Account(limits, _number(entry["loss"]), _number(entry["bound"], -math.inf), bool(entry["optimal"]))
+    return Account(limits, number(entry["loss"]), number(entry["bound"], -math.inf), bool(entry["optimal"]))

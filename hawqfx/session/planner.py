@@ -14,6 +14,7 @@ from hawqfx.allocation.search_space import Formats
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
+from hawqfx.frontend.trial import score_of
 from hawqfx.ir.facts import Account, ChosenFormat, LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Format
@@ -55,6 +56,11 @@ class Losses:
     def mean(self) -> float:
         return float((self.values * self.weights).sum() / self.weights.sum())
 
+    @property
+    def unit(self) -> str:
+        """What each value is the loss of: "sample", or "batch" where a batch does not part by samples."""
+        return "sample" if bool((self.weights == 1).all()) else "batch"
+
     def minus(self, other: "Losses") -> Difference:
         """The mean of the paired differences, and its standard error."""
         return paired_difference(self.values, other.values, self.weights)
@@ -68,8 +74,9 @@ class Rival:
         weights: the formats of weights, in words.
         activations: those of activations.
         loss: the mean loss on the calibration data.
-        behind: the loss of the plan less that of uniform bits, sample by sample.
+        behind: the loss of the plan less that of uniform bits, pair by pair.
         chosen: whether uniform bits are returned in place of the plan.
+        unit: what the pairs are: "sample", or "batch".
     """
 
     weights: str
@@ -77,6 +84,7 @@ class Rival:
     loss: float
     behind: Difference
     chosen: bool
+    unit: str = "sample"
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,13 @@ class Refinement:
         changed: number of sites whose format differs.
         gain: the expected loss of the new plan less that of the old one, on samples that were not measured on.
         taken: whether it is a gain beyond two standard errors.
+        unit: what is compared: "sample" by sample, or "batch" by batch.
     """
 
     changed: int
     gain: Difference
     taken: bool
+    unit: str = "sample"
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ class Planner:
         """The program with formats that were chosen elsewhere, explained under the limits of an allocation."""
         return explained(allocation.task(self.measured, chosen), chosen, None)
 
-    def uniform(self, chosen: Formats) -> Program:
+    def given(self, chosen: Formats) -> Program:
         """The program with formats that keep no budget, and the increase predicted for each where it was measured."""
         choices = {key: ChosenFormat(width, self._increase(key, width)) for key, width in chosen.items()}
         # a plan that is followed has an account of its own
@@ -191,12 +201,12 @@ class Planner:
         """The mean score of a program over batches, weighed by their size.
 
         Raises:
-            HawqfxError: if it is not finite.
+            HawqfxError: if the metric raises, returns no number, or is not finite.
         """
         assert self.scoring is not None
         total = 0.0
         for batch in batches:
-            total += batch.size * float(self.scoring.score(program.run(batch.args, batch.kwargs), batch.target))
+            total += batch.size * score_of(self.scoring.score, program.run(batch.args, batch.kwargs), batch)
         score = total / sum(batch.size for batch in batches)
         if not math.isfinite(score):
             raise HawqfxError(f"the metric is {score}: it must be finite, the mean over a batch, higher being better")
@@ -222,10 +232,14 @@ class Planner:
         return known.get(width, math.nan)
 
 
-def with_float(allocation: Allocation) -> Allocation:
-    """The allocation with float among the formats of every site, unless its rules say which bits."""
+def for_budget(allocation: Allocation, limits: Budget) -> Allocation:
+    """The allocation with a budget; where that limits latency, with float among the formats of every site unless its
+    rules say which bits, since a float kernel may be faster than the conversions of an integer one."""
+    ruled = replace(allocation, budget=limits)
+    if limits.latency is None:
+        return ruled
     every = (*STATIC_BITS, FLOAT_BITS)
     weights, activations = (
         every if bits is None else bits for bits in (allocation.weight_bits, allocation.activation_bits)
     )
-    return replace(allocation, weight_bits=weights, activation_bits=activations)
+    return replace(ruled, weight_bits=weights, activation_bits=activations)

@@ -47,7 +47,7 @@ def refined(planner: Planner, candidate: Candidate, allocation: Allocation, roun
         other = planner.quiet.lower(planner.explain(allocation, chosen), candidate.budget)
         before, after = judge.losses(candidate.program, other.program, expected=True)
         gain = after.minus(before)
-        tried.append(Refinement(changed, gain, taken=gain.mean < 0 and gain.is_significant))
+        tried.append(Refinement(changed, gain, taken=gain.mean < 0 and gain.is_significant, unit=after.unit))
         if not tried[-1].taken:
             break
         candidate = planner.lower(other.planned, other.budget)

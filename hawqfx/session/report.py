@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +11,7 @@ from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, Sensitivi
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import FLOAT_BITS
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Refinement, Rival
+from hawqfx.session.record import Calibrated, Trials
 
 
 def site_table(planned: Program, budget: str) -> Table:
@@ -84,54 +84,59 @@ def predicted_loss(planned: Program) -> float:
 def summary(
     planned: Program,
     budget: str,
-    samples: int,
-    losses: tuple[float, float],
-    rival: Rival | None,
-    refinements: Sequence[Refinement],
-    scores: Mapping[str, tuple[float, float]],
-    loss_reason: str,
+    calibrated: Calibrated,
+    trials: Trials,
+    checks: Mapping[str, str],
 ) -> str:
     """The loss and its reason, the table, the cost in bytes and in loss, and the nodes in float with their reasons.
 
     Args:
         planned: the float program with the chosen formats.
         budget: the text that the plan is for.
-        samples: number of calibration samples.
-        losses: the mean loss on them, of the float network and of the compiled one.
-        rival: uniform bits within the same limits, if they were tried.
-        refinements: the plans that were tried after the first one.
-        loss_reason: the name of the loss and why it is taken.
-        scores: the metric of the float network and of the compiled one, by the name of the data.
+        calibrated: the data and the losses there.
+        trials: what was tried beside the plan.
+        checks: what was found in the files that were exported, by their names.
     """
     text = io.StringIO()
     console = Console(file=text, width=110)
-    console.print(f"loss: {loss_reason}", soft_wrap=True)
-    console.print(f"calibrated on {samples} samples")
+    console.print(f"loss: {calibrated.loss_reason}", soft_wrap=True)
+    held = f"; {calibrated.held} more held out for the metric" if calibrated.held else ""
+    console.print(f"calibrated on {calibrated.samples} samples{held}")
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
     console.print(_sizes(planned))
     console.print(_average_bits(planned))
-    float_loss, loss = losses
+    float_loss, loss = calibrated.losses
     console.print(
         f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
-    for refinement in refinements:
+    for refinement in trials.refinements:
         verdict = "taken" if refinement.taken else "not taken"
         console.print(
             f"measured again at the plan and {refinement.changed} sites moved: expected loss on samples that were not "
-            f"measured on {refinement.gain}, paired by sample: {verdict}",
+            f"measured on {refinement.gain}, {_paired(refinement.unit)}: {verdict}",
             soft_wrap=True,
         )
+    rival = trials.rival
     if rival is not None:
         uniform = f"uniform bits within the same limits (weights {rival.weights}, activations {rival.activations})"
         verdict = "they are returned" if rival.chosen else "the plan is returned"
         difference = f"the plan's loss less theirs {rival.behind}"
-        console.print(f"{uniform}: loss {rival.loss:.4g}; {difference}, paired by sample: {verdict}")
-    for data, (float_score, score) in scores.items():
+        console.print(f"{uniform}: loss {rival.loss:.4g}; {difference}, {_paired(rival.unit)}: {verdict}")
+    for data, (float_score, score) in trials.scores.items():
         console.print(f"metric on the {data} {score:.4g}, float32 {float_score:.4g}")
+    why = "chosen by the plan" if planned.knows(Account) else "given, not chosen"
     for key in (key for key, width in planned.formats().items() if width.is_float):
-        console.print(f"in float: {key}: chosen by the plan")
+        console.print(f"in float: {key}: {why}")
     for node, reason in planned.left_float.items():
         console.print(f"in float: {node}: {reason}")
+    for name, found in checks.items():
+        console.print(f"file {name} in onnxruntime: {found}", soft_wrap=True)
     return text.getvalue()
+
+
+def _paired(unit: str) -> str:
+    if unit == "sample":
+        return "paired by sample"
+    return "paired by batch, since the loss is no mean over samples or fails on single ones"

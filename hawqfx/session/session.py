@@ -1,5 +1,6 @@
 """A measured network, and the compiled ones that are made from it: any budget, a whole frontier, no new measuring."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,14 @@ from rich.table import Table
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from hawqfx import pipeline
+from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, known_schemes
+from hawqfx.atomic_write import check_writable
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import FileText, FloatNetwork, Quantizers
+from hawqfx.frontend.data import Batch
+from hawqfx.ir.facts import FileText, FloatNetwork, LossIncrease, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme, format_of
 from hawqfx.maths.latency_model import LatencyModel
@@ -27,13 +30,18 @@ from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session import report
 from hawqfx.session.drop_search import smallest
-from hawqfx.session.frontier import Frontier, evaluated, plan_each
+from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
+from hawqfx.session.pins import Pins, of_graph, of_network, stored_codes
 from hawqfx.session.plan import Plan
-from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, with_float
+from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, for_budget
+from hawqfx.session.record import Calibrated, Trials, known_facts
 from hawqfx.session.refine import refined
+from hawqfx.session.saved import Saved
 from hawqfx.session.size_search import within_size
 from hawqfx.session.uniform import plan_or_uniform, uniform_formats
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from hawqfx.export.opsets import Packing
@@ -63,6 +71,7 @@ class Session:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
+        keep_float: patterns of names of weights whose layers stay in float.
     """
 
     measured: Program
@@ -74,6 +83,13 @@ class Session:
     target: str = "any"
     refine: int = 0
     learning: LearnedRounding | None = None
+    keep_float: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> Batch:
+        """Inputs to run the model on: two samples, where the graph takes any number."""
+        batch = self.context.batches[0]
+        return batch.first(2) if self.measured.dynamic_batch else batch
 
     @property
     def planner(self) -> Planner:
@@ -102,19 +118,18 @@ class Session:
             InfeasibleBudget: if no choice keeps it.
             HawqfxError: if the rules contradict each other, or a score is missing.
         """
-        limits = Budget.parse(budget) if isinstance(budget, str) else budget
+        limits = Budget.of(budget)
+        self._require_measured()
         allocation = _ruled(self.allocation, rules)
         if "schemes" in rules:
             self._check_calibrated(allocation.schemes or ())
-        if limits.latency is not None:
-            allocation = with_float(allocation)  # a float kernel may be faster than the conversions of an integer one
         ready = self._measured_for(limits)
         planner, rounds = ready.planner, self.refine if refine is None else refine
 
         def found(held: Budget) -> Candidate:
             if held.drop is not None:
                 return smallest(planner, held, allocation)
-            ruled = replace(allocation, budget=held)
+            ruled = for_budget(allocation, held)
             if held.latency is not None:
                 return within_latency(planner, ruled, self.threads)
             candidate = planner.lower(planner.plan(ruled), str(held))
@@ -137,28 +152,25 @@ class Session:
         Args:
             points: number of budgets, a constant factor apart.
             limit: size, weight_bits, bops or activation_memory.
-            budgets: these, instead of `points` along `limit`.
+            budgets: these, instead of `points` along `limit`; the plan of one on latency is exported and timed.
             evaluate: number of points, evenly chosen, to lower and run on the calibration data; they are marked as
                 measured.
 
         Raises:
-            HawqfxError: if there are fewer than two points, or no such limit.
+            HawqfxError: if there are fewer than two points, no such limit, or a budget on drop.
+            InfeasibleBudget: if no choice keeps one of the budgets.
         """
-        if budgets is None and points < 2:
-            raise HawqfxError(f"points={points}: a frontier has at least two")
-        if limit not in ("size", "weight_bits", "bops", "activation_memory"):
-            raise HawqfxError(f"limit={limit!r}: a frontier goes along size, weight_bits, bops or activation_memory")
-        if budgets is None:
+        parsed = checked(points, limit, budgets, evaluate)
+        self._require_measured()
+        if parsed is None:
             ready = self._measured_for(Budget(**{limit: Limit(1.0, relative=True)}))
             amounts = ready.planner.range_of(self.allocation, limit, points)
             parsed = [Budget(**{limit: Limit(amount)}) for amount in amounts]
         else:
-            parsed = [Budget.parse(each) if isinstance(each, str) else each for each in budgets]
             ready = self._measured_for(*parsed)
-        planner = ready.planner.quiet
-        curve = plan_each(planner, self.allocation, parsed)
+        curve = plan_each(ready.planner.quiet, self.allocation, parsed, self.threads)
         for number in {round(k * (len(curve) - 1) / max(1, evaluate - 1)) for k in range(min(evaluate, len(curve)))}:
-            curve[number] = evaluated(planner, self.allocation, parsed[number], curve[number])
+            curve[number] = evaluated(ready.planner.quiet, self.allocation, parsed[number], curve[number])
         return Frontier(limit if budgets is None else "", tuple(curve))
 
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
@@ -171,14 +183,23 @@ class Session:
             chosen = uniform_formats(self.measured, format_of(weight_bits), format_of(activation_bits))
         except ValueError as error:
             raise HawqfxError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
+        self._require_measured()
         for key, width in chosen.items():
             if not width.is_float and width not in self.measured.facts.get(key, Quantizers).by_format:
                 raise HawqfxError(f"{key!r} was not calibrated at {width}: give such bits to compile()")
-        return self.lowered(self.planner.uniform(chosen), f"uniform W{weight_bits}A{activation_bits}")
+        return self.lowered(self.planner.given(chosen), f"uniform W{weight_bits}A{activation_bits}")
 
     def lowered(self, planned: Program, budget: str) -> "Compiled":
         """The network with the formats that `planned` knows."""
         return self._compiled(self.planner.lower(planned, budget))
+
+    def _require_measured(self) -> None:
+        """Raises HawqfxError if the network follows a plan: then nothing is known of other formats."""
+        if not all(self.measured.facts.has(site.key, LossIncrease) for site in self.measured.sites):
+            raise HawqfxError(
+                "this network follows a plan, and no other formats were calibrated or measured: compile() the model "
+                "with a budget for other plans"
+            )
 
     def _check_calibrated(self, schemes: Sequence[Scheme]) -> None:
         known = (self.measured.facts.get(site.key, Quantizers).by_format for site in self.measured.sites)
@@ -209,14 +230,17 @@ class Session:
 
 def _ruled(allocation: Allocation, rules: RuleOptions) -> Allocation:
     """The allocation with these rules in place of its own."""
+    unknown = rules.keys() - RuleOptions.__annotations__
+    if unknown:
+        raise HawqfxError(f"{', '.join(sorted(unknown))}: the rules are {', '.join(RuleOptions.__annotations__)}")
     changes: dict[str, Any] = dict(rules)
     for name in ("weight_bits", "activation_bits"):
         if name in changes:
-            changes[name] = tuple(sorted(set(changes[name])))
+            changes[name] = arguments.bits(name, changes[name])
     if "schemes" in rules:
         changes["schemes"] = known_schemes(rules["schemes"])
     if "fix" in rules:
-        changes["fix"] = tuple(rules["fix"].items())
+        changes["fix"] = arguments.fixed(rules["fix"])
     return replace(allocation, **changes)
 
 
@@ -232,6 +256,9 @@ class Compiled:
         rival: uniform bits within the same limits, if they were tried beside the plan.
         scores: under a budget on `drop`, the metric of the float network and of this one, by the name of the data.
         refinements: the plans that were tried after the first one.
+        calibrated: the data and the losses there; None: those of the session.
+        pins: what the plan was made with; None: the session's data and the codes.
+        checks: what was found in the files that were exported, by their names.
     """
 
     session: Session
@@ -241,6 +268,9 @@ class Compiled:
     rival: Rival | None = None
     scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     refinements: tuple[Refinement, ...] = ()
+    calibrated: Calibrated | None = None
+    pins: Pins | None = None
+    checks: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def model(self) -> fx.GraphModule:
@@ -249,7 +279,8 @@ class Compiled:
 
     @property
     def plan(self) -> Plan:
-        return Plan.of(self.planned, self.budget)
+        pins = self.pins or Pins.of(self.planned, self.session.context.batches)
+        return Plan.of(self.planned, self.budget, pins)
 
     def at(
         self,
@@ -284,24 +315,62 @@ class Compiled:
 
     def calibration_loss(self) -> tuple[float, float]:
         """The mean loss over the calibration data, of the float network and of the compiled one."""
-        float_losses, losses = self.session.planner.losses(self.session.measured, self.program)
-        return float_losses.mean, losses.mean
+        return self._calibrated().losses
 
-    def export(self, path: str | Path, packing: "Packing" = "portable") -> None:
-        """Write the packed integer model as ONNX, whole or not at all; see hawqfx.export.
+    def _calibrated(self) -> Calibrated:
+        """The data and the losses there, which are computed where they are not known."""
+        if self.calibrated is not None:
+            return self.calibrated
+        context, scoring = self.session.context, self.session.scoring
+        float_losses, losses = self.session.planner.losses(self.session.measured, self.program)
+        held = 0 if scoring is None else sum(batch.size for batch in scoring.holdout)
+        return Calibrated(context.samples, held, (float_losses.mean, losses.mean), context.loss_reason)
+
+    def save(self, path: str | Path) -> None:
+        """Write plan, codes and ranges in one file, whole or not at all, from which hawqfx.load() makes this network
+        again.  The first two samples of the calibration inputs are in it, as an example to run the model on; all of
+        the first batch, where the model takes batches of one size.
 
         Raises:
-            ExportError: if the file cannot be made or written, or is above the plan's limit on size, which is for the
-                portable packing.
+            ExportError: if the file cannot be written.
+        """
+        check_writable(Path(path))
+        Saved(
+            self.plan, stored_codes(self.planned), self.session.example, self.session.keep_float, self.session.target,
+            of_graph(self.planned), of_network(self.program), self._calibrated(),
+            Trials(self.rival, self.scores, self.refinements), known_facts(self.planned),
+        ).write(Path(path))  # fmt: skip
+
+    def export(self, path: str | Path, packing: "Packing" = "portable", *, check: bool = True) -> None:
+        """Write the packed integer model as ONNX, whole or not at all; see hawqfx.export.
+
+        Args:
+            path: of the file.
+            packing: "portable" loads in onnxruntime 1.20 and later, "native" in 1.24 and later.
+            check: run the file in onnxruntime on the first batch of the calibration data before it takes its place, and
+                refuse it if it computes anything else than the graph; the summary then says what was found.
+
+        Raises:
+            ExportError: if the file cannot be made or written, is above the plan's limit on size, which is for the
+                portable packing, or does not compute what the graph computes.
         """
         from hawqfx.export.exporter import export, metadata
+
+        def checked(written: Path) -> None:
+            from hawqfx.runtime.check import check as check_file
+
+            batch = self.session.context.batches[0]
+            found = check_file(self.program, self.session.measured, written, batch)
+            self.checks[Path(path).name] = str(found)
+            if found.saturated is not None:
+                log.warning("%s: %s", path, found)
 
         plan = self.plan
         texts = metadata(plan.digest, set(self.planned.schemes().values()), self.session.target, packing)
         size = plan.account.limits.get("size") if plan.account is not None and packing == "portable" else None
         most = math.inf if size is None else size.bound
-        example = self.session.context.batches[0]
-        export(self.program, example, path, packing, texts, self.session.observers, most)
+        example, observers = self.session.example, self.session.observers
+        export(self.program, example, path, packing, texts, observers, most, checked if check else None)
 
     def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration
@@ -318,7 +387,7 @@ class Compiled:
         reference = [leaf.detach().numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            self.export(path)
+            self.export(path, check=False)
             results = every(path, self.model, backends, sample, reference, threads=threads, rounds=rounds)
         return table(results)
 
@@ -331,7 +400,7 @@ class Compiled:
         from hawqfx.export.exporter import export
 
         graph = self.planned.about(FloatNetwork).graph
-        export(replace(Program(graph), facts=self.planned.facts), self.session.context.batches[0], path)
+        export(replace(Program(graph), facts=self.planned.facts), self.session.example, path)
 
     def table(self) -> Table:
         """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
@@ -339,13 +408,5 @@ class Compiled:
 
     def summary(self) -> str:
         """The loss and its reason, the table, the cost in bytes and loss, and the nodes in float with their reasons."""
-        return report.summary(
-            self.planned,
-            self.budget,
-            self.session.context.samples,
-            self.calibration_loss(),
-            self.rival,
-            self.refinements,
-            self.scores,
-            self.session.context.loss_reason,
-        )
+        trials = Trials(self.rival, self.scores, self.refinements)
+        return report.summary(self.planned, self.budget, self._calibrated(), trials, self.checks)

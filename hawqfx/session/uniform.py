@@ -24,7 +24,8 @@ def plan_or_uniform(
 ) -> Candidate:
     """The plan, or uniform bits within the same limits where these lose less on the calibration data.
 
-    Both are judged sample by sample; a difference below two standard errors decides nothing, and the plan stays.
+    Both are judged sample by sample, or by batches where the loss does not part by samples; a difference below two
+    standard errors decides nothing, and the plan stays.
 
     Args:
         planner: of the measured network.
@@ -48,9 +49,9 @@ def plan_or_uniform(
         return found
     log.warning(
         "uniform bits (weights %s, activations %s) keep the budget %s too and lose less on the calibration data, by %s "
-        "sample by sample, at a loss of %.4g: they are returned; more calibration data or probes may tell the sites "
+        "%s by %s, at a loss of %.4g: they are returned; more calibration data or probes may tell the sites "
         "apart",
-        rival.weights, rival.activations, allocation.budget, rival.behind, rival.loss,
+        rival.weights, rival.activations, allocation.budget, rival.behind, rival.unit, rival.unit, rival.loss,
     )  # fmt: skip
     return replace(planner.lower(found.planned, found.budget), rival=rival, refinements=found.refinements)
 
@@ -65,7 +66,7 @@ def _better(planner: Planner, candidate: Candidate, uniform: Candidate) -> Candi
     behind = loss.minus(its_loss)
     rival = Rival(
         _listed(formats, planner.measured.weights), _listed(formats, planner.measured.activations), its_loss.mean,
-        behind, chosen=behind.mean > 0 and behind.is_significant,
+        behind, chosen=behind.mean > 0 and behind.is_significant, unit=loss.unit,
     )  # fmt: skip
     return replace(uniform if rival.chosen else candidate, rival=rival)
 

@@ -1,6 +1,7 @@
 """export: packed weights bit for bit, integer kernels, size, whole files, and parity with the lowered graph."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,21 @@ from torch.utils import _pytree as pytree
 import hawqfx
 from hawqfx.errors import ExportError
 from hawqfx.export.inspection import packed_weights
-from hawqfx.ir.facts import ChosenFormat, RoundedWeights
+from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.maths.formats import Format
 from hawqfx.runtime import ort, parity
-from tests.nets import IMAGES, KeywordInputs, Plain, Recurrent, Residual, build, images
+from tests.nets import (
+    IMAGES,
+    KeywordInputs,
+    LargeBias,
+    Plain,
+    Recurrent,
+    Residual,
+    TinyRange,
+    UnreadAttention,
+    build,
+    images,
+)
 from tests.tools import quick
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -385,3 +397,31 @@ def test_bits_of_the_plan_are_those_of_the_file(tmp_path: Path) -> None:
     facts = compiled.planned.facts
     chosen = {site.key: facts.get(site.key, ChosenFormat).format.bits for site in compiled.planned.weights}
     assert called == chosen
+
+
+def test_what_nobody_reads_is_not_in_the_file(tmp_path: Path) -> None:
+    compiled = quick(UnreadAttention, "weight_bits=5")
+    assert not [key for key in compiled.plan.bits if key.startswith("mods")]
+    compiled.export(tmp_path / "m.onnx")
+    assert not [each.name for each in onnx.load(tmp_path / "m.onnx").graph.initializer if each.name.startswith("mods")]
+
+
+@pytest.mark.parametrize("make", [TinyRange, LargeBias])
+def test_biases_far_above_the_products_fit_into_int32(
+    make: type[nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They saturated in silence: a bias of -0.74 behind a tensor of range 1e-9 became -0.03, and another sign in the
+    file.  Now the output is right by the steps of 8 bits, in the graph and in the file (which export compares)."""
+    compiled = quick(make, "weight_bits=8")
+    assert re.search(r"'[\w.]+': the biases of \d of \d channels are so far above the products", caplog.text)
+    x = images()[0][0]
+    wanted, found = build(make)(x)[:, 0], compiled.model(x)[:, 0]
+    assert (found - wanted).abs().max() < 0.01 * wanted.abs().max()
+    formats, facts = compiled.planned.formats(), compiled.planned.facts
+    for layer in compiled.planned.layers:
+        scales = [facts.get(key, Quantizers).by_format[formats[key]].scale for key in (layer.input, layer.weight)]
+        unit = scales[0][0] * torch.tensor(scales[1]).double()
+        assert layer.bias is not None
+        assert (compiled.planned.tensor(layer.bias).abs() / unit).max() < 2**31 - 1
+    compiled.export(tmp_path / "m.onnx")
+    assert "outputs within" in compiled.checks["m.onnx"]

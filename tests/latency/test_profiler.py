@@ -238,6 +238,20 @@ def test_a_network_that_runs_slower_than_predicted_is_planned_faster(
         session.at(f"latency={1e3 * model.seconds(uniform(session.measured, Format(8))):.6f}ms")
 
 
+@pytest.mark.usefixtures("no_runs")
+def test_a_frontier_of_latencies_has_the_plans_of_its_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sites in float, and every plan run: each network takes a fifth longer than its parts."""
+    session, model = quick(Residual).session, made_up(Residual, tmp_path)
+    monkeypatch.setattr(profiler, "profile", lambda *_, **__: model)
+    monkeypatch.setattr(profiler, "whole_networks", lambda ps, *_: [1.2 * model.seconds(ps[0].formats())])
+    budgets = [f"latency={1e3 * part * model.seconds(uniform(session.measured, FLOAT)):.6f}ms" for part in (0.9, 2.0)]
+    for budget, point in zip(budgets, session.frontier(budgets=budgets, evaluate=1).points, strict=True):
+        found = session.at(budget, against_uniform=False)
+        assert point.formats == found.planned.formats()
+        assert point.account.limits["latency"].measured == found.planned.about(Account).limits["latency"].measured
+    assert 32 in point.bits.values()
+
+
 def test_measure_latency_needs_no_sensitivity() -> None:
     model = hawqfx.measure_latency(build(Plain), images(), threads=1)
     assert len(model.timed) == 4

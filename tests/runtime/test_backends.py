@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from hawqfx import cli
 from hawqfx.benchmark import benchmark
-from hawqfx.errors import BackendError
+from hawqfx.errors import BackendError, PlanError
 from hawqfx.runtime import ort
-from hawqfx.runtime.backends import BACKENDS, PROVIDERS, available, compare, file_inputs, run_file, run_graph
+from hawqfx.runtime.backends import BACKENDS, PROVIDERS, Result, available, compare, file_inputs, run_file, run_graph
 from tests.nets import Plain, build, images
 from tests.tools import quick
 
@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     compiled = quick(Plain, "weight_bits=8")
     compiled.export(folder / "m.onnx")
     compiled.plan.write(folder / "plan.json")
+    compiled.save(folder / "net.hawqfx")
     return folder / "m.onnx", folder / "plan.json"
 
 
@@ -53,6 +54,24 @@ def test_a_file_is_timed_and_compared_in_one_run(made: tuple[Path, Path]) -> Non
     assert graph is not None
     assert 0 < file.mean < 0.1 * build(Plain)(images()[0][0][:4]).abs().max()
     assert file.relative == pytest.approx(graph.relative, abs=0.02)  # a step of the last quantizer
+
+
+def test_the_graph_that_is_timed_is_that_of_the_file(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the codes of the saved file, whatever the data; a plan alone needs its own data, and the file its plan."""
+    saved = made[0].with_name("net.hawqfx")
+    found = benchmark(made[0], ["ort-cpu", "torch-cpu"], model(), images(seed=9), saved, batch=16, rounds=2)
+    x = images(seed=9)[0][0]
+    with torch.no_grad():
+        wanted = compare(quick(Plain, "weight_bits=8").model(x).numpy(), model()(x).numpy())
+    assert isinstance(found["torch-cpu"], Result)
+    assert found["torch-cpu"].parity == wanted
+    with pytest.raises(PlanError, match="made with other data"):
+        benchmark(made[0], ["torch-cpu"], model(), images(seed=9), made[1])
+    with pytest.raises(BackendError, match=r"plan\.json has no codes: give the file of Compiled\.save\(\)"):
+        benchmark(made[0], ["torch-cpu"], model(), None, made[1])
+    quick(Plain, "weight_bits=4").plan.write(tmp_path / "other.json")
+    with pytest.raises(BackendError, match=r"m\.onnx was made by the plan .*other\.json is .*: give the file's own"):
+        benchmark(made[0], ["torch-cpu"], model(), images(), tmp_path / "other.json")
 
 
 def test_what_is_not_installed_is_said(made: tuple[Path, Path]) -> None:

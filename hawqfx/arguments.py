@@ -1,0 +1,82 @@
+"""Checks of single arguments: each refuses what it cannot use, with the argument's name and a way out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawqfx.errors import CaptureError, HawqfxError
+from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS
+
+
+def whole(name: str, value: Any, least: float = -math.inf, why: str = "") -> None:
+    """Refuse a value that is no whole number, or below `least`.
+
+    Raises:
+        HawqfxError: with the reason `why`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise HawqfxError(f"{name}={value!r}: give a whole number")
+    if int(value) < least:
+        raise HawqfxError(f"{name}={value}: {why}")
+
+
+def bits(name: str, wanted: Any) -> tuple[int, ...]:
+    """Widths in ascending order, each once.
+
+    Raises:
+        HawqfxError: unless they are from 2 to 8, with 32 for float beside them.
+    """
+    if isinstance(wanted, str) or not isinstance(wanted, (Sequence, set, frozenset)):
+        raise HawqfxError(f"{name}={wanted!r}: give several bit widths, such as (4, 8)")
+    widths = tuple(wanted)
+    known = all(isinstance(width, Integral) and (width in STATIC_BITS or width == FLOAT_BITS) for width in widths)
+    if not known or not set(widths) - {FLOAT_BITS}:
+        raise HawqfxError(f"{name}: bit widths must be from 2 to 8, with 32 for float beside them, not {widths}")
+    return tuple(sorted(set(widths)))
+
+
+def patterns(name: str, wanted: Any) -> tuple[str, ...]:
+    """Patterns of names.
+
+    Raises:
+        HawqfxError: if they are no sequence of texts.
+    """
+    if isinstance(wanted, str):
+        raise HawqfxError(f"{name}={wanted!r}: give a list of patterns, such as [{wanted!r}]")
+    if not isinstance(wanted, (Sequence, set, frozenset)) or not all(isinstance(each, str) for each in wanted):
+        raise HawqfxError(f"{name}={wanted!r}: give a list of patterns of names, such as ['head.*']")
+    return tuple(wanted)
+
+
+def fixed(wanted: Any) -> tuple[tuple[str, int], ...]:
+    """Pairs of a pattern of names and bits.
+
+    Raises:
+        HawqfxError: if they are no mapping from texts to widths that exist.
+    """
+    if wanted is None:
+        return ()
+    if not isinstance(wanted, Mapping) or not all(isinstance(pattern, str) for pattern in wanted):
+        raise HawqfxError(f"fix={wanted!r}: give a dict from patterns of names to bits, such as {{'head.*': 8}}")
+    for pattern, width in wanted.items():
+        if not isinstance(width, Integral) or not (width in STATIC_BITS or width == FLOAT_BITS):
+            raise HawqfxError(f"fix {pattern!r}: bits are from 2 to 8, or 32 for float, not {width!r}")
+    return tuple(wanted.items())
+
+
+def model(given: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        CaptureError: unless it is an nn.Module or an ExportedProgram.
+    """
+    if not isinstance(given, (nn.Module, torch.export.ExportedProgram)):
+        hint = ": call it, and give what it returns" if isinstance(given, type) else ""
+        raise CaptureError(
+            f"the model is {type(given).__name__} {given!r:.60}{hint}; an nn.Module in eval mode, an fx.GraphModule or "
+            "an ExportedProgram is needed"
+        )
