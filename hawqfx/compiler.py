@@ -14,8 +14,9 @@ from hawqfx.allocation.rules import Order
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
-from hawqfx.frontend.data import gather
+from hawqfx.frontend.data import check_fits, gather
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
 from hawqfx.maths.latency_model import LatencyModel
@@ -54,6 +55,7 @@ def compile(
     plan: Plan | str | Path | None = None,
     draw: Draw | None = None,
     samples: int | None = None,
+    dynamic_shapes: Any = None,
     batch: int | None = None,
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -111,6 +113,9 @@ def compile(
             without targets, "gauss-newton" and "fisher", where the loss is one's own.  The known losses have such a
             distribution, by whose expectation networks are compared; see hawqfx.frontend.criteria.
         samples: number of samples of the data to take; a warning says so when there are fewer.
+        dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them, such as
+            {"input_ids": {1: torch.export.Dim("sequence")}}; the batches of `data` may differ there, and the file takes
+            any size, under the names of the Dims.
         batch: the most samples to measure at once; by default as many as free memory allows.
         cache: a folder for measurements, batch by batch: a run that was killed goes on where it was, and the same model
             is never measured twice.
@@ -129,8 +134,8 @@ def compile(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
             keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
-            plan=plan, draw=draw, samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
-            observers=observers, progress=progress,
+            plan=plan, draw=draw, samples=samples, dynamic_shapes=dynamic_shapes, batch=batch, cache=cache,
+            device=device, threads=threads, seed=seed, observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -143,7 +148,10 @@ def compile(
 def prepare(model: Model, options: Options) -> tuple[Program, Options]:
     """The captured network with its sites, and the quantizers, codes and costs of each; and the options with the loss
     that the network's output asks for."""
-    captured = capture(model, options.context.batches[0])
+    captured = in_single_precision(capture(model, options.context.batches[0], options.dynamic_shapes))
+    inputs = captured.graph.graph.find_nodes(op="placeholder")
+    held = options.scoring.holdout if options.scoring is not None else ()
+    check_fits((*options.context.batches, *held), inputs, lambda batch: captured.flat_inputs(batch.args, batch.kwargs))
     options = with_loss(options, captured)
     return run(options.recipe.prepare, captured, options.context, options.observers), options
 
@@ -215,11 +223,11 @@ def measure_latency(
         cache: the folder of timings, by default the user's.
         console: where progress bars go.
     """
-    batches = gather(data)
+    batches = tuple(batch.map(single) for batch in gather(data))
     recipe = pipeline.recipe(
         keep_float=tuple(keep_float), quantizers=Calibration((8,), (8,)), rounding=Rounding("nearest")
     )
     with progress_bars(console or Console(stderr=True)) as progress:
         context = Context(batches[:1], cross_entropy, progress=progress)
         steps = [*recipe.prepare, *pipeline.profiling(threads, batch, None if cache is None else Path(cache))]
-        return run(steps, capture(model, batches[0]), context).about(LatencyModel)
+        return run(steps, in_single_precision(capture(model, batches[0])), context).about(LatencyModel)

@@ -17,6 +17,7 @@ from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.default_loss import default_criterion
 from hawqfx.frontend.losses import criterion_of, cross_entropy
+from hawqfx.frontend.single_precision import single
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
@@ -48,6 +49,7 @@ class Options:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
+        dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them.
     """
 
     budget: Budget | None
@@ -62,6 +64,7 @@ class Options:
     target: str
     refine: int
     learning: LearnedRounding | None
+    dynamic_shapes: Any
 
 
 def validated(
@@ -86,6 +89,7 @@ def validated(
     plan: Plan | str | Path | None,
     draw: Draw | None,
     samples: int | None,
+    dynamic_shapes: Any,
     batch: int | None,
     cache: str | Path | None,
     device: str | torch.device,
@@ -122,10 +126,11 @@ def validated(
     weights, activations = exact_widths(target, _bits(weight_bits)), _bits(activation_bits)
     place = usable_device(device)
     check_device(model, place)
-    batches = tuple(part.to(place) for part in gather(data, samples))
+    varying = dynamic_shapes is not None or isinstance(model, torch.export.ExportedProgram)
+    batches = _batches(data, samples, varying, place)
     scoring = None
     if metric is not None:
-        batches, held = _held_out(batches, holdout, place)
+        batches, held = _held_out(batches, None if holdout is None else _batches(holdout, None, varying, place))
         scoring = Scoring(metric, held)
     learning = rounding if isinstance(rounding, LearnedRounding) else None
     if rounding == "learned":
@@ -168,6 +173,7 @@ def validated(
         target=target,
         refine=refine,
         learning=learning,
+        dynamic_shapes=dynamic_shapes,
     )
 
 
@@ -246,12 +252,17 @@ def _quantizers(
     return FollowPlan(plan)
 
 
+def _batches(data: Iterable[Any], samples: int | None, varying: bool, device: torch.device) -> tuple[Batch, ...]:
+    """The batches of some data, in float32 and on the device."""
+    return tuple(batch.map(single).to(device) for batch in gather(data, samples, varying))
+
+
 def _held_out(
-    batches: tuple[Batch, ...], holdout: Iterable[Any] | None, device: torch.device
+    batches: tuple[Batch, ...], holdout: tuple[Batch, ...] | None
 ) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
     """The data for calibration, and the data for validation."""
     if holdout is not None:
-        return batches, tuple(batch.to(device) for batch in gather(holdout))
+        return batches, holdout
     total = sum(batch.size for batch in batches)
     kept, held, seen = [], [], 0
     for batch in batches:

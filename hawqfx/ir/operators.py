@@ -142,6 +142,16 @@ IDENTITIES: set[Target] = {
     _aten.lift_fresh_copy.default,
 }
 
+# Operators that check what torch.export knows already, and return nothing.
+ASSERTIONS: set[Target] = {
+    _aten._assert_tensor_metadata.default,
+    _aten._assert_scalar.default,
+    _aten.sym_constrain_range_for_size.default,
+    _aten.sym_constrain_range.default,
+}
+# Reshapes that share memory with their input, and refuse strides with which they cannot.
+VIEWS: set[Target] = {_aten.view.default, _aten._unsafe_view.default}
+
 # Functions whose output is a distribution, as the last operator of a network.
 SOFTMAXES: set[Target] = {_aten.softmax.int, _aten._softmax.default, _aten.special_softmax.default}
 LOG_SOFTMAXES: set[Target] = {

@@ -107,6 +107,8 @@ def summary(
     console = Console(file=text, width=110)
     console.print(f"loss: {loss_reason}", soft_wrap=True)
     console.print(f"calibrated on {samples} samples")
+    for note in planned.notes:
+        console.print(note, soft_wrap=True)
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
     console.print(_sizes(planned))

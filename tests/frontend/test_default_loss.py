@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import hawqfx
+from hawqfx import pipeline
 from hawqfx.errors import DataError, LossError
 from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Context
 from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, SquaredError
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.default_loss import criterion_for, default_criterion
 from hawqfx.frontend.endings import run_with_endings
 from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.facts import LossIncrease
+from hawqfx.pass_manager.manager import run
 from tests.nets import EndingMlp, build, images
 
 CROSS_ENTROPY, TOKENS, SQUARED = Categorical(1), Categorical(-1), SquaredError()
@@ -253,7 +256,11 @@ def test_a_softmax_at_the_end_changes_no_increase(targets: bool, metric: str) ->
     found = []
     for end in (nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1)):
         network = build(lambda end=end: EndingMlp(end)).double()  # type: ignore[misc]
-        measured = hawqfx.compile(network, "weight_bits=5", data, sensitivity=metric).session.measured
+        batches = gather(data)
+        captured = capture(network, batches[0])
+        work = Context(batches, default_criterion(captured, batches)[0])
+        steps = pipeline.recipe(metric=pipeline.metric(metric))
+        measured = run([*steps.prepare, *steps.measure], captured, work)
         increases = [measured.facts.get(site.key, LossIncrease).by_format for site in measured.sites]
         found.append([value for by_format in increases for value in by_format.values()])
     assert any(found[0])
