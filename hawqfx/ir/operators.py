@@ -38,6 +38,9 @@ PRODUCTS: dict[Target, str] = {_aten.matmul.default: "matmul", _aten.bmm.default
 # Gathers rows of a table of weights; integer inputs are the numbers of the rows.
 EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
 
+# Operators that choose entries of a table by numbers that are not known before.
+GATHERS: set[Target] = {_aten.index.Tensor, _aten.index_select.default}
+
 # Operators that multiply, and for which onnxruntime has no integer kernel.
 FLOAT_ONLY: dict[Target, str] = {
     _aten.conv_transpose1d.default: "conv_transpose1d",

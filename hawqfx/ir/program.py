@@ -120,6 +120,13 @@ class Program:
         read = [(name, reason) for node, reason in self.left_float.items() for name in self.weights_of(nodes[node])]
         return {name: reason for name, reason in read if name not in sites}
 
+    def share_in_float(self, node: str) -> float:
+        """The part of the file's bytes of weights that a node reads in float."""
+        (found,) = (each for each in self.graph.graph.nodes if each.name == node)
+        sites = {site.key for site in self.weights}
+        read = {name for name in self.weights_of(found) if name not in sites}
+        return sum(_float_bytes(self.tensor(name)) for name in read) / self.weight_bytes()
+
     def float_bytes(self) -> int:
         """Bytes of the float32 network's parameters and constants: 100% of a size."""
         graph = self.about(FloatNetwork).graph if self.knows(FloatNetwork) else self.graph

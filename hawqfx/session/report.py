@@ -135,5 +135,6 @@ def summary(
     for key in (key for key, width in planned.formats().items() if width.is_float):
         console.print(f"in float: {key}: chosen by the plan")
     for node, reason in planned.left_float.items():
-        console.print(f"in float: {node}: {reason}")
+        share = planned.share_in_float(node)
+        console.print(f"in float: {node}: {reason}" + f"; {share:.1%} of the bytes of weights" * bool(share))
     return text.getvalue()

@@ -296,3 +296,26 @@ def test_causal_labels_have_the_loss_of_transformers(ignored: bool) -> None:
     assert chosen == TOKENS
     assert "labels are not shifted" in reason
     assert default_criterion(program, [Batch((), {"input_ids": ids})])[0] == TOKENS
+
+
+def test_one_hot_and_soft_targets_are_distributions_over_classes() -> None:
+    """As torch's cross-entropy takes them; the squared error stays for targets that are none."""
+    random = torch.Generator().manual_seed(2)
+    labels, soft = torch.randint(0, 6, (8,), generator=random), torch.rand(8, 6, generator=random).softmax(1)
+    network = Function(lambda z: z).eval()
+    z = network(X)
+    for target in (soft, soft.double(), nn.functional.one_hot(labels, 6), nn.functional.one_hot(labels, 6).float()):
+        criterion, reason = default(lambda z: z, target)
+        assert criterion == CROSS_ENTROPY
+        assert reason.endswith("for output (N, 6) and targets (N, 6) that are distributions")
+        expected = nn.functional.cross_entropy(z, target.float())
+        assert float(criterion.mean(z, target)) == pytest.approx(float(expected), rel=1e-6)
+        assert float(criterion.values(z, target, 8).mean()) == pytest.approx(float(expected), rel=1e-6)
+    assert default(lambda z: z, soft * 1.1)[0] == SQUARED
+    tokens = lambda z: z.reshape(-1, 3, 2)  # noqa: E731
+    assert default(tokens, torch.rand(8, 3, 2, generator=random).softmax(2))[0] == TOKENS
+    for one_hot in (nn.functional.one_hot(labels, 6), soft):
+        compiled = hawqfx.compile(network, "weight_bits=5", [(X, one_hot)])
+        before, after = compiled.calibration_loss()
+        assert before == pytest.approx(float(nn.functional.cross_entropy(z, one_hot.float())), rel=1e-5)
+        assert after != before
