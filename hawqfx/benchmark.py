@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from hawqfx.compiler import compile
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
+from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
 from hawqfx.session.plan import Plan
 
@@ -49,12 +50,12 @@ def benchmark(
         PlanError: if the plan does not belong to the model.
     """
     if data is not None:
-        sample = gather(data)[0].first(batch)
+        sample = gather(data)[0].first(batch).map(single)
     else:
         sample = Batch(tuple(map(torch.from_numpy, file_inputs(file, batch))), {})
     reference, floating = None, None
     if model is not None:
-        floating = capture(model, sample).graph
+        floating = in_single_precision(capture(model, sample)).graph
         with torch.no_grad():
             answer = floating(*sample.args, **sample.kwargs)
         reference = [leaf.numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]

@@ -15,6 +15,7 @@ from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
 from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import Batch, gather
+from hawqfx.frontend.decoder_inputs import with_decoder_inputs
 from hawqfx.frontend.default_loss import default_criterion
 from hawqfx.frontend.losses import criterion_of, cross_entropy
 from hawqfx.frontend.single_precision import single
@@ -127,10 +128,10 @@ def validated(
     place = usable_device(device)
     check_device(model, place)
     varying = dynamic_shapes is not None or isinstance(model, torch.export.ExportedProgram)
-    batches = _batches(data, samples, varying, place)
+    batches = _batches(model, data, samples, varying, place)
     scoring = None
     if metric is not None:
-        batches, held = _held_out(batches, None if holdout is None else _batches(holdout, None, varying, place))
+        batches, held = _held_out(batches, None if holdout is None else _batches(model, holdout, None, varying, place))
         scoring = Scoring(metric, held)
     learning = rounding if isinstance(rounding, LearnedRounding) else None
     if rounding == "learned":
@@ -252,9 +253,12 @@ def _quantizers(
     return FollowPlan(plan)
 
 
-def _batches(data: Iterable[Any], samples: int | None, varying: bool, device: torch.device) -> tuple[Batch, ...]:
-    """The batches of some data, in float32 and on the device."""
-    return tuple(batch.map(single).to(device) for batch in gather(data, samples, varying))
+def _batches(
+    model: Model, data: Iterable[Any], samples: int | None, varying: bool, device: torch.device
+) -> tuple[Batch, ...]:
+    """The batches of some data as the model takes them, in float32 and on the device."""
+    batches = with_decoder_inputs(model, gather(data, samples, varying))
+    return tuple(batch.map(single).to(device) for batch in batches)
 
 
 def _held_out(

@@ -3,12 +3,16 @@
 torch.export gives a graph with a single vocabulary of operators, and without call_module and call_method nodes.
 """
 
+import contextlib
+import io
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -21,6 +25,12 @@ from hawqfx.frontend.outputs import without_objects
 from hawqfx.ir.graph import constants_of
 from hawqfx.ir.operators import ASSERTIONS, BATCH_NORM, DECOMPOSED_BATCH_NORM, VIEWS, operands, training_argument
 from hawqfx.ir.program import Program
+
+# lines of torch's messages that are of no use to who reads them here
+_ADVICE = (
+    "The error above occurred", "For more information", "For extended logs", "If you suspect", "For more debugging",
+    "For C++ stack", "consider using data-dependent", "Caused by",
+)  # fmt: skip
 
 Model = nn.Module | torch.export.ExportedProgram
 
@@ -88,19 +98,26 @@ def export(model: nn.Module, example: Batch, dynamic_shapes: Any = None) -> torc
         CaptureError: if torch.export refuses the model.
     """
     example = _with_two_samples(example)
-    shapes = shapes_to_capture(model, example, dynamic_shapes)
     refused: Exception | None = None
-    for given in _in_types_of(model, example):
+    for given, size in itertools.product(_in_types_of(model, example), (Dim.DYNAMIC, Dim("batch"))):
+        shapes = shapes_to_capture(model, example, dynamic_shapes, size)
         try:
-            return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=shapes)
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph as far as it came
+                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=shapes)
         except Exception as error:  # torch.export raises whatever the model's own code raises
             refused = refused or error
     inputs = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in example.tensors]
     raise CaptureError(
-        f"torch.export refused {type(model).__name__} on inputs {', '.join(inputs)}:\n{refused}\n"
+        f"torch.export refused {type(model).__name__} on inputs {', '.join(inputs)}:\n{_without_advice(refused)}\n"
         "If the inputs have the wrong shape or order, mend the data. If control flow depends on tensor values, "
         "rewrite it with torch.where, or export the model yourself and give the ExportedProgram."
     ) from refused
+
+
+def _without_advice(error: Exception | None) -> str:
+    """The message of an error without what torch tells of its own logs."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(_ADVICE)]
+    return "\n".join(lines)
 
 
 def export_again(graph: fx.GraphModule, example: Batch) -> torch.export.ExportedProgram:

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from hawqfx.frontend.data import Batch
@@ -20,7 +20,7 @@ _USUAL = {
 }  # fmt: skip
 
 
-def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None) -> Any:
+def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None, batch: Any = Dim.DYNAMIC) -> Any:
     """The `dynamic_shapes` of torch.export for a model: dimension 0 of every input tensor varies, and what the user
     says beyond that.
 
@@ -29,15 +29,16 @@ def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None) -> An
         example: its inputs.
         given: `dynamic_shapes` as torch.export takes them; in a mapping by the names of inputs, tensors that are left
             out have a batch dimension that varies, and so have those whose own mapping leaves out dimension 0.
+        batch: what is said of a batch dimension: that it varies, or a Dim where all are known to be equal.
     """
     leaves, structure = pytree.tree_flatten((example.args, dict(example.kwargs)))
-    batch = _bound(model, structure, [_varying(leaf, (0,)) for leaf in leaves])
+    batches = _bound(model, structure, [_varying(leaf, (0,), batch) for leaf in leaves])
     if given is None:
-        return batch
+        return batches
     if not isinstance(given, Mapping):
         return given
-    return {name: _with_batch(own, given[name]) if name in given else own for name, own in batch.items()} | {
-        name: value for name, value in given.items() if name not in batch
+    return {name: _with_batch(own, given[name]) if name in given else own for name, own in batches.items()} | {
+        name: value for name, value in given.items() if name not in batches
     }
 
 
@@ -102,7 +103,7 @@ def _user_dims(model: nn.Module | None, example: Batch, given: Any, inputs: int)
     parts = list(whole.values()) if isinstance(whole, Mapping) else whole
     leaves = pytree.tree_leaves(parts, is_leaf=_is_shape)
     named = [
-        {axis: dim.__name__ for axis, dim in leaf.items() if isinstance(dim, type | torch.export.Dim)}
+        {axis: dim.__name__ for axis, dim in leaf.items() if isinstance(dim, type | Dim)}
         if isinstance(leaf, Mapping)
         else {}
         for leaf in leaves
@@ -114,8 +115,8 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(axis, int) for axis in value)
 
 
-def _varying(leaf: Any, axes: Sequence[int]) -> Any:
-    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC) if isinstance(leaf, Tensor) else None
+def _varying(leaf: Any, axes: Sequence[int], size: Any = Dim.DYNAMIC) -> Any:
+    return dict.fromkeys(axes, size) if isinstance(leaf, Tensor) else None
 
 
 def _with_batch(own: Any, given: Any) -> Any:

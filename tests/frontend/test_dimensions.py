@@ -65,7 +65,7 @@ L = Dim("tokens")
 GIVEN: dict[str, tuple[Any, str]] = {
     "named": ({"input_ids": {1: L}, "attention_mask": {1: L}}, "tokens"),
     "whole": (({0: Dim("n"), 1: L}, {0: Dim("n"), 1: L}), "tokens"),
-    "dynamic": (dict.fromkeys(("input_ids", "attention_mask"), {1: Dim.DYNAMIC}), "sequence"),
+    "dynamic": ({key: {1: Dim.DYNAMIC} for key in ("input_ids", "attention_mask")}, "sequence"),
 }
 
 
@@ -115,3 +115,23 @@ def test_sizes_that_the_graph_does_not_take_are_refused_with_both_shapes() -> No
     exported = torch.export.export(seeded(Sequences), (), example)
     with pytest.raises(DataError, match=r"batch 1 has input_ids of shape \(4, 9\), and the model .* \(4, 6\)"):
         compiled(exported, [example, tokens(9)])
+
+
+class Comparing(nn.Module):
+    """Asks in Python whether two batches are of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if len(x) != len(y):
+            raise ValueError("as many of the one as of the other")
+        return self.head(x) + self.head(y.repeat_interleave(1, 0))
+
+
+def test_inputs_whose_batches_must_be_equal(tmp_path: Path) -> None:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    made = compiled(seeded(Comparing), [((x, x + 1), torch.zeros(6, dtype=torch.long))])
+    made.export(tmp_path / "model.onnx")
+    assert shapes(tmp_path / "model.onnx") == ([["batch", 4]] * 2, [["batch", 3]])
