@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import resnet18
 from common import Claims, console, environment, parser
+from layouts import resnet18
 from rich.table import Table
 from theirs import their_files
 from torch import nn

@@ -10,7 +10,7 @@
   with what people find alike.
 * YOLOX-Nano with weights of 3 bits on average and activations of 4 and 6: one width for all, and mixed in the same
   memory for activations (the peak over the schedule).
-* Coverage (architectures.py): random weights, 6 bits per weight on average, chosen by squared error.  Flips are codes
+* Coverage (layouts.py): random weights, 6 bits per weight on average, chosen by squared error.  Flips are codes
   that differ between the fx graph and onnxruntime without optimizations, of all codes that were compared
   (hawqfx/runtime/parity.py); kernels are those of onnxruntime with optimizations.
 
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, build
 from common import RESULTS, Claims, console, environment, parser
 from deployed import Deployed
+from layouts import ARCHITECTURES, build
 from rich.table import Table
 from subjects import SUBJECTS, Subject
 from theirs import THEIRS, their_files

@@ -4,7 +4,7 @@
 
 Makes an environment for each version in the user's cache folder (`pip install onnxruntime==...`, from the package
 index), runs files there in a process of its own, and compares their outputs with those of the onnxruntime installed
-here.  Files: ResNet-20 (hawqfx.zoo) with 2 to 8 bits, a MobileNetV2, a U-Net and a BERT (architectures.py), the BERT
+here.  Files: ResNet-20 (hawqfx.zoo) with 2 to 8 bits, a MobileNetV2, a U-Net and a BERT (layouts.py), the BERT
 also with linear layers dynamic and weight-only, each in the portable packing, for 1.20 and later, and in the native
 one, for 1.24 and later.  --quick: ResNet-20 alone.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import platformdirs
-from architectures import build
 from common import Claims, arguments, console
+from layouts import build
 from rich.table import Table
 
 import hawqfx

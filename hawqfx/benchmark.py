@@ -12,6 +12,7 @@ from hawqfx.errors import BackendError
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.runtime import ort
+from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
 from hawqfx.session.load import load
 from hawqfx.session.plan import Plan
@@ -56,12 +57,12 @@ def benchmark(
     """
     batches = None if data is None else gather(data)
     if batches is not None:
-        sample = batches[0].first(batch)
+        sample = batches[0].first(batch).map(single)
     else:
         sample = Batch(tuple(map(torch.from_numpy, file_inputs(file, batch))), {})
     reference, floating = None, None
     if model is not None:
-        floating = capture(model, sample).graph
+        floating = in_single_precision(capture(model, sample)).graph
         with torch.no_grad():
             answer = floating(*sample.args, **sample.kwargs)
         reference = [leaf.numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]

@@ -14,8 +14,9 @@ from hawqfx.allocation.rules import Order, default_schemes
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
-from hawqfx.frontend.data import gather
+from hawqfx.frontend.data import check_fits, gather
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.frontend.trial import try_loss
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
@@ -56,6 +57,7 @@ def compile(
     reround: bool = False,
     draw: Draw | None = None,
     samples: int | None = None,
+    dynamic_shapes: Any = None,
     batch: int | None = None,
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -117,6 +119,9 @@ def compile(
             without targets, "gauss-newton" and "fisher", where the loss is one's own.  The known losses have such a
             distribution, by whose expectation networks are compared; see hawqfx.frontend.criteria.
         samples: number of samples of the data to take; a warning says so when there are fewer.
+        dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them, such as
+            {"input_ids": {1: torch.export.Dim("sequence")}}; the batches of `data` may differ there, and the file takes
+            any size, under the names of the Dims.
         batch: the most samples to measure at once; by default as many as free memory allows.
         cache: a folder for measurements, batch by batch: a run that was killed goes on where it was, and the same model
             is never measured twice.
@@ -135,8 +140,8 @@ def compile(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
             keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
-            plan=plan, reround=reround, draw=draw, samples=samples, batch=batch, cache=cache, device=device,
-            threads=threads, seed=seed, observers=observers, progress=progress,
+            plan=plan, reround=reround, draw=draw, samples=samples, dynamic_shapes=dynamic_shapes, batch=batch,
+            cache=cache, device=device, threads=threads, seed=seed, observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -151,9 +156,12 @@ def prepare(model: Model, options: Options) -> tuple[Program, Options]:
     that the network's output asks for.  The user's functions are tried on the first batch before that.
 
     Raises:
-        HawqfxError: if the loss, the metric or a pattern of names cannot be used.
+        HawqfxError: if the data do not fit, or the loss, the metric or a pattern of names cannot be used.
     """
-    captured = capture(model, options.context.batches[0])
+    captured = in_single_precision(capture(model, options.context.batches[0], options.dynamic_shapes))
+    inputs = captured.graph.graph.find_nodes(op="placeholder")
+    held = options.scoring.holdout if options.scoring is not None else ()
+    check_fits((*options.context.batches, *held), inputs, lambda batch: captured.flat_inputs(batch.args, batch.kwargs))
     options = with_loss(options, captured)
     try_loss(captured, options.context, 0 if options.plan else pipeline.derivatives(options.recipe))
     if options.scoring is not None:
@@ -244,11 +252,11 @@ def measure_latency(
         cache: the folder of timings, by default the user's.
         console: where progress bars go.
     """
-    batches = gather(data)
+    batches = tuple(batch.map(single) for batch in gather(data))
     recipe = pipeline.recipe(
         keep_float=tuple(keep_float), quantizers=Calibration((8,), (8,)), rounding=Rounding("nearest")
     )
     with progress_bars(console or Console(stderr=True)) as progress:
         context = Context(batches[:1], cross_entropy, progress=progress)
         steps = [*recipe.prepare, *pipeline.profiling(threads, batch, None if cache is None else Path(cache))]
-        return run(steps, capture(model, batches[0]), context).about(LatencyModel)
+        return run(steps, in_single_precision(capture(model, batches[0])), context).about(LatencyModel)

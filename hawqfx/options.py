@@ -16,8 +16,10 @@ from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
 from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import Batch, check_alike, gather
+from hawqfx.frontend.decoder_inputs import with_decoder_inputs
 from hawqfx.frontend.default_loss import default_criterion
 from hawqfx.frontend.losses import criterion_of, cross_entropy
+from hawqfx.frontend.single_precision import single
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
@@ -54,6 +56,7 @@ class Options:
         learning: fits the codes of a chosen plan, if codes are learned.
         keep_float: patterns of names of weights whose layers stay in float.
         reround: whether the bits of the plan alone are taken.
+        dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them.
     """
 
     budget: Budget | None
@@ -70,6 +73,7 @@ class Options:
     learning: LearnedRounding | None
     keep_float: tuple[str, ...]
     reround: bool
+    dynamic_shapes: Any
 
 
 def validated(
@@ -95,6 +99,7 @@ def validated(
     reround: bool,
     draw: Draw | None,
     samples: int | None,
+    dynamic_shapes: Any,
     batch: int | None,
     cache: str | Path | None,
     device: str | torch.device,
@@ -141,10 +146,16 @@ def validated(
             raise HawqfxError(f"fix {pattern!r}: {width} bits are in neither weight_bits= nor activation_bits=")
     place = usable_device(device)
     check_device(model, place)
-    batches = tuple(part.to(place) for part in gather(data, samples))
+    varying = dynamic_shapes is not None or isinstance(model, torch.export.ExportedProgram)
+    batches = _batches(model, data, samples, varying, place)
     scoring = None
     if metric is not None:
-        batches, held = _held_out(batches, holdout, place)
+        held_data = None
+        if holdout is not None:
+            held_data = _batches(model, holdout, None, varying, place, "holdout")
+            if not varying:
+                check_alike(held_data[0], batches[0], "holdout")
+        batches, held = _held_out(batches, held_data)
         if holdout is None and (limits is None or limits.drop is None):
             log.warning(
                 "metric= holds out %d samples, the last quarter of the data, for budgets on drop and for scores; "
@@ -195,6 +206,7 @@ def validated(
         learning=learning,
         keep_float=kept,
         reround=reround,
+        dynamic_shapes=dynamic_shapes,
     )
 
 
@@ -283,14 +295,25 @@ def _quantizers(
     return plan.calibration() if reround else FollowPlan(plan)
 
 
+def _batches(
+    model: Model,
+    data: Iterable[Any],
+    samples: int | None,
+    varying: bool,
+    device: torch.device,
+    name: str = "data",
+) -> tuple[Batch, ...]:
+    """The batches of some data as the model takes them, in float32 and on the device."""
+    batches = with_decoder_inputs(model, gather(data, samples, varying, name))
+    return tuple(batch.map(single).to(device) for batch in batches)
+
+
 def _held_out(
-    batches: tuple[Batch, ...], holdout: Iterable[Any] | None, device: torch.device
+    batches: tuple[Batch, ...], holdout: tuple[Batch, ...] | None
 ) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
     """The data for calibration, and the data for validation."""
     if holdout is not None:
-        held_out = gather(holdout, name="holdout")
-        check_alike(held_out[0], batches[0], "holdout")
-        return batches, tuple(batch.to(device) for batch in held_out)
+        return batches, holdout
     total = sum(batch.size for batch in batches)
     kept, held, seen = [], [], 0
     for batch in batches:

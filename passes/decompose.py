@@ -92,25 +92,33 @@ def _linear(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     return rewriter.call(_aten.linear.default, tensor, turned, *bias)
 
 
+def _shared(rewriter: GraphRewriter, target: Any, tensor: fx.Node, *args: Any) -> fx.Node:
+    """A call on a tensor, or the earlier one that is the same."""
+    calls = (user for user in tensor.users if (user.target, user.args) == (target, (tensor, *args)))
+    return next(calls, None) or rewriter.call(target, tensor, *args)
+
+
+def _size(rewriter: GraphRewriter, tensor: fx.Node, axis: int) -> Any:
+    """The size of a dimension: a number, or a node where it varies."""
+    size = tensor.meta["val"].shape[axis]
+    return size if isinstance(size, int) else _shared(rewriter, _aten.sym_size.int, tensor, axis)
+
+
 def _flat(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """A linear layer, and the rectifier after it, with all axes but the last flattened."""
     tensor, weight, *_ = operands(node)
     shape = list(node.meta["val"].shape)
     if len(shape) < 3 or not is_constant(weight) or not is_tensor(tensor) or node.kwargs:
         return None
-    if not all(isinstance(size, int) for size in shape[1:]):
-        return None
-    like = (_aten.reshape.default, (tensor, [-1, weight.meta["val"].shape[1]]))
-    flat = next((user for user in tensor.users if (user.target, user.args) == like), None)
-    if flat is None:
-        flat = rewriter.call(like[0], *like[1])
+    sizes = [-1, *(_size(rewriter, tensor, axis) for axis in range(1, len(shape) - 1)), shape[-1]]
+    flat = _shared(rewriter, _aten.reshape.default, tensor, [-1, weight.meta["val"].shape[1]])
     made = rewriter.call(_aten.linear.default, flat, *operands(node)[1:])
     user = next(iter(node.users))
     if len(node.users) > 1 or ceiling(user) is None:
-        return rewriter.call(_aten.reshape.default, made, [-1, *shape[1:]])
+        return rewriter.call(_aten.reshape.default, made, sizes)
     options: dict[str, Any] = dict(user.kwargs)
     made = rewriter.call(user.target, made, *operands(user)[1:], **options)
-    user.replace_all_uses_with(rewriter.call(_aten.reshape.default, made, [-1, *shape[1:]]))
+    user.replace_all_uses_with(rewriter.call(_aten.reshape.default, made, sizes))
     return made
 
 
@@ -134,27 +142,66 @@ def _scaled(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
 
 
 def _attention(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
+    """Attention; rows that a mask hides wholly come out as zeros, as torch has them."""
     query, key, value, mask, _, causal = (*operands(node), *(None, 0.0, False)[max(0, len(node.args) - 3) :])[:6]
     mask = node.kwargs.get("attn_mask", mask)
     scale = node.kwargs.get("scale")
     causal = node.kwargs.get("is_causal", causal)
-    if node.kwargs.get("enable_gqa") or not node.kwargs.keys() <= {"attn_mask", "dropout_p", "is_causal", "scale"}:
+    if not node.kwargs.keys() <= {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}:
         return None
+    if node.kwargs.get("enable_gqa"):
+        key, value = (_repeated_heads(rewriter, tensor, query) for tensor in (key, value))
     width = query.meta["val"].shape[-1]
-    rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
     scores = rewriter.call(_aten.matmul.default, query, rewriter.call(_aten.transpose.int, key, -2, -1))
     scores = rewriter.call(_aten.mul.Tensor, scores, scale if scale is not None else 1 / math.sqrt(width))
+    visible = None
     if causal:
-        if not isinstance(rows, int) or not isinstance(columns, int):
-            return None
-        future = torch.full((rows, columns), -math.inf).triu(1)
-        triangle = rewriter.buffer(f"{node.name}_mask", future, query)
-        scores = rewriter.call(_aten.add.Tensor, scores, triangle)
+        scores = rewriter.call(_aten.add.Tensor, scores, _triangle(rewriter, node, query, key))
     elif mask is not None:
-        if mask.meta["val"].dtype == torch.bool:
-            mask = rewriter.call(_aten.where.Scalar, mask, 0.0, HIDDEN)
-        scores = rewriter.call(_aten.add.Tensor, scores, mask)
-    return rewriter.call(_aten.matmul.default, rewriter.call(_aten.softmax.int, scores, -1), value)
+        scores = rewriter.call(_aten.add.Tensor, scores, _added(rewriter, mask))
+        visible = _rows(rewriter, mask)
+    chances = rewriter.call(_aten.softmax.int, scores, -1)
+    if visible is not None:
+        chances = rewriter.call(_aten.where.ScalarOther, visible, chances, 0.0)
+    return rewriter.call(_aten.matmul.default, chances, value)
+
+
+def _repeated_heads(rewriter: GraphRewriter, tensor: fx.Node, query: fx.Node) -> fx.Node:
+    """Keys or values (N, heads, L, width) with each head as often as several heads of queries share it."""
+    times = query.meta["val"].shape[-3] // tensor.meta["val"].shape[-3]
+    return tensor if times == 1 else rewriter.call(_aten.repeat_interleave.self_int, tensor, times, -3)
+
+
+def _triangle(rewriter: GraphRewriter, node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+    """What is added to the scores so that no position sees a later one, (rows, columns)."""
+    rows, columns = query.meta["val"].shape[-2], key.meta["val"].shape[-2]
+    if isinstance(rows, int) and isinstance(columns, int):
+        return rewriter.buffer(f"{node.name}_mask", torch.full((rows, columns), -math.inf).triu(1), query)
+    positions = []
+    for tensor, axis in ((query, 1), (key, 0)):
+        count = rewriter.call(_aten.sym_size.int, tensor, -2)
+        positions.append(rewriter.call(_aten.unsqueeze.default, rewriter.call(_aten.arange.default, count), axis))
+    seen = rewriter.call(_aten.ge.Tensor, *positions)
+    return rewriter.call(_aten.where.Scalar, seen, 0.0, HIDDEN)
+
+
+def _added(rewriter: GraphRewriter, mask: fx.Node) -> fx.Node:
+    """What a mask adds to the scores, finite in rows that it hides wholly."""
+    if mask.meta["val"].dtype == torch.bool:
+        return _shared(rewriter, _aten.where.Scalar, mask, 0.0, HIDDEN)
+    return _shared(rewriter, _aten.clamp_min.default, mask, HIDDEN)
+
+
+def _rows(rewriter: GraphRewriter, mask: fx.Node) -> fx.Node | None:
+    """Whether a row sees anything, (..., rows, 1); None for a constant mask that hides none."""
+    if is_constant(mask):
+        value = rewriter.value(mask)
+        seen = value if value.dtype == torch.bool else value > -math.inf
+        if bool(seen.any(-1).all()):
+            return None
+    if mask.meta["val"].dtype != torch.bool:
+        mask = _shared(rewriter, _aten.gt.Scalar, mask, -math.inf)
+    return _shared(rewriter, _aten.any.dim, mask, -1, True)
 
 
 @dataclass(frozen=True)

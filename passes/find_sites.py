@@ -26,6 +26,7 @@ from hawqfx.ir.operators import (
     BATCH_NORM,
     EMBEDDING,
     FLOAT_ONLY,
+    GATHERS,
     NO_PRODUCTS,
     PRODUCTS,
     WEIGHTED_LAYERS,
@@ -164,6 +165,8 @@ def _obstacle(program: Program, node: fx.Node, parts: Partition) -> str | None:
         return f"{PRODUCTS[node.target]} of a constant"
     if node.target is BATCH_NORM:
         return "batch-norm that no single layer before it could take in"
+    if node.target in GATHERS and is_constant(node.args[0]) and program.tensor(str(node.args[0].target)).ndim >= 3:
+        return f"{node.target} chooses among the matrices of {node.args[0].target}, which no integer kernel does"
     multiplies = node.op == "call_function" and node.target is not EMBEDDING and node.target not in NO_PRODUCTS
     for argument in node.all_input_nodes if multiplies else ():
         if is_constant(argument) and program.tensor(str(argument.target)).ndim >= 2:

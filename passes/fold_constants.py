@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.nn import Parameter
 
+from hawqfx.ir.graph import tensor_of
 from hawqfx.ir.operators import BATCH_NORM, is_constant, is_tensor, operands
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
 
 _aten = torch.ops.aten
-LARGEST = 1 << 20  # elements of a computed constant: a larger constant may well be a small one that was expanded
+LARGEST = 1 << 20  # elements of a constant that is made of smaller ones: more may well be small ones, expanded
 
 
 def _computable(node: fx.Node) -> bool:
@@ -28,9 +30,9 @@ def _computable(node: fx.Node) -> bool:
         and isinstance(value, Tensor)
         and value.is_floating_point()
         and all(isinstance(size, int) for size in value.shape)
-        and value.numel() <= LARGEST
         and bool(node.all_input_nodes)
         and all(source.op == "get_attr" for source in node.all_input_nodes)
+        and value.numel() <= max(LARGEST, *(source.meta["val"].numel() for source in node.all_input_nodes))
         and torch.Tag.nondeterministic_seeded not in node.target.tags
         and not node.target._schema.is_mutable
     )
@@ -46,12 +48,31 @@ def _per_channel(node: Any, ndim: int, channels: Any) -> bool:
 
 @torch.no_grad()
 def _compute(rewriter: GraphRewriter, node: fx.Node) -> None:
-    """A constant takes the place of an operator on constants."""
+    """A constant takes the place of an operator on constants, under the name of the parameter that it is made of."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), rewriter.value)
-    value = node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
+    value = node.target(*args, **kwargs).clone(memory_format=torch.contiguous_format)  # type: ignore[operator]
     with rewriter.before(node):
-        constant = rewriter.buffer(f"{node.name}_constant", value, node)
+        parameter = _parameter(rewriter, node, value)
+        if parameter is None:
+            constant = rewriter.buffer(f"{node.name}_constant", value, node)
+        else:
+            constant = rewriter.parameter(parameter, value, node)
     rewriter.replace(node, constant)
+
+
+def _parameter(rewriter: GraphRewriter, node: fx.Node, value: Tensor) -> str | None:
+    """The name of a constant that is the only parameter that it is made of, pruned or turned, or one entry of it."""
+    sources = [source for source in node.all_input_nodes if _is_parameter(rewriter, source)]
+    if len(sources) != 1:
+        return None
+    (source,), key = sources, str(sources[0].target)
+    if node.target is _aten.select.int and node.args[1] == 0:
+        return f"{key}_{node.args[2]}"
+    return key if len(source.users) == 1 and value.numel() == source.meta["val"].numel() else None
+
+
+def _is_parameter(rewriter: GraphRewriter, constant: fx.Node) -> bool:
+    return isinstance(tensor_of(rewriter.module, str(constant.target)), Parameter)
 
 
 def _norm(rewriter: GraphRewriter, shift: fx.Node) -> None:

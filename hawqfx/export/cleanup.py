@@ -8,9 +8,10 @@ OutputFixPass of onnx_ir does not fit here: it gives an input that is returned a
 """
 
 import itertools
+import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -22,13 +23,14 @@ from hawqfx.ir.program import SCALE
 _AGAIN = "#"
 
 
-def clean(model: ir.Model, outputs: Sequence[str]) -> None:
+def clean(model: ir.Model, outputs: Sequence[str], dimensions: Mapping[str, Mapping[int, str]] = {}) -> None:
     """Leave out of the model everything that no reader needs: traces of the exporter, shapes inside, copies of small
     constants, long names.
 
     Args:
         model: the model, which is changed; its weights are packed already.
         outputs: the names that its outputs get, in order.
+        dimensions: input -> the names that its dimensions get, by number, where they vary.
     """
     parameters = [value for value in model.graph.initializers.values() if _is_float_parameter(value)]
     ir.passes.Sequential(
@@ -43,6 +45,7 @@ def clean(model: ir.Model, outputs: Sequence[str]) -> None:
     _drop_defaults(graph)
     _name_by_sites(graph)
     _name_the_edges(graph, outputs)
+    _name_dimensions(graph, dimensions)
     _shorten_names(graph, parameters)
 
 
@@ -141,7 +144,7 @@ def _share_constants(graph: ir.Graph) -> None:
 
 
 def _name_the_edges(graph: ir.Graph, outputs: Sequence[str]) -> None:
-    """The batch dimension is called "batch"; outputs get these names, with `_output` behind those that inputs or
+    """Outputs get these names, with `_output` behind those that inputs or
     constants have."""
     _part_outputs(graph)
     taken = {str(value.name) for value in graph.inputs} | graph.initializers.keys()
@@ -155,9 +158,27 @@ def _name_the_edges(graph: ir.Graph, outputs: Sequence[str]) -> None:
             value.name = f"{value.name}_inside"
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
+
+
+def _name_dimensions(graph: ir.Graph, dimensions: Mapping[str, Mapping[int, str]]) -> None:
+    """The dimensions of inputs that vary have these names, and those of outputs what follows from them."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, name in dimensions.get(str(value.name), {}).items():
+            if value.shape is not None and isinstance(value.shape[axis], ir.SymbolicDim):
+                names[_text(value.shape[axis])] = name
     for value in (*graph.inputs, *graph.outputs):
-        if value.shape is not None and value.shape and not isinstance(value.shape[0], int):
-            value.shape = ir.Shape(["batch", *value.shape[1:]])
+        if value.shape is not None:
+            value.shape = ir.Shape([size if isinstance(size, int) else _named(size, names) for size in value.shape])
+
+
+def _text(size: ir.SymbolicDim | int) -> str:
+    return str(size.value) if isinstance(size, ir.SymbolicDim) else str(size)
+
+
+def _named(size: ir.SymbolicDim, names: Mapping[str, str]) -> str:
+    """The expression of a dimension with the names of users in place of symbols."""
+    return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), _text(size))
 
 
 def _part_outputs(graph: ir.Graph) -> None:

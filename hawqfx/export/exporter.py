@@ -66,10 +66,10 @@ def export(
         raise ExportError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
     check_writable(Path(path))
     legal = run(legalization(), program, _check(program, example), observers)
-    model = translations.translate(capture.export(legal.graph, example), OPSET[packing])
+    model = translations.translate(capture.export_again(legal.graph, example), OPSET[packing])
     for name, bits in legal.about(StoredBits).bits.items():
         packed_weights.pack(model, name, bits, packing)
-    cleanup.clean(model, output_names(legal.graph))
+    cleanup.clean(model, output_names(legal.graph), legal.dimensions)
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None
     model.metadata_props.update(metadata)

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -46,7 +46,7 @@ class WeighFile(Analysis):
         planned = program.learn({key: ChosenFormat(width, 0.0) for key, width in formats.items()})
         whole = exported_bytes(Lowering().rewrite(planned), context, self.target)
         graph = program.about(FloatNetwork).graph
-        float_bytes = _written(replace(Program(graph), facts=program.facts), context, {})
+        float_bytes = _written(program.with_graph(graph), context, {})
         return {NETWORK: FileText(whole - planned.weight_bytes(), formats, float_bytes)}
 
 

@@ -3,63 +3,93 @@
 torch.export gives a graph with a single vocabulary of operators, and without call_module and call_method nodes.
 """
 
-import inspect
+import contextlib
+import io
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import CaptureError
 from hawqfx.frontend.data import Batch
-from hawqfx.ir.operators import BATCH_NORM, DECOMPOSED_BATCH_NORM, operands, training_argument
+from hawqfx.frontend.dimensions import name_dimensions, shapes_of, shapes_to_capture
+from hawqfx.frontend.experts import dense_experts
+from hawqfx.frontend.inlining import inline_wrappers
+from hawqfx.frontend.outputs import without_objects
+from hawqfx.ir.graph import constants_of
+from hawqfx.ir.operators import ASSERTIONS, BATCH_NORM, DECOMPOSED_BATCH_NORM, VIEWS, operands, training_argument
 from hawqfx.ir.program import Program
+
+# lines of torch's messages that are of no use to who reads them here
+_ADVICE = (
+    "The error above occurred", "For more information", "For extended logs", "If you suspect", "For more debugging",
+    "For C++ stack", "consider using data-dependent", "Caused by",
+)  # fmt: skip
 
 Model = nn.Module | torch.export.ExportedProgram
 
 
-def capture(model: Model, example: Batch) -> Program:
+def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program:
     """The program of an eval-mode model, with a dynamic batch dimension.
 
     Args:
         model: an nn.Module, an fx.GraphModule or an ExportedProgram.  The model is not changed; the program shares its
-            tensors.  An ExportedProgram keeps the batch dimension that it was exported with.
+            tensors.  An ExportedProgram keeps the dimensions that it was exported with.
         example: inputs of the model; dimension 0 of every tensor is the batch.
+        dynamic_shapes: other dimensions that vary, as torch.export takes them.
 
     Returns:
         A program with a graph, and without sites and facts.
 
     Raises:
         CaptureError: if the model is in train mode, if torch.export refuses the model (the message contains that of
-            torch.export), or if a parameter or buffer is not finite.
+            torch.export), if the graph has control flow or sizes that depend on values, or if a parameter or buffer is
+            not finite.
     """
+    left_out: list[str] = []
     if isinstance(model, torch.export.ExportedProgram):
+        if dynamic_shapes is not None:
+            raise CaptureError("dynamic_shapes= is for models: an ExportedProgram has those that it was exported with")
         exported = model
     else:
         _refuse_training(model)
-        exported = export(model, example)
+        with without_objects(model, left_out), dense_experts(model):
+            exported = export(model, example, dynamic_shapes)
     for node in exported.graph.nodes:
         if training_argument(node):
             raise CaptureError(f"{node.name} was captured in train mode: call model.eval() before torch.export")
-    if any(_writes_in_place(node) for node in exported.graph.nodes):
+    if any(_writes_in_place(node) for node in _all_nodes(exported.graph_module)):
         exported = exported.run_decompositions({})
     graph = exported.module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
+    inline_wrappers(graph)
+    _simplify(graph.graph)
     _recompose_batchnorm(graph.graph)
-    for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
+    _refuse_sizes_by_values(graph.graph)
+    _merge_get_attr_nodes(graph)
+    for name, tensor in constants_of(graph).items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CaptureError(f"{name} holds NaN or infinity: the checkpoint is damaged, or training diverged")
-    _merge_get_attr_nodes(graph)
-    return Program(graph)
+    graph.recompile()
+    module = None if isinstance(model, torch.export.ExportedProgram) else model
+    names = name_dimensions(graph.graph, module, example, dynamic_shapes)
+    notes = [f"left out of the outputs: {', '.join(left_out)}, which no graph returns"] if left_out else []
+    return Program(graph, dimensions=names, notes=tuple(notes))
 
 
-def export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
+def export(model: nn.Module, example: Batch, dynamic_shapes: Any = None) -> torch.export.ExportedProgram:
     """torch.export with a dynamic batch.
 
     Args:
         model: the module, in eval mode.
         example: inputs of the module; dimension 0 of every tensor is the batch, and becomes dynamic.
+        dynamic_shapes: other dimensions that vary, as torch.export takes them.
 
     Returns:
         The exported program.
@@ -68,17 +98,36 @@ def export(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
         CaptureError: if torch.export refuses the model.
     """
     example = _with_two_samples(example)
-    try:
-        return torch.export.export(
-            model, example.args, dict(example.kwargs), dynamic_shapes=_dynamic_batch(model, example)
-        )
-    except Exception as error:  # torch.export raises whatever the model's own code raises
-        inputs = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in example.tensors]
-        raise CaptureError(
-            f"torch.export refused {type(model).__name__} on inputs {', '.join(inputs)}:\n{error}\n"
-            "If the inputs have the wrong shape or order, mend the data. If control flow depends on tensor values, "
-            "rewrite it with torch.where or torch.cond, or export the model yourself and give the ExportedProgram."
-        ) from error
+    refused: Exception | None = None
+    for given, size in itertools.product(_in_types_of(model, example), (Dim.DYNAMIC, Dim("batch"))):
+        shapes = shapes_to_capture(model, example, dynamic_shapes, size)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph as far as it came
+                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=shapes)
+        except Exception as error:  # torch.export raises whatever the model's own code raises
+            refused = refused or error
+    inputs = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in example.tensors]
+    raise CaptureError(
+        f"torch.export refused {type(model).__name__} on inputs {', '.join(inputs)}:\n{_without_advice(refused)}\n"
+        "If the inputs have the wrong shape or order, mend the data. If control flow depends on tensor values, "
+        "rewrite it with torch.where, or export the model yourself and give the ExportedProgram."
+    ) from refused
+
+
+def _without_advice(error: Exception | None) -> str:
+    """The message of an error without what torch tells of its own logs."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(_ADVICE)]
+    return "\n".join(lines)
+
+
+def export_again(graph: fx.GraphModule, example: Batch) -> torch.export.ExportedProgram:
+    """torch.export of a captured graph whose inputs vary as they did when it was captured.
+
+    Raises:
+        CaptureError: if torch.export refuses the graph.
+    """
+    example = _with_two_samples(example)
+    return export(graph, example, shapes_of(graph, example))
 
 
 def _with_two_samples(example: Batch) -> Batch:
@@ -92,15 +141,22 @@ def _with_two_samples(example: Batch) -> Batch:
     return Batch(pytree.tree_map(twice, example.args), pytree.tree_map(twice, dict(example.kwargs)))
 
 
-def _dynamic_batch(model: nn.Module, example: Batch) -> Any:
-    """The `dynamic_shapes` of torch.export: dimension 0 of every input tensor is dynamic."""
+def _in_types_of(model: nn.Module, example: Batch) -> list[Batch]:
+    """The example with its floats in each floating-point type of a model's parameters: a model of one type asks for
+    inputs of that type, and one of several types for those of one of them."""
+    kinds = dict.fromkeys(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
-    def dynamic(leaf: Any) -> Any:
-        return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) else None
+    def cast(kind: torch.dtype) -> Batch:
+        return example.map(lambda tensor: tensor.to(kind) if tensor.is_floating_point() else tensor)
 
-    forward = model.forward
-    bound = inspect.signature(forward).bind(*example.args, **example.kwargs)
-    return pytree.tree_map(dynamic, dict(bound.arguments))
+    return [cast(kind) for kind in kinds] or [example]
+
+
+def _all_nodes(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph and of its sub-graphs."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield from part.graph.nodes
 
 
 def _refuse_training(model: nn.Module) -> None:
@@ -114,6 +170,31 @@ def _refuse_training(model: nn.Module) -> None:
 
 def _writes_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _simplify(graph: fx.Graph) -> None:
+    """Take out assertions, and write views as reshapes, which need no particular strides.
+
+    The assertions speak of types, devices and layouts that hold for the model as it is; those about sizes are kept by
+    torch.export itself, when the graph is exported again.
+    """
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS:
+            graph.erase_node(node)
+        elif node.target in VIEWS:
+            node.target = torch.ops.aten.reshape.default
+
+
+def _refuse_sizes_by_values(graph: fx.Graph) -> None:
+    """Raises CaptureError if the size of a tensor depends on the values of another, as that of nonzero does."""
+    for node in graph.nodes:
+        sizes = [size for value in pytree.tree_leaves(node.meta.get("val")) for size in getattr(value, "shape", ())]
+        if any(free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)):
+            raise CaptureError(
+                f"{node.name}: {node.target} makes a tensor whose size depends on the values of its input: a graph of "
+                "integer kernels has sizes that follow from those of the inputs. In a mixture of experts, let each "
+                "expert compute all tokens, and weigh what they say by the router, with zeros for the others"
+            )
 
 
 def _recompose_batchnorm(graph: fx.Graph) -> None:
@@ -144,4 +225,3 @@ def _merge_get_attr_nodes(graph: fx.GraphModule) -> None:
         if kept is not node:
             node.replace_all_uses_with(kept)
             graph.graph.erase_node(node)
-    graph.recompile()

@@ -94,7 +94,7 @@ class ExpectedLabels:
 
 @dataclass(frozen=True)
 class Categorical(Criterion):
-    """Cross-entropy of integer labels.
+    """Cross-entropy of integer labels, or of distributions over classes in the shape of the output, one-hot or soft.
 
     Args:
         axis: dimension of the classes in the output.
@@ -108,11 +108,13 @@ class Categorical(Criterion):
     causal: bool = False
 
     def mean(self, output: Any, target: Any) -> Tensor:
+        target = self._labels(output, target)
         if isinstance(target, ExpectedLabels):
             return self._expected(output, target).mean()
         return F.nll_loss(*self._predictions(output, target), ignore_index=IGNORED_LABEL)
 
     def values(self, output: Any, target: Any, samples: int) -> Tensor:
+        target = self._labels(output, target)
         if isinstance(target, ExpectedLabels):
             return _by_sample(self._expected(output, target), samples)
         predicted, labels = self._predictions(output, target)
@@ -122,7 +124,7 @@ class Categorical(Criterion):
 
     def expectation(self, output: Any, target: Any = None) -> ExpectedLabels:
         probabilities = self._probabilities(output)
-        if target is None:
+        if target is None or isinstance(self._labels(output, target), ExpectedLabels):
             return ExpectedLabels(probabilities)
         kept = target != IGNORED_LABEL
         if self.causal:
@@ -141,6 +143,13 @@ class Categorical(Criterion):
 
     def draws(self, target: Any) -> int:
         return _kept(target)
+
+    def _labels(self, output: Any, target: Any) -> Any:
+        """The target, as a distribution where it has the shape of the output."""
+        scores = logits_of(output)
+        if not isinstance(target, Tensor) or target.shape != scores.shape:
+            return target
+        return ExpectedLabels(target.movedim(self.axis, 1).to(scores.dtype))
 
     def _expected(self, output: Any, labels: ExpectedLabels) -> Tensor:
         """Cross-entropy of each label's distribution, (N, ...)."""

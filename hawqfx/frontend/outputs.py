@@ -1,13 +1,16 @@
 """What a network returns, as losses look at it: a tensor, one that is named logits, or several; and their targets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hawqfx.errors import DataError, LossError
 
 Key = int | str  # of an output in a tuple or a mapping
+_VALUES = (Tensor, bool, int, float, str, SymInt, SymFloat, SymBool)
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -102,6 +105,39 @@ def targets_by_output(target: Any, keys: Sequence[Key], counted: Sequence[Key]) 
 def written(tensor: Tensor) -> str:
     """The shape in words, as in (N, 3)."""
     return f"({', '.join(['N', *map(str, tensor.shape[1:])])})"
+
+
+@contextmanager
+def without_objects(model: nn.Module, left_out: list[str]) -> Iterator[None]:
+    """A context in which a model returns None in place of what is no value of a graph, such as the caches of
+    transformers.
+
+    Args:
+        model: any module; it is the same again after the context.
+        left_out: takes the names and types of what was left out.
+    """
+
+    def keep_values(module: nn.Module, inputs: Any, output: Any) -> Any:
+        def value(path: tuple[Any, ...], leaf: Any) -> Any:
+            if leaf is None or isinstance(leaf, _VALUES):
+                return leaf
+            name = "_".join(map(_key, path)) or "the output"
+            described = f"{name} ({type(leaf).__name__})"
+            left_out.extend([described] * (described not in left_out))
+            return None
+
+        return pytree.tree_map_with_path(value, output)
+
+    hook = model.register_forward_hook(keep_values)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _key(step: Any) -> str:
+    """A step of a path through a structure: the key of a mapping, the field of an object or the number of an item."""
+    return str(next(getattr(step, kind) for kind in ("key", "name", "idx") if hasattr(step, kind)))
 
 
 def _logits(output: Any) -> Any:

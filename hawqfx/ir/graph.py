@@ -69,6 +69,11 @@ def captured_size(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
+def symbol(size: Any) -> str:
+    """A size as text; for a symbolic size, its expression."""
+    return str(size) if isinstance(size, int) else str(size.node.expr)
+
+
 def captured_shape(node: fx.Node) -> list[int]:
     """The shape of a node's tensor when the graph was captured, with the batch of the example."""
     return [captured_size(size) for size in node.meta["val"].shape]
@@ -76,7 +81,12 @@ def captured_shape(node: fx.Node) -> list[int]:
 
 def batch_size(graph: fx.Graph) -> int:
     """The number of samples in the example that the graph was captured with."""
-    return captured_shape(next(iter(graph.find_nodes(op="placeholder"))))[0]
+    return captured_shape(first_input(graph))[0]
+
+
+def first_input(graph: fx.Graph) -> fx.Node:
+    """The first input that is a tensor; Python numbers among the inputs are constants of the graph."""
+    return next(node for node in graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor))
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
@@ -102,7 +112,7 @@ def set_tensor(graph: fx.GraphModule, key: str, value: Tensor, *, parameter: boo
         if not isinstance(getattr(module, part, None), torch.nn.Module):
             module.add_module(part, torch.nn.Module())
         module = module.get_submodule(part)
-    if name in module._parameters or name in module._buffers:
+    if hasattr(module, name):  # a constant of torch.export may be neither parameter nor buffer
         delattr(module, name)
     if parameter:
         module.register_parameter(name, torch.nn.Parameter(value, requires_grad=value.is_floating_point()))

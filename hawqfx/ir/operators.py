@@ -38,6 +38,9 @@ PRODUCTS: dict[Target, str] = {_aten.matmul.default: "matmul", _aten.bmm.default
 # Gathers rows of a table of weights; integer inputs are the numbers of the rows.
 EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
 
+# Operators that choose entries of a table by numbers that are not known before.
+GATHERS: set[Target] = {_aten.index.Tensor, _aten.index_select.default}
+
 # Operators that multiply, and for which onnxruntime has no integer kernel.
 FLOAT_ONLY: dict[Target, str] = {
     _aten.conv_transpose1d.default: "conv_transpose1d",
@@ -141,6 +144,16 @@ IDENTITIES: set[Target] = {
     _aten.contiguous.default,
     _aten.lift_fresh_copy.default,
 }
+
+# Operators that check what torch.export knows already, and return nothing.
+ASSERTIONS: set[Target] = {
+    _aten._assert_tensor_metadata.default,
+    _aten._assert_scalar.default,
+    _aten.sym_constrain_range_for_size.default,
+    _aten.sym_constrain_range.default,
+}
+# Reshapes that share memory with their input, and refuse strides with which they cannot.
+VIEWS: set[Target] = {_aten.view.default, _aten._unsafe_view.default}
 
 # Functions whose output is a distribution, as the last operator of a network.
 SOFTMAXES: set[Target] = {_aten.softmax.int, _aten._softmax.default, _aten.special_softmax.default}

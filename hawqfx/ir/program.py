@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, F, Fact, FactTable, FloatNetwork, NetworkFact
-from hawqfx.ir.graph import batch_size, captured_size, constants_of, tensor_of
+from hawqfx.ir.graph import batch_size, captured_size, constants_of, first_input, tensor_of
 from hawqfx.ir.sites import ActivationSite, Layer, Product, Site, WeightSite
 from hawqfx.maths.formats import Format, Scheme, layer_scheme
 
@@ -39,6 +39,8 @@ class Program:
         left_float: node that multiplies in float -> the reason.
         facts: see hawqfx.ir.facts.
         history: the passes that ran.
+        dimensions: input -> the names of its dimensions that vary, by number.
+        notes: what of the model was captured in another form, in sentences.
     """
 
     graph: fx.GraphModule
@@ -49,6 +51,8 @@ class Program:
     left_float: Mapping[str, str] = field(default_factory=dict)
     facts: FactTable = field(default_factory=FactTable)
     history: tuple[Step, ...] = ()
+    dimensions: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> tuple[WeightSite, ...]:
@@ -62,6 +66,10 @@ class Program:
     def site_of(self) -> dict[str, str]:
         """Name of a node that makes or moves a quantized tensor -> the key of the tensor's site."""
         return {name: site.key for site in self.activations for name in site.tensors}
+
+    def with_graph(self, graph: fx.GraphModule) -> "Program":
+        """Another graph with the same inputs and facts, and without sites."""
+        return Program(graph, facts=self.facts, dimensions=self.dimensions, notes=self.notes)
 
     def learn(self, facts: Mapping[str, Fact]) -> "Program":
         """The program that also knows these facts, by site key."""
@@ -112,6 +120,13 @@ class Program:
         read = [(name, reason) for node, reason in self.left_float.items() for name in self.weights_of(nodes[node])]
         return {name: reason for name, reason in read if name not in sites}
 
+    def share_in_float(self, node: str) -> float:
+        """The part of the file's bytes of weights that a node reads in float."""
+        (found,) = (each for each in self.graph.graph.nodes if each.name == node)
+        sites = {site.key for site in self.weights}
+        read = {name for name in self.weights_of(found) if name not in sites}
+        return sum(_float_bytes(self.tensor(name)) for name in read) / self.weight_bytes()
+
     def float_bytes(self) -> int:
         """Bytes of the float32 network's parameters and constants: 100% of a size."""
         graph = self.about(FloatNetwork).graph if self.knows(FloatNetwork) else self.graph
@@ -130,8 +145,7 @@ class Program:
     @property
     def dynamic_batch(self) -> bool:
         """Whether the graph takes any number of samples at once."""
-        first = next(iter(self.graph.graph.find_nodes(op="placeholder")))
-        return not isinstance(first.meta["val"].shape[0], int)
+        return not isinstance(first_input(self.graph.graph).meta["val"].shape[0], int)
 
     def forward_bytes(self) -> int:
         """Bytes of all tensors that a forward pass of one sample makes, as far as the capture recorded them."""

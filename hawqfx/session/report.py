@@ -102,6 +102,8 @@ def summary(
     console.print(f"loss: {calibrated.loss_reason}", soft_wrap=True)
     held = f"; {calibrated.held} more held out for the metric" if calibrated.held else ""
     console.print(f"calibrated on {calibrated.samples} samples{held}")
+    for note in planned.notes:
+        console.print(note, soft_wrap=True)
     console.print(site_table(planned, budget))
     console.print(Plan.of(planned, budget).explain())
     console.print(_sizes(planned))
@@ -130,7 +132,8 @@ def summary(
     for key in (key for key, width in planned.formats().items() if width.is_float):
         console.print(f"in float: {key}: {why}")
     for node, reason in planned.left_float.items():
-        console.print(f"in float: {node}: {reason}")
+        share = planned.share_in_float(node)
+        console.print(f"in float: {node}: {reason}" + f"; {share:.1%} of the bytes of weights" * bool(share))
     for name, found in checks.items():
         console.print(f"file {name} in onnxruntime: {found}", soft_wrap=True)
     return text.getvalue()

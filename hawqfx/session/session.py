@@ -400,7 +400,7 @@ class Compiled:
         from hawqfx.export.exporter import export
 
         graph = self.planned.about(FloatNetwork).graph
-        export(replace(Program(graph), facts=self.planned.facts), self.session.example, path)
+        export(self.planned.with_graph(graph), self.session.example, path)
 
     def table(self) -> Table:
         """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import hawqfx
+from hawqfx import pipeline
 from hawqfx.errors import DataError, LossError
 from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Context
 from hawqfx.frontend.criteria import Bernoulli, Categorical, Criterion, SquaredError
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.default_loss import criterion_for, default_criterion
 from hawqfx.frontend.endings import run_with_endings
 from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.facts import LossIncrease
+from hawqfx.pass_manager.manager import run
 from tests.nets import EndingMlp, build, images
 
 CROSS_ENTROPY, TOKENS, SQUARED = Categorical(1), Categorical(-1), SquaredError()
@@ -253,7 +256,11 @@ def test_a_softmax_at_the_end_changes_no_increase(targets: bool, metric: str) ->
     found = []
     for end in (nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1)):
         network = build(lambda end=end: EndingMlp(end)).double()  # type: ignore[misc]
-        measured = hawqfx.compile(network, "weight_bits=5", data, sensitivity=metric).session.measured
+        batches = gather(data)
+        captured = capture(network, batches[0])
+        work = Context(batches, default_criterion(captured, batches)[0])
+        steps = pipeline.recipe(metric=pipeline.metric(metric))
+        measured = run([*steps.prepare, *steps.measure], captured, work)
         increases = [measured.facts.get(site.key, LossIncrease).by_format for site in measured.sites]
         found.append([value for by_format in increases for value in by_format.values()])
     assert any(found[0])
@@ -289,3 +296,26 @@ def test_causal_labels_have_the_loss_of_transformers(ignored: bool) -> None:
     assert chosen == TOKENS
     assert "labels are not shifted" in reason
     assert default_criterion(program, [Batch((), {"input_ids": ids})])[0] == TOKENS
+
+
+def test_one_hot_and_soft_targets_are_distributions_over_classes() -> None:
+    """As torch's cross-entropy takes them; the squared error stays for targets that are none."""
+    random = torch.Generator().manual_seed(2)
+    labels, soft = torch.randint(0, 6, (8,), generator=random), torch.rand(8, 6, generator=random).softmax(1)
+    network = Function(lambda z: z).eval()
+    z = network(X)
+    for target in (soft, soft.double(), nn.functional.one_hot(labels, 6), nn.functional.one_hot(labels, 6).float()):
+        criterion, reason = default(lambda z: z, target)
+        assert criterion == CROSS_ENTROPY
+        assert reason.endswith("for output (N, 6) and targets (N, 6) that are distributions")
+        expected = nn.functional.cross_entropy(z, target.float())
+        assert float(criterion.mean(z, target)) == pytest.approx(float(expected), rel=1e-6)
+        assert float(criterion.values(z, target, 8).mean()) == pytest.approx(float(expected), rel=1e-6)
+    assert default(lambda z: z, soft * 1.1)[0] == SQUARED
+    tokens = lambda z: z.reshape(-1, 3, 2)  # noqa: E731
+    assert default(tokens, torch.rand(8, 3, 2, generator=random).softmax(2))[0] == TOKENS
+    for one_hot in (nn.functional.one_hot(labels, 6), soft):
+        compiled = hawqfx.compile(network, "weight_bits=5", [(X, one_hot)])
+        before, after = compiled.calibration_loss()
+        assert before == pytest.approx(float(nn.functional.cross_entropy(z, one_hot.float())), rel=1e-5)
+        assert after != before

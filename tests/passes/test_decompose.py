@@ -172,3 +172,42 @@ def test_a_batchnorm_without_a_layer_is_a_convolution_of_each_channel() -> None:
     program, change = rewritten(model, torch.randn(2, 8), Decompose())
     assert change < ROUNDING
     assert targets(program) == ["reshape", "conv3d", "relu"]
+
+
+class Masked(nn.Module):
+    """Attention with a mask, with which several layers may share it, or with fewer heads of keys than of queries."""
+
+    def __init__(self, kind: str, shared_heads: bool = False) -> None:
+        super().__init__()
+        self.kind, self.shared_heads = kind, shared_heads
+        self.fixed = nn.Buffer(torch.ones(5, 5, dtype=torch.bool).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = (x[:, :, 0] > -0.5)[:, None] & self.fixed
+        masks = {
+            "bool": seen,
+            "infinite": torch.zeros(()).masked_fill(~seen, -math.inf),
+            "least": torch.zeros(()).masked_fill(~seen, torch.finfo(torch.float32).min),
+            "fixed": self.fixed,
+        }
+        if self.shared_heads:
+            q, k = x.reshape(-1, 5, 4, 2).transpose(1, 2), x[..., :4].reshape(-1, 5, 2, 2).transpose(1, 2)
+            mask = masks[self.kind]
+            mask = mask[:, None] if mask.ndim == 3 else mask
+            return F.scaled_dot_product_attention(q, k, k * 2, mask, enable_gqa=True)
+        for _ in range(2):
+            x = x + F.scaled_dot_product_attention(x, x * 2, x, masks[self.kind])
+        return x
+
+
+@pytest.mark.parametrize("shared_heads", [False, True])
+@pytest.mark.parametrize("kind", ["bool", "infinite", "least", "fixed"])
+def test_rows_that_a_mask_hides_wholly_are_as_torch_has_them(kind: str, shared_heads: bool) -> None:
+    """Zeros; but the mean of all values where the mask adds the least finite number."""
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    assert bool((x[:, 0, 0] <= -0.5).any())  # the first position sees itself alone
+    program, change = rewritten(Masked(kind, shared_heads), x, Decompose())
+    assert change < ROUNDING
+    assert "scaled_dot_product_attention" not in targets(program)
+    rows = targets(program).count("any")
+    assert rows == (kind != "fixed")  # once for both layers, and not for a constant that hides no row

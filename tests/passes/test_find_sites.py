@@ -103,3 +103,23 @@ def test_nothing_to_quantize() -> None:
 def test_sites_do_not_change_the_graph() -> None:
     program = captured(Residual)
     assert run([FindSites()], program, context()).graph is program.graph
+
+
+class Table(nn.Module):
+    """A matrix for each sample, chosen by the sample itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Parameter(torch.randn(3, 8, 8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)[:, :8]
+        chosen = self.table[x[:, :3].argmax(1)]
+        return self.head(torch.relu(torch.bmm(chosen, x[..., None]).squeeze(2)))
+
+
+def test_a_table_of_matrices_that_stays_in_float_is_named() -> None:
+    program = find(Table)
+    assert list(program.float_weights()) == ["table"]
+    assert "index" in program.left_float
+    assert program.left_float["index"].startswith("aten.index.Tensor chooses among the matrices of table")
