@@ -44,7 +44,7 @@ def compile(
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
-    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding = "compensated",
+    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding = "compensated",
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
     rule: Order = "exact",
@@ -95,7 +95,9 @@ def compile(
             three under a budget on latency or weight_memory, else the static one.
         rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper; or "learned": compensated
             while formats are chosen, and then fitted block by block to the float network, with the scales, for a few
-            minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000).
+            minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of
+            the other two, such as Rounding(block=1024), the most columns of a weight that are compensated together;
+            by default 8,192, or fewer as free memory allows, and the summary says where.
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.

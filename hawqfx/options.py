@@ -76,7 +76,7 @@ def validated(
     weight_bits: Sequence[int],
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
-    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding,
+    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
     keep_float: Sequence[str],
     fix: Mapping[str, int] | None,
     rule: Order,
@@ -137,7 +137,7 @@ def validated(
         recipe=pipeline.recipe(
             keep_float=tuple(keep_float),
             quantizers=_quantizers(given, weights, activations, offered, target),
-            rounding=Rounding(_first_rounding(rounding)),
+            rounding=_first_rounding(rounding),
             metric=predictor,
             interactions=interactions,
         ),
@@ -172,18 +172,22 @@ def validated(
 
 
 def _first_rounding(
-    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding,
-) -> Literal["compensated", "nearest"]:
+    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
+) -> Rounding:
     """The rounding that plans are made with, and that learning begins with.
 
     Raises:
         HawqfxError: if there is no such rounding.
     """
+    if isinstance(rounding, Rounding):
+        return rounding
     if isinstance(rounding, LearnedRounding) or rounding == "learned":
-        return "compensated"
+        return Rounding("compensated")
     if rounding not in ("compensated", "nearest"):
-        raise HawqfxError(f"rounding={rounding!r}: must be 'learned', 'compensated' or 'nearest', or a LearnedRounding")
-    return rounding
+        raise HawqfxError(
+            f"rounding={rounding!r}: must be 'learned', 'compensated' or 'nearest', or a Rounding or LearnedRounding"
+        )
+    return Rounding(rounding)
 
 
 def with_loss(options: Options, program: Program) -> Options:

@@ -19,7 +19,7 @@ LAW: dict[str, set[str]] = {
     "atomic_write": {"errors"},
     "ir": {"errors", "maths"},
     "frontend": {"errors", "ir", "maths"},
-    "analysis": {"frontend", "ir", "maths"},
+    "analysis": {"errors", "frontend", "ir", "maths"},
     "pass_manager": {"errors", "frontend", "ir"},
     "sensitivity": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager"},
     "allocation": {"analysis", "errors", "ir", "maths"},

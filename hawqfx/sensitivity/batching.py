@@ -3,14 +3,14 @@
 import logging
 from dataclasses import replace
 
-import psutil
 import torch
 
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.memory import free_memory as free_memory
 from hawqfx.ir.program import Program
 from hawqfx.sensitivity.cache import MeasurementCache
-from hawqfx.sensitivity.distributed import Workers, local_count
+from hawqfx.sensitivity.distributed import Workers
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +78,3 @@ def _fitting_size(program: Program, device: torch.device, largest: int, second_o
     while size > 1 and size * bytes_of_sample > free / 2:
         size = -(-size // 2)
     return size
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes for this process: of the GPU, or its share of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available) // local_count()
