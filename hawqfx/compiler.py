@@ -45,6 +45,7 @@ def compile(
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
     rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding = "compensated",
+    bias_correction: bool = False,
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
     rule: Order = "exact",
@@ -98,6 +99,8 @@ def compile(
             minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of
             the other two, such as Rounding(block=1024), the most columns of a weight that are compensated together;
             by default 8,192, or fewer as free memory allows, and the summary says where.
+        bias_correction: take the mean errors of output channels out of the biases of the finished network, over the
+            values that pass the rectifiers, by the calibration data; see hawqfx.passes.bias_correction.
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
@@ -130,9 +133,9 @@ def compile(
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
-            keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
-            plan=plan, draw=draw, samples=samples, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
-            observers=observers, progress=progress,
+            bias_correction=bias_correction, keep_float=keep_float, fix=fix, rule=rule, interactions=interactions,
+            refine=refine, target=target, plan=plan, draw=draw, samples=samples, batch=batch, cache=cache,
+            device=device, threads=threads, seed=seed, observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -161,7 +164,7 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target, options.refine, options.learning,
+        options.target, options.refine, options.learning, options.correction,
     )  # fmt: skip
     if options.plan is not None:
         return session.lowered(measured, options.plan.budget)

@@ -21,6 +21,7 @@ from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
@@ -48,6 +49,7 @@ class Options:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
+        correction: corrects the biases of a chosen plan, if that is asked for.
     """
 
     budget: Budget | None
@@ -62,6 +64,7 @@ class Options:
     target: str
     refine: int
     learning: LearnedRounding | None
+    correction: BiasCorrection | None
 
 
 def validated(
@@ -77,6 +80,7 @@ def validated(
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
     rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
+    bias_correction: bool,
     keep_float: Sequence[str],
     fix: Mapping[str, int] | None,
     rule: Order,
@@ -168,6 +172,7 @@ def validated(
         target=target,
         refine=refine,
         learning=learning,
+        correction=BiasCorrection() if bias_correction else None,
     )
 
 

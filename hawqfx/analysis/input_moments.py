@@ -23,7 +23,6 @@ from hawqfx.maths import rounding
 # which is exact, and which is a float32 number itself up to the second of these.
 _SAFE, _MOST = 32, 126
 
-
 _TOGETHER = 1 << 20  # elements of moments that are worked on at once, unless those of a single block are more
 
 
@@ -73,7 +72,7 @@ class InputMoments:
             by group.
     """
 
-    part: "Part"
+    part: Part
     halves: Tensor
     shares: Tensor
     energy: Tensor
