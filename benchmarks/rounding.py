@@ -1,4 +1,5 @@
-"""What rounding is worth: the same formats, rounded to the nearest, compensated, and learned.
+"""What rounding is worth: the same formats, rounded to the nearest, compensated, and learned; each with its biases
+corrected too.
 
     python benchmarks/rounding.py [--quick] [--check] [--only SUBJECT ...] [--steps N] [--seeds N]
 
@@ -27,6 +28,7 @@ from subjects import SUBJECTS, Subject, divergences
 
 import hawqfx
 from hawqfx import Compiled
+from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session.session import Session
 
@@ -38,6 +40,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "yolox-nano": ("mixed 4", "mixed 3"),
 }
 SEEDS = (0, 1, 2)
+CORRECTED = ", biases corrected"
 
 
 def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, seeds: Sequence[int]) -> dict[str, Any]:
@@ -60,9 +63,10 @@ def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, s
     for plan in plans:
         rows = found["plans"][plan] = {}
         chosen = planned(rounds["compensated"], plan)
-        rows["nearest"] = [answers(subject, rounded(rounds["nearest"], chosen))]
-        rows["compensated"] = [answers(subject, chosen)]
-        rows["learned"] = []
+        for name, network in (("nearest", rounded(rounds["nearest"], chosen)), ("compensated", chosen)):
+            rows[name] = [answers(subject, network)]
+            rows[name + CORRECTED] = [answers(subject, corrected(network))]
+        rows["learned"], rows["learned" + CORRECTED] = [], []
         for seed in seeds:
             session = replace(rounds["compensated"], learning=learning)
             session = replace(session, context=replace(session.context, seed=seed))
@@ -70,6 +74,7 @@ def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, s
             network = rounded(session, chosen)
             seconds = time.perf_counter() - start
             rows["learned"].append(answers(subject, network) | {"seconds": seconds})
+            rows["learned" + CORRECTED].append(answers(subject, corrected(network)))
         console.print(f"{subject.name}, {plan}: {rows}")
     return found
 
@@ -84,6 +89,12 @@ def planned(session: Session, plan: str) -> Compiled:
 def rounded(session: Session, chosen: Compiled) -> Compiled:
     """A plan's formats in the rounding of a session."""
     return session.lowered(session.planner.given(chosen.planned.formats()), chosen.budget)
+
+
+def corrected(network: Compiled) -> Compiled:
+    """The network with its biases corrected."""
+    session = replace(network.session, learning=None, correction=BiasCorrection())
+    return session.lowered(network.planned, network.budget)
 
 
 def answers(subject: Subject, network: Compiled) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def compile(
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
-    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding = "compensated",
+    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding = "compensated",
+    bias_correction: bool = False,
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
     rule: Order = "exact",
@@ -99,7 +100,11 @@ def compile(
             three under a budget on latency or weight_memory, else the static one.
         rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper; or "learned": compensated
             while formats are chosen, and then fitted block by block to the float network, with the scales, for a few
-            minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000).
+            minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of
+            the other two, such as Rounding(block=1024), the most columns of a weight that are compensated together;
+            by default 8,192, or fewer as free memory allows, and the summary says where.
+        bias_correction: take the mean errors of output channels out of the biases of the finished network, over the
+            values that pass the rectifiers, by the calibration data; see hawqfx.passes.bias_correction.
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
@@ -139,9 +144,10 @@ def compile(
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
-            keep_float=keep_float, fix=fix, rule=rule, interactions=interactions, refine=refine, target=target,
-            plan=plan, reround=reround, draw=draw, samples=samples, dynamic_shapes=dynamic_shapes, batch=batch,
-            cache=cache, device=device, threads=threads, seed=seed, observers=observers, progress=progress,
+            bias_correction=bias_correction, keep_float=keep_float, fix=fix, rule=rule, interactions=interactions,
+            refine=refine, target=target, plan=plan, reround=reround, draw=draw, samples=samples,
+            dynamic_shapes=dynamic_shapes, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
+            observers=observers, progress=progress,
         )  # fmt: skip
         prepared, options = prepare(model, options)
         measured = measure(prepared, options)
@@ -183,7 +189,7 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target, options.refine, options.learning, options.keep_float,
+        options.target, options.refine, options.learning, options.correction, options.keep_float,
     )  # fmt: skip
     plan = options.plan
     if plan is not None and options.reround:

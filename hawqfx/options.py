@@ -24,6 +24,7 @@ from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
@@ -57,6 +58,7 @@ class Options:
         keep_float: patterns of names of weights whose layers stay in float.
         reround: whether the bits of the plan alone are taken.
         dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them.
+        correction: corrects the biases of a chosen plan, if that is asked for.
     """
 
     budget: Budget | None
@@ -74,6 +76,7 @@ class Options:
     keep_float: tuple[str, ...]
     reround: bool
     dynamic_shapes: Any
+    correction: BiasCorrection | None
 
 
 def validated(
@@ -88,7 +91,8 @@ def validated(
     weight_bits: Sequence[int],
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
-    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding,
+    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
+    bias_correction: bool,
     keep_float: Sequence[str],
     fix: Mapping[str, int] | None,
     rule: Order,
@@ -173,7 +177,7 @@ def validated(
         recipe=pipeline.recipe(
             keep_float=kept,
             quantizers=_quantizers(given, reround, weights, activations, offered, target),
-            rounding=Rounding(_first_rounding(rounding)),
+            rounding=_first_rounding(rounding),
             metric=predictor,
             interactions=interactions,
         ),
@@ -207,22 +211,27 @@ def validated(
         keep_float=kept,
         reround=reround,
         dynamic_shapes=dynamic_shapes,
+        correction=BiasCorrection() if bias_correction else None,
     )
 
 
 def _first_rounding(
-    rounding: Literal["learned", "compensated", "nearest"] | LearnedRounding,
-) -> Literal["compensated", "nearest"]:
+    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
+) -> Rounding:
     """The rounding that plans are made with, and that learning begins with.
 
     Raises:
         HawqfxError: if there is no such rounding.
     """
+    if isinstance(rounding, Rounding):
+        return rounding
     if isinstance(rounding, LearnedRounding) or rounding == "learned":
-        return "compensated"
+        return Rounding("compensated")
     if rounding not in ("compensated", "nearest"):
-        raise HawqfxError(f"rounding={rounding!r}: must be 'learned', 'compensated' or 'nearest', or a LearnedRounding")
-    return rounding
+        raise HawqfxError(
+            f"rounding={rounding!r}: must be 'learned', 'compensated' or 'nearest', or a Rounding or LearnedRounding"
+        )
+    return Rounding(rounding)
 
 
 def with_loss(options: Options, program: Program) -> Options:

@@ -5,8 +5,8 @@ compile(), measure_latency() and `hawqfx passes` all take their passes from here
     validate    hawqfx.options: the arguments, checked
     prepare     rewrite, price
     measure     measure
-    decide      decide, lower (a session repeats both for every budget, with AtPlan and LearnedRounding in between where
-                plans are refined or codes learned)
+    decide      decide, lower (a session repeats both for every budget, with AtPlan, LearnedRounding and BiasCorrection
+                in between where plans are refined, codes learned or biases corrected)
     export      legalize
 """
 
@@ -20,6 +20,7 @@ from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.pass_manager.base import Analysis, Pass
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.at_plan import AtPlan
+from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.cost import Cost
 from hawqfx.passes.decompose import Decompose
@@ -189,6 +190,7 @@ def every_pass() -> list[Pass]:
         Interactions(),
         AtPlan(),
         LearnedRounding(),
+        BiasCorrection(),
         *weighing(),
         *profiling(),
     ]

@@ -28,16 +28,21 @@ class Rounding(Analysis):
     method: Literal["compensated", "nearest"] = option(
         "compensated", "compensated: each rounding error moves to elements that are not rounded yet; nearest: it stays"
     )
+    block: int | None = option(
+        None, "the most columns that are compensated together; by default 8,192, or fewer as free memory allows"
+    )
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers)
     gives: ClassVar[tuple[Kind, ...]] = (RoundedWeights,)
 
     def __post_init__(self) -> None:
         if self.method not in ("compensated", "nearest"):
             raise HawqfxError(f"rounding={self.method!r}: must be 'compensated' or 'nearest'")
+        if self.block is not None and self.block < 1:
+            raise HawqfxError(f"block={self.block}: at least one column is compensated at a time")
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:
         if self.method == "compensated":
-            return compensated(program, context)
+            return compensated(program, context, self.block)
         known = {site.key: program.facts.get(site.key, Quantizers) for site in program.weights}
         return {key: nearest(program.tensor(key), widths) for key, widths in known.items()}

@@ -131,7 +131,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "table_rows",
     ]
     names += ["hawq_v2", "fisher", "taylor", "measured", "mse", "hawq_v1", "interactions", "at_plan"]
-    names += ["learned_rounding"]
+    names += ["learned_rounding", "bias_correction"]
     names += ["weigh_file", "profile_latency"]
     assert re.findall(r"(\w+) +│ (?:analysis|rewrite)", output) == names
     steps = every_pass()

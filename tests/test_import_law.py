@@ -20,7 +20,7 @@ LAW: dict[str, set[str]] = {
     "ir": {"errors", "maths"},
     "frontend": {"errors", "ir", "maths"},
     "arguments": {"errors", "maths"},
-    "analysis": {"frontend", "ir", "maths"},
+    "analysis": {"errors", "frontend", "ir", "maths"},
     "pass_manager": {"errors", "frontend", "ir"},
     "sensitivity": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager"},
     "learning": {"analysis", "atomic_write", "errors", "frontend", "ir", "maths", "sensitivity"},

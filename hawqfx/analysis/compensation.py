@@ -5,103 +5,179 @@ better they are fitted at the cost of all others: of 64 pictures, the last layer
 is left an error 300 times too small.  So the samples are parted in two halves.  Codes that are fitted to one half are
 judged by the other, both ways: that chooses the damping, and it is the error that the facts tell.  The codes themselves
 are fitted to all samples.
+
+A weight of K columns has moments of K x K, and a factor that takes K^3 steps.  Where that is too much, the columns are
+parted into blocks, and an error moves to columns of its own block alone: each block is rounded as if it were a weight,
+and the errors of the blocks are added up, without what they do together.  Weights are taken in turns over the data
+where the moments of all do not fit into memory at once, which changes no result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hawqfx.analysis.input_moments import InputMoments, input_moments
+from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, parts_of
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import Quantizers, QuantParams, RoundedWeights
+from hawqfx.frontend.memory import free_memory
+from hawqfx.ir.facts import Compensated, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import scale_of
 from hawqfx.maths import affine, rounding
 from hawqfx.maths.formats import Format
 
-DAMPINGS = (rounding.DAMPING, 0.1, 0.5)  # tried for each weight; more than these is as good as rounding to the nearest
+DAMPINGS = (rounding.DAMPING, 0.1, rounding.STRONGEST_DAMPING)  # tried for each block
+
+MOST_COLUMNS, FEWEST_COLUMNS = 8192, 64  # of a block; steps grow with the cube of the former, and memory halves it
+ELEMENTS = 1 << 22  # of all codes that are rounded at once; about six tensors of float64 have as many
 
 
-def _compensated(weight: Tensor, widths: Quantizers, moments: InputMoments) -> RoundedWeights:
-    """The codes in all formats: the static ones, which have a scale per row, together, then the others."""
-    codes: dict[Format, Tensor] = {}
-    errors: dict[Format, float] = {}
-    optimism: dict[Format, float] = {}
-    damping = _best_damping(weight, moments)
-    for static in (True, False):
-        quantizers = [quantizer for width, quantizer in widths.by_format.items() if width.is_static is static]
-        if not quantizers:
-            continue
-        stack = _Stack(weight, quantizers, moments)
-        whole = moments.whole[None]
-        # twice the samples need half the damping
-        rounded = stack.rounded(whole, max(rounding.DAMPING, damping / len(moments.halves)))
-        fitted = stack.errors(rounded, whole)[0]
-        ratio = torch.ones_like(fitted)
-        if len(moments.halves) > 1:
-            held_out = stack.errors(stack.rounded(moments.halves, damping), moments.halves.flip(0)).mean(0)
-            ratio = torch.where(fitted > 0, held_out / fitted, 1.0).clamp_min(1.0)  # below one by chance alone
-        for number, quantizer in enumerate(quantizers):
-            codes[quantizer.format] = rounded[0, :, number].to(torch.int8).reshape(weight.shape)
-            errors[quantizer.format] = float(fitted[number] * ratio[number])
-            optimism[quantizer.format] = float(ratio[number])
-    return RoundedWeights(codes, errors, optimism)
+@dataclass(frozen=True)
+class _Size:
+    """The size of a weight, (groups, ..., columns)."""
+
+    groups: int
+    columns: int
+
+    def held(self, width: int) -> int:
+        """Bytes of the moments of both halves, in blocks of so many columns."""
+        return 2 * 8 * self.groups * self.columns * width
+
+    def work(self, width: int) -> int:
+        """Bytes of what is made of the moments that are worked on at once, at the peak: seven tensors of their size."""
+        return 7 * 8 * self.groups * width**2 * max(part.blocks for part in parts_of(self.groups, self.columns, width))
+
+    def width_within(self, memory: int) -> int:
+        """The most columns of a block that fit into so many bytes."""
+        widths = [self.columns] if self.columns <= MOST_COLUMNS else []
+        width = MOST_COLUMNS
+        while width >= FEWEST_COLUMNS:
+            widths += [width] if width < self.columns else []
+            width //= 2
+        fitting = (width for width in widths if self.held(width) + self.work(width) <= memory)
+        return next(fitting, widths[-1])
 
 
-def _best_damping(weight: Tensor, moments: InputMoments) -> float:
-    """The damping by which codes that are fitted to one half of the samples leave the least error on the other.
+def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMoments]) -> RoundedWeights:
+    """The codes in all formats, some blocks of columns after others."""
+    codes = {width: torch.empty(weight.shape, dtype=torch.int8, device=weight.device) for width in widths.by_format}
+    fitted, held_out = dict.fromkeys(codes, 0.0), dict.fromkeys(codes, 0.0)
+    damping = 0.0
+    for own in moments:
+        chosen = _best_damping(weight, own)
+        # static quantizers, which have a scale per row, are rounded together, and then the others
+        for static in (True, False):
+            quantizers = [quantizer for width, quantizer in widths.by_format.items() if width.is_static is static]
+            if not quantizers:
+                continue
+            stack = _Stack(weight, quantizers, own)
+            # twice the samples need half the damping
+            final = stack.rounded(own.whole, (chosen / len(own.halves)).clamp_min(rounding.DAMPING), own.whole)
+            others = stack.held_out(chosen) if len(own.halves) > 1 else final.errors
+            damping = max(damping, final.damping)
+            for number, quantizer in enumerate(quantizers):
+                stack.put(final.codes[:, number], codes[quantizer.format])
+                fitted[quantizer.format] += float(final.errors[:, number].sum())
+                held_out[quantizer.format] += float(others[:, number].sum())
+    # an optimism below one is by chance alone
+    optimism = {width: max(1.0, held_out[width] / fitted[width]) if fitted[width] > 0 else 1.0 for width in codes}
+    errors = {width: fitted[width] * optimism[width] for width in codes}
+    blocks = sum(own.part.blocks for own in moments)
+    return RoundedWeights(codes, errors, optimism, compensation=Compensated(moments[0].part.width, blocks, damping))
+
+
+def _best_damping(weight: Tensor, moments: InputMoments) -> Tensor:
+    """The damping of each block, (groups * blocks,), by which codes that are fitted to one half of the samples leave
+    the least error on the other.
 
     Judged at 4 bits whatever the formats are, so that a plan which names a single one gives the same codes.
     """
+    least = torch.full_like(moments.energy, rounding.DAMPING)
     if len(moments.halves) < 2:
-        return rounding.DAMPING
+        return least
     low, high = affine.signed_range(4)
     scale = tuple(affine.symmetric_scales(weight, 4).tolist())
     stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments)
-    errors = [
-        float(stack.errors(stack.rounded(moments.halves, damping), moments.halves.flip(0)).sum())
-        for damping in DAMPINGS
-    ]
-    return DAMPINGS[errors.index(min(errors))]
+    errors = [stack.held_out(least.new_tensor(damping)).reshape(-1, moments.part.blocks).sum(0) for damping in DAMPINGS]
+    best = least.new_tensor(DAMPINGS)[torch.stack(errors).argmin(0)]
+    return best.repeat(len(least) // len(best))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """Rows rounded in several quantizers.
+
+    Args:
+        codes: (groups * blocks, q, R, K), int8.
+        errors: (groups * blocks, q), weighted by the moment of the samples that judge.
+        damping: the most of a block.
+    """
+
+    codes: Tensor
+    errors: Tensor
+    damping: float
 
 
 class _Stack:
-    """A weight's rows, once per quantizer: all quantizers are rounded together, by several moments at once.
+    """The rows of some blocks of columns, once per quantizer: all quantizers are rounded together.
 
     Args:
         weight: (C, ...).
         quantizers: q of them.
-        moments: of its inputs.
+        moments: of the inputs of the blocks.
     """
 
     def __init__(self, weight: Tensor, quantizers: Sequence[QuantParams], moments: InputMoments) -> None:
-        self.groups, columns = moments.halves.shape[1], moments.halves.shape[-1]
-        self.quantizers = len(quantizers)
-        self.rows = weight.detach().double().reshape(self.groups, -1, columns)
-        self.scales = [
-            _scale_of_rows(quantizer, weight).double().reshape(*self.rows.shape[:2], -1) for quantizer in quantizers
-        ]
-        self.low, self.high = (
-            torch.cat([torch.full_like(scale[..., :1], end) for scale, end in zip(self.scales, ends, strict=True)], 1)
-            for ends in ([q.low for q in quantizers], [q.high for q in quantizers])
+        part, self.moments = moments.part, moments
+        self.groups = len(moments.energy) // part.blocks
+        whole = weight.detach().reshape(self.groups, -1, weight[0].numel())
+        self.rows = part.of(whole[:, :, part.columns]).double()
+        self.ranges = [(quantizer.low, quantizer.high) for quantizer in quantizers]
+        self.scales = []
+        for quantizer in quantizers:
+            scale = _scale_of_rows(quantizer, weight).reshape(*whole.shape[:2], -1).double()
+            per_row = scale.shape[-1] == 1
+            scale = scale.repeat_interleave(part.blocks, 0) if per_row else part.of(scale[:, :, part.columns])
+            self.scales.append(scale)
+
+    def put(self, codes: Tensor, whole: Tensor) -> None:
+        """Write the codes (groups * blocks, R, K) of one quantizer into those of the weight, (C, ...)."""
+        _, rows, width = codes.shape
+        columns = codes.reshape(self.groups, -1, rows, width).transpose(1, 2).reshape(self.groups, rows, -1)
+        whole.view(self.groups, rows, -1)[:, :, self.moments.part.columns] = columns
+
+    def rounded(self, moment: Tensor, damping: Tensor, judge: Tensor) -> _Rounded:
+        """Compensated by one moment (groups * blocks, K, K) and judged by another, some rows at a time."""
+        compensation = rounding.Compensation(moment, damping)
+        (blocks, rows, columns), count = self.rows.shape, len(self.scales)
+        at_once = max(1, ELEMENTS // (blocks * count * columns))
+        codes, errors = [], moment.new_zeros(blocks, count)
+        for start in range(0, rows, at_once):
+            some = slice(start, start + at_once)
+            codes.append(self._codes(compensation, some))
+            for number, scale in enumerate(self.scales):
+                difference = codes[-1][:, number] * scale[:, some] - self.rows[:, some]
+                errors[:, number] += self.moments.energy * rounding.weighted_error(difference, judge)
+        return _Rounded(torch.cat(codes, 2), errors, float(compensation.damping.max()))
+
+    def _codes(self, compensation: rounding.Compensation, some: slice) -> Tensor:
+        """Codes (groups * blocks, q, R, K) of some rows."""
+        rows = self.rows[:, some]
+        count, size = len(self.scales), rows.shape[1]
+        low, high = (
+            torch.tensor(ends, dtype=rows.dtype, device=rows.device).repeat_interleave(size).expand(len(rows), -1)
+            for ends in zip(*self.ranges, strict=True)
         )
+        scales = torch.cat([scale[:, some] for scale in self.scales], 1)
+        codes = compensation.round(rows.repeat(1, count, 1), scales, low[..., None], high[..., None])
+        return codes.to(torch.int8).reshape(len(rows), count, size, -1)
 
-    def rounded(self, moments: Tensor, damping: float) -> Tensor:
-        """Codes (m, groups, q, R, K) by moments (m, groups, K, K)."""
-        grids = (self.rows.repeat(1, self.quantizers, 1), torch.cat(self.scales, 1), self.low, self.high)
-        compensation = rounding.Compensation(moments.flatten(0, 1), damping)
-        codes = compensation.round(*(part.repeat(len(moments), 1, 1) for part in grids))
-        return codes.reshape(len(moments), self.groups, self.quantizers, *self.rows.shape[1:])
-
-    def errors(self, codes: Tensor, moments: Tensor) -> Tensor:
-        """The weighted errors (m, q) that codes (m, groups, q, R, K) leave under moments (m, groups, K, K)."""
-        errors = []
-        for number, scale in enumerate(self.scales):
-            difference = codes[:, :, number] * scale - self.rows
-            error = rounding.weighted_error(difference.flatten(0, 1), moments.flatten(0, 1))
-            errors.append(error.reshape(len(moments), -1).sum(1))
-        return torch.stack(errors, 1)
+    def held_out(self, damping: Tensor) -> Tensor:
+        """The errors (groups * blocks, q) that codes fitted to one half of the samples leave on the other, the mean of
+        both ways."""
+        halves = self.moments.halves
+        return torch.stack([self.rounded(halves[own], damping, halves[1 - own]).errors for own in (0, 1)]).mean(0)
 
 
 def _scale_of_rows(quantizer: QuantParams, weight: Tensor) -> Tensor:
@@ -121,16 +197,58 @@ def nearest(weight: Tensor, widths: Quantizers) -> RoundedWeights:
     return RoundedWeights(codes, errors, dict.fromkeys(codes, 1.0))
 
 
+def _sizes(program: Program) -> dict[str, _Size]:
+    """The sizes of the weights that layers multiply by."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    return {
+        layer.weight: _Size(groups_of(nodes[layer.node], layer), program.tensor(layer.weight)[0].numel())
+        for layer in program.layers
+    }
+
+
+def _width_before(program: Program, key: str) -> int | None:
+    """The blocks that a weight was compensated in before, if it was: other codes of it are made in the same."""
+    if not program.facts.has(key, RoundedWeights):
+        return None
+    before = program.facts.get(key, RoundedWeights).compensation
+    return None if before is None else before.width
+
+
+def _in_turns(sizes: Mapping[str, _Size], widths: Mapping[str, int], memory: int) -> Iterator[list[str]]:
+    """The weights in parts whose moments fit into memory together."""
+    part: list[str] = []
+    held = most = 0
+    for key, size in sizes.items():
+        own, work = size.held(widths[key]), size.work(widths[key])
+        if part and held + own + max(most, work) > memory:
+            yield part
+            part, held, most = [], 0, 0
+        part.append(key)
+        held, most = held + own, max(most, work)
+    if part:
+        yield part
+
+
 @torch.no_grad()
-def compensated(program: Program, context: Context) -> dict[str, RoundedWeights]:
+def compensated(program: Program, context: Context, block: int | None = None) -> dict[str, RoundedWeights]:
     """The compensated codes of every weight in the formats that the fact Quantizers has, by the samples of the context;
-    the nearest ones of a table, whose rows are read without a product."""
-    moments = input_moments(program, context)
-    facts = {}
+    the nearest ones of a table, whose rows are read without a product.
+
+    Args:
+        program: the float network with its quantizers.
+        context: the samples.
+        block: the most columns of a weight that are compensated together.  None: the blocks that a weight was rounded
+            in before, or as free memory allows.
+    """
+    memory = free_memory(context.device) // 2
+    sizes = _sizes(program)
+    widths = {key: block or _width_before(program, key) or size.width_within(memory) for key, size in sizes.items()}
+    facts: dict[str, RoundedWeights] = {}
+    for keys in _in_turns(sizes, widths, memory):
+        moments = input_moments(program, context, {key: widths[key] for key in keys})
+        for key in keys:
+            facts[key] = _compensated(program.tensor(key), program.facts.get(key, Quantizers), moments.pop(key))
     for site in program.weights:
-        weight, widths = program.tensor(site.key), program.facts.get(site.key, Quantizers)
-        if site.key in moments:
-            facts[site.key] = _compensated(weight, widths, moments[site.key])
-        else:
-            facts[site.key] = nearest(weight, widths)
+        if site.key not in facts:
+            facts[site.key] = nearest(program.tensor(site.key), program.facts.get(site.key, Quantizers))
     return facts

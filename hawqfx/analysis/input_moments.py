@@ -1,15 +1,17 @@
 """The second moments of the inputs of every weight, over two halves of the calibration samples.
 
 A rounding that is fitted to one half is judged by the other: what fits the noise of few samples does not fit others.
+A weight of very many columns has the moments of blocks of columns alone, since those of K columns are K x K numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from hawqfx.errors import DataError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import sample_axis
 from hawqfx.ir.operators import operands
@@ -17,64 +19,147 @@ from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Layer
 from hawqfx.maths import rounding
 
+# Binary exponents of inputs whose squares are not at home in float32; they are brought to about one by a power of two,
+# which is exact, and which is a float32 number itself up to the second of these.
+_SAFE, _MOST = 32, 126
+
+_TOGETHER = 1 << 20  # elements of moments that are worked on at once, unless those of a single block are more
+
+
+@dataclass(frozen=True)
+class Part:
+    """Blocks of columns, of equal widths and side by side, that are worked on at once.
+
+    Args:
+        columns: of all of the blocks.
+        blocks: their number.
+    """
+
+    columns: slice
+    blocks: int
+
+    @property
+    def width(self) -> int:
+        return (self.columns.stop - self.columns.start) // self.blocks
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Rows (groups, R, columns) block by block, (groups * blocks, R, width)."""
+        groups, count, _ = rows.shape
+        return rows.reshape(groups, count, self.blocks, self.width).transpose(1, 2).reshape(-1, count, self.width)
+
+
+def parts_of(groups: int, columns: int, width: int) -> list[Part]:
+    """The columns of a weight in as few blocks of at most `width` as there can be, all but the last of one width."""
+    width = -(-columns // -(-columns // width))
+    whole, at_once = columns // width, max(1, _TOGETHER // (groups * width**2))
+    parts = []
+    for start in range(0, whole, at_once):
+        stop = min(whole, start + at_once)
+        parts.append(Part(slice(start * width, stop * width), stop - start))
+    return parts + [Part(slice(whole * width, columns), 1)] * (columns % width > 0)
+
 
 @dataclass(frozen=True, eq=False)
 class InputMoments:
-    """E[x x^T] of the inputs x of a weight.
+    """E[x x^T] of inputs x of a weight: of all its columns, or of some blocks of columns, each by itself.
 
     Args:
-        halves: (2, groups, K, K) in float64, over each half of the samples; (1, groups, K, K) for a single sample.
+        part: the blocks.
+        halves: (2, groups * blocks, K, K) in float64, over each half of the samples, K being the columns of a block;
+            (1, ...) for a single sample.
         shares: (2,) or (1,), the part of the samples that is in each half.
+        energy: (groups * blocks,), the mean square of these inputs in units of that of all inputs of the weight, group
+            by group.
     """
 
+    part: Part
     halves: Tensor
     shares: Tensor
+    energy: Tensor
 
     @property
     def whole(self) -> Tensor:
-        """(groups, K, K), over all samples."""
+        """(groups * blocks, K, K), over all samples."""
         return torch.einsum("h,hgij->gij", self.shares, self.halves)
 
 
 class _Sums:
-    """The sums that the moments of a weight are made of, half by half."""
+    """The sums that the moments of a weight are made of, half by half.
 
-    def __init__(self) -> None:
-        self.moments: dict[int, Tensor] = {}
+    Args:
+        groups: of the weight.
+        parts: of its columns.
+    """
+
+    def __init__(self, groups: int, parts: list[Part]) -> None:
+        self.groups, self.parts = groups, parts
+        self.moments: list[dict[int, Tensor]] = [{} for _ in parts]
         self.shares: dict[int, float] = {}
 
-    def add(self, half: int, share: float, moment: Tensor) -> None:
-        self.moments[half] = self.moments.get(half, 0) + share * moment
+    def add(self, half: int, share: float, rows: "_Rows") -> None:
+        for part, known in zip(self.parts, self.moments, strict=True):
+            moment = rows.moment(part).mul_(share)
+            known[half] = known[half].add_(moment) if half in known else moment
         self.shares[half] = self.shares.get(half, 0.0) + share
 
-    def moment(self) -> InputMoments:
+    def finished(self) -> tuple[InputMoments, ...]:
         """The shares of a weight that several layers use add up to more than one; its moment is the sum over them."""
-        shares = torch.tensor([self.shares[half] for half in self.shares], dtype=torch.float64)
-        uses = float(shares.sum())
-        halves = torch.stack([moment * uses / self.shares[half] for half, moment in self.moments.items()])
-        return InputMoments(halves, (shares / uses).to(halves.device))
+        shares = torch.tensor(list(self.shares.values()), dtype=torch.float64)
+        uses, found = float(shares.sum()), []
+        for moments in self.moments:
+            found.append(torch.stack([moments[half].mul_(uses / share) for half, share in self.shares.items()]))
+            moments.clear()  # those of a wide weight are not held twice
+        shares = (shares / uses).to(found[0].device)
+        squares = [torch.einsum("h,hgii->g", shares, halves).reshape(self.groups, -1) for halves in found]
+        mean = torch.cat(squares, 1).sum(1, keepdim=True) / self.parts[-1].columns.stop
+        return tuple(
+            InputMoments(part, halves, shares, torch.where(mean > 0, square / part.width / mean, 1.0).flatten())
+            for part, halves, square in zip(self.parts, found, squares, strict=True)
+        )
+
+
+def groups_of(node: fx.Node, layer: Layer) -> int:
+    """The groups of input channels that a layer multiplies by themselves."""
+    return 1 if layer.operator == "linear" else int(_geometry(node)[3])
 
 
 @torch.no_grad()
-def input_moments(program: Program, context: Context) -> dict[str, InputMoments]:
-    """The moments of every weight that a layer multiplies by, over all layers that use it."""
+def input_moments(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, tuple[InputMoments, ...]]:
+    """The moments of weights that layers multiply by, over all layers that use each, block by block.
+
+    Args:
+        program: the float network.
+        context: the samples.
+        widths: weight -> the most columns of a block.
+
+    Raises:
+        DataError: if the inputs of a layer are not finite.
+    """
     nodes = {node.name: node for node in program.graph.graph.nodes}
     readers: dict[str, list[Layer]] = {}
     for layer in program.layers:
-        readers.setdefault(operands(nodes[layer.node])[0].name, []).append(layer)
+        if layer.weight in widths:
+            readers.setdefault(operands(nodes[layer.node])[0].name, []).append(layer)
     sums: dict[str, _Sums] = {}
     for index, batch in enumerate(context.track(context.batches, "rounding", len(context.batches))):
 
         def add(name: str, value: Tensor, index: int = index, size: int = batch.size) -> Tensor:
+            if not torch.isfinite(value).all():
+                raise DataError(
+                    f"the input of {readers[name][0].weight!r} is not finite on batch {index}: the network overflows "
+                    "on these data"
+                )
             for half, part, samples in _halves(value, size, index):
                 for layer in readers[name]:
-                    rows = _rows(part, nodes[layer.node], layer, program.tensor(layer.weight))
-                    own = sums.setdefault(layer.weight, _Sums())
-                    own.add(half, samples / context.samples, rounding.second_moment(rows))
+                    node, weight = nodes[layer.node], program.tensor(layer.weight)
+                    if layer.weight not in sums:
+                        groups = groups_of(node, layer)
+                        sums[layer.weight] = _Sums(groups, parts_of(groups, weight[0].numel(), widths[layer.weight]))
+                    sums[layer.weight].add(half, samples / context.samples, _Rows(part, node, layer, weight))
             return value
 
         program.run(batch.args, batch.kwargs, add, at=readers)
-    return {key: own.moment() for key, own in sums.items()}
+    return {key: sums.pop(key).finished() for key in list(sums)}
 
 
 def _halves(value: Tensor, size: int, index: int) -> Iterator[tuple[int, Tensor, int]]:
@@ -90,17 +175,41 @@ def _halves(value: Tensor, size: int, index: int) -> Iterator[tuple[int, Tensor,
     yield 1, value.narrow(axis, first * each, (size - first) * each), size - first
 
 
-def _rows(x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> Tensor:
-    """The vectors (groups, rows, K) that a layer multiplies its weight by."""
-    if layer.operator == "linear":
-        return x.reshape(1, -1, x.shape[-1])
-    dims = weight.ndim - 2
-    rest: tuple[Any, ...] = (*operands(node)[3:], *(1, 0, 1, 1)[max(0, len(node.args) - 3) :])
-    stride, padding, dilation, groups = rest
+class _Rows:
+    """The vectors that a layer multiplies its weight by.
 
-    def per_dimension(value: Any) -> list[int]:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return [int(v) for v in values] * (dims if len(values) == 1 else 1)
+    Args:
+        x: the input of the layer.
+        node: of the layer.
+        layer: the layer.
+        weight: its weight.
+    """
 
-    pads = padding if isinstance(padding, str) else per_dimension(padding)
-    return rounding.patches(x, weight.shape[2:], per_dimension(stride), pads, per_dimension(dilation), int(groups))
+    def __init__(self, x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> None:
+        exponent = int(torch.frexp(x.abs().max()).exponent)
+        self.exponent = 0 if abs(exponent) < _SAFE else max(-_MOST, min(exponent, _MOST))
+        self.x = x * 2.0**-self.exponent if self.exponent else x
+        self.node, self.layer, self.kernel = node, layer, weight.shape[2:]
+
+    def moment(self, part: Part) -> Tensor:
+        """(groups * blocks, K, K) in float64, of blocks of K columns."""
+        if self.layer.operator == "linear":
+            rows = self.x.reshape(1, -1, self.x.shape[-1])[:, :, part.columns]
+        else:
+            stride, padding, dilation, groups = _geometry(self.node)
+            dims = len(self.kernel)
+            pads = padding if isinstance(padding, str) else _per_dimension(padding, dims)
+            strides, dilations = _per_dimension(stride, dims), _per_dimension(dilation, dims)
+            rows = rounding.patches(self.x, self.kernel, strides, pads, dilations, int(groups), part.columns)
+        return rounding.second_moment(part.of(rows)) * 4.0**self.exponent
+
+
+def _geometry(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """Stride, padding, dilation and groups of a convolution."""
+    given: tuple[Any, ...] = operands(node)[3:]
+    return (*given, *(1, 0, 1, 1)[len(given) :])
+
+
+def _per_dimension(value: Any, dims: int) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [int(v) for v in values] * (dims if len(values) == 1 else 1)

@@ -87,6 +87,22 @@ class Quantizers:
     by_format: Mapping[Format, QuantParams]
 
 
+@dataclass(frozen=True)
+class Compensated:
+    """How the codes of a weight were compensated.
+
+    Args:
+        width: the most columns that were compensated together.
+        blocks: parts of the columns that were compensated each by itself.
+        damping: what was added to the second moment of the inputs, in units of the mean of its diagonal; the most, over
+            blocks and groups.
+    """
+
+    width: int
+    blocks: int
+    damping: float
+
+
 @dataclass(frozen=True, eq=False)
 class RoundedWeights:
     """The codes of a weight in each format.
@@ -96,13 +112,15 @@ class RoundedWeights:
         squared_error: that such codes leave on samples which they are not fitted to.
         optimism: the ratio of that error to the one on the calibration samples, at least 1; what is measured on the
             calibration samples is too small by this factor.
-        biases: (C,), of the layer that the weight belongs to, where a format's codes were learned together with one.
+        biases: (C,), of the layer that the weight belongs to, where a format's codes have one of their own.
+        compensation: how the codes were compensated; None for the nearest.
     """
 
     codes: Mapping[Format, Tensor]
     squared_error: Mapping[Format, float]
     optimism: Mapping[Format, float]
     biases: Mapping[Format, Tensor] = field(default_factory=dict)
+    compensation: Compensated | None = None
 
 
 @dataclass(frozen=True)

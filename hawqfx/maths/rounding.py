@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DAMPING = 0.01  # as in GPTQ: enough to keep A invertible
+DAMPING = 0.01  # as in GPTQ: enough to keep A invertible, nearly always
+STRONGEST_DAMPING = 0.5  # that is tried; more than it is as good as rounding to the nearest
+STRONGER = 10.0  # times the damping where A is still not positive definite
 COLUMNS = 64  # rounded before their errors move on to later columns, in one product of matrices (GPTQ, section 3.3)
 MOST_ROWS = 32768  # patches of a batch, evenly spread: enough for an A of a few thousand columns
 
@@ -36,8 +38,9 @@ def patches(
     padding: Sequence[int] | str,
     dilation: Sequence[int],
     groups: int,
+    columns: slice = slice(None),
 ) -> Tensor:
-    """The vectors that a convolution multiplies its weight by.
+    """The vectors that a convolution multiplies its weight by, or some columns of them.
 
     Args:
         x: (N, C, spatial...).
@@ -46,10 +49,11 @@ def patches(
         padding: of each dimension, or "same" or "valid".
         dilation: of each dimension.
         groups: groups of channels.
+        columns: of the C/groups * kernel that there are.
 
     Returns:
-        (groups, rows, C/groups * kernel); the rows are the positions of all samples, or of some samples if there are
-        more than MOST_ROWS.
+        (groups, rows, columns); the rows are the positions of all samples, or of some samples if there are more than
+        MOST_ROWS.
     """
     extent = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if padding == "same":
@@ -66,11 +70,15 @@ def patches(
     x = x.reshape(n, groups, channels // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
     x = x.permute(order)
-    columns = channels // groups * torch.Size(kernel).numel()
     positions = x.shape[1 : 2 + dims].numel()
     if positions > MOST_ROWS and n > 1:  # thin out samples first: cheap, and patches of one image are alike
         x = x[:, :: -(-positions // MOST_ROWS)]
-    return x.reshape(groups, -1, columns)
+    # so far a view of the input; only the channels that have some of the columns are written out
+    area = torch.Size(kernel).numel()
+    start, stop, _ = columns.indices(channels // groups * area)
+    first, last = start // area, -(-stop // area)
+    x = x.narrow(2 + dims, first, last - first)
+    return x.reshape(groups, -1, (last - first) * area)[:, :, start - first * area : stop - first * area]
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -94,18 +102,30 @@ class Compensation:
     Args:
         moment: (groups, K, K) in float64, the second moment of the inputs.
         damping: fraction of the mean of the moment's diagonal that is added to the diagonal.  It keeps the moment
-            invertible, and few samples from being fitted at the cost of others.
+            invertible, and few samples from being fitted at the cost of others.  Where the moment is still not positive
+            definite, as rounding of its own may leave it, the fraction grows by STRONGER until it is.  One for all
+            groups, or (groups,).
+
+    Attributes:
+        damping: (groups,), the fractions in the end.
     """
 
-    def __init__(self, moment: Tensor, damping: float = DAMPING) -> None:
+    def __init__(self, moment: Tensor, damping: float | Tensor = DAMPING) -> None:
+        if not torch.isfinite(moment).all():
+            raise ValueError("the second moment is not finite")
         diagonal = moment.diagonal(dim1=1, dim2=2)
-        added = damping * diagonal.mean(1)
-        added = torch.where(added > 0, added, 1.0)
         self.order = diagonal.argsort(dim=1, descending=True, stable=True)
-        moment = moment + torch.diag_embed(added[:, None].expand_as(diagonal))
-        moment = self._sorted(self._sorted(moment).transpose(1, 2)).transpose(1, 2)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-        self.upper = torch.linalg.cholesky(inverse, upper=True)
+        self.damping = torch.zeros_like(diagonal[:, 0]) + damping
+        unit = diagonal.mean(1)
+        unit = torch.where(self.damping * unit > 0, unit, 1 / self.damping)  # of inputs that are never on
+        moment = self._sorted(self._sorted(moment).transpose(1, 2)).transpose(1, 2).contiguous()
+        moment.diagonal(dim1=1, dim2=2).add_((unit * self.damping)[:, None])
+        self.upper, failed = _upper(moment)
+        while failed.any():
+            more = torch.where(failed, self.damping * (STRONGER - 1), 0.0)
+            self.damping += more
+            moment.diagonal(dim1=1, dim2=2).add_((unit * more)[:, None])
+            self.upper[failed], failed[failed.clone()] = _upper(moment[failed])
 
     def _sorted(self, x: Tensor) -> Tensor:
         """The columns of (groups, R, K), from the input with the most energy to the input with the least."""
@@ -155,6 +175,15 @@ class Compensation:
             errors[:, :, k : k + 1] = error
             left[:, :, k + 1 :] -= error * upper[:, k : k + 1, k + 1 :]
         return codes, errors
+
+
+def _upper(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factors of the inverses, (groups, K, K), and the groups that have none, (groups,)."""
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    upper, failed_too = torch.linalg.cholesky_ex(inverse, upper=True)
+    return upper, (failed != 0) | (failed_too != 0) | ~torch.isfinite(upper.diagonal(dim1=1, dim2=2)).all(1)
 
 
 def weighted_error(difference: Tensor, moment: Tensor) -> Tensor:

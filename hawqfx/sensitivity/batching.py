@@ -1,16 +1,19 @@
 """Parts batches until a measurement of each part fits into memory, or until there are parts enough to probe."""
 
 import logging
+import math
 from dataclasses import replace
 
-import psutil
 import torch
+from torch import Tensor
 
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.memory import free_memory as free_memory
+from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.program import Program
 from hawqfx.sensitivity.cache import MeasurementCache
-from hawqfx.sensitivity.distributed import Workers, local_count
+from hawqfx.sensitivity.distributed import Workers
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +83,27 @@ def _fitting_size(program: Program, device: torch.device, largest: int, second_o
     return size
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes for this process: of the GPU, or its share of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available) // local_count()
+def with_room(program: Program, context: Context, tensors: int, purpose: str) -> Context:
+    """The context with as many samples as can be kept at once; all, of a fixed batch.
+
+    Args:
+        program: whose tensors are kept.
+        context: with all samples.
+        tensors: as large as the largest of the network, that are kept of every sample.
+        purpose: begins the sentence of a warning where not all samples fit.
+    """
+    if not program.dynamic_batch:
+        return context
+    nodes = (node for node in program.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    largest = max(math.prod(captured_shape(node)) for node in nodes if node.op == "call_function")
+    bytes_of_sample = tensors * 4 * largest // batch_size(program.graph.graph)
+    most = max(1, free_memory(context.device) // 2 // bytes_of_sample)
+    if most >= context.samples:
+        return context
+    log.warning("%s %d of %d samples, which fit into memory", purpose, most, context.samples)
+    kept = []
+    for batch in context.batches:
+        if most > 0:
+            kept.append(batch.first(most))
+            most -= batch.size
+    return replace(context, batches=tuple(kept))

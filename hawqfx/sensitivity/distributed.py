@@ -4,7 +4,6 @@ Every process runs the same program on the same data.  The processes share out t
 batches than processes, also the probes of a batch.  Only this file uses torch.distributed.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +131,3 @@ def launched(device: torch.device) -> Iterator[int]:
         yield dist.get_rank()
     finally:
         dist.destroy_process_group()
-
-
-def local_count() -> int:
-    """The number of processes of the run on this machine, which share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

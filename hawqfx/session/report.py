@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, Sensitivity
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, RoundedWeights, Sensitivity
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import FLOAT_BITS
+from hawqfx.maths.rounding import STRONGEST_DAMPING
 from hawqfx.session.plan import Plan
 from hawqfx.session.record import Calibrated, Trials
 
@@ -76,6 +77,30 @@ def _average_bits(planned: Program) -> str:
     return text
 
 
+def _roundings(planned: Program) -> list[str]:
+    """How the weights were rounded before anything was learned: all of them in a line, and a line for each that was not
+    compensated as it usually is."""
+    formats = planned.formats()
+    keys = [site.key for site in planned.weights if not formats[site.key].is_float]
+    known = {key: planned.facts.get(key, RoundedWeights).compensation for key in keys}
+    nearest = [key for key in keys if known[key] is None]
+    lines = [f"rounding: {len(keys) - len(nearest)} weights compensated by their inputs, {len(nearest)} to the nearest"]
+    if 0 < len(nearest) < len(keys):
+        lines[0] += f" ({', '.join(nearest)})"
+    for key, how in known.items():
+        if how is not None and how.blocks > 1:
+            lines.append(
+                f"rounding: {key}: compensated in {how.blocks} blocks of {how.width:,} columns, each by itself; "
+                f"rounding=Rounding(block={how.width}) does so on any machine"
+            )
+        if how is not None and how.damping > STRONGEST_DAMPING:
+            lines.append(
+                f"rounding: {key}: its inputs determine too little, so that {how.damping:.2g} times their mean square "
+                f"was added to their second moment, over the usual {STRONGEST_DAMPING} at most"
+            )
+    return lines
+
+
 def predicted_loss(planned: Program) -> float:
     """The sum of the predicted loss increases over the sites."""
     return sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
@@ -113,6 +138,8 @@ def summary(
         f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
         f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
+    for line in _roundings(planned):
+        console.print(line, soft_wrap=True)
     for refinement in trials.refinements:
         verdict = "taken" if refinement.taken else "not taken"
         console.print(

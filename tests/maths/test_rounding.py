@@ -70,6 +70,12 @@ def test_patches_are_what_a_convolution_multiplies(
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (3, 11), (5, 6), (8, 18)])
+def test_some_columns_of_patches_are_those_of_all(start: int, stop: int) -> None:
+    x, geometry = _randn(2, 6, 7, 8), ([3, 2], [1, 2], [1, 0], [1, 1], 2)
+    assert torch.equal(patches(x, *geometry, slice(start, stop)), patches(x, *geometry)[:, :, start:stop])
+
+
 def test_many_patches_are_thinned_evenly_over_the_samples() -> None:
     x = torch.arange(40.0)[:, None, None, None].expand(40, 1, 64, 64)
     rows = patches(x, [1, 1], [1, 1], "valid", [1, 1], 1)
@@ -167,6 +173,22 @@ def test_singular_moments_are_rounded_too(bits: int) -> None:
     assert torch.equal(codes[0], nearest[0])
     assert torch.equal(codes[1, :, 2], nearest[1, :, 2])
     assert not torch.equal(codes[2], nearest[2])
+
+
+def test_damping_grows_until_there_is_a_factor() -> None:
+    """Moments that rounding left with an eigenvalue of -0.3: ten times 0.01 is too little, a hundred times is not."""
+    moment = torch.stack([torch.eye(4, dtype=torch.float64), _correlated(1, 4)[0], torch.zeros(4, 4).double()])
+    moment[0, 0, 1] = moment[0, 1, 0] = 1.3
+    compensation = Compensation(moment)
+    assert compensation.damping.tolist() == pytest.approx([1.0, DAMPING, DAMPING])
+    damped = moment[0] + torch.eye(4)
+    assert torch.allclose(compensation.upper[0].T @ compensation.upper[0], damped.inverse(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(compensation.upper[1:], Compensation(moment[1:]).upper)
+
+
+def test_moments_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        Compensation(torch.full((1, 2, 2), float("nan"), dtype=torch.float64))
 
 
 def test_weighted_error_is_the_plain_one_when_inputs_are_white_or_dead() -> None:

@@ -1,0 +1,224 @@
+"""Compensation of wide layers: blocks of columns, within memory, in turns over the data; and inputs that are ill."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hawqfx.analysis import compensation
+from hawqfx.analysis.compensation import compensated
+from hawqfx.analysis.input_moments import InputMoments, input_moments, parts_of
+from hawqfx.errors import DataError
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.data import gather
+from hawqfx.frontend.losses import squared_error
+from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import weight_at
+from hawqfx.maths.formats import Format
+from hawqfx.pass_manager.manager import run
+from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.histograms import Histograms
+from hawqfx.pipeline import recipe
+from tests.nets import Depthwise
+from tests.tools import after, context, quick
+
+
+class Wide(nn.Module):
+    """A linear layer of many inputs."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(columns, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
+
+
+def calibrated(columns: int, rows: int, data: Tensor, bits: tuple[int, ...]) -> tuple[Program, Context]:
+    """A linear layer with its quantizers, and the data in two batches."""
+    torch.manual_seed(0)
+    surroundings = Context(gather(list(data.chunk(2))), squared_error)
+    program = capture(Wide(columns, rows).eval(), surroundings.batches[0])
+    return run([*recipe().rewrite, Histograms(), Calibration(bits, (8,))], program, surroundings), surroundings
+
+
+def alike(count: int, columns: int = 96) -> Tensor:
+    """Whole numbers, rows of which are alike: their products are exact in float32."""
+    random = torch.Generator().manual_seed(1)
+    common = torch.randint(-4, 5, (count, 6), generator=random) @ torch.randint(-2, 3, (6, columns), generator=random)
+    return (common + torch.randint(-2, 3, (count, columns), generator=random)).float()
+
+
+def by_least_squares(weight: Tensor, moment: Tensor, scale: Tensor, ends: tuple[int, int], damping: float) -> Tensor:
+    """Codes (R, K): before a column is rounded, those left are where the error of the rounded ones is the least."""
+    damped = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    order = moment.diagonal().argsort(descending=True, stable=True).tolist()
+    codes = torch.zeros_like(weight)
+    for done in range(len(order)):
+        fixed, free = order[:done], order[done:]
+        error = codes[:, fixed] * scale - weight[:, fixed]
+        best = weight[:, free] - torch.linalg.solve(damped[free][:, free], damped[free][:, fixed] @ error.T).T
+        codes[:, free[0]] = (best[:, 0] / scale[:, 0]).round().clamp(*ends)
+    return codes
+
+
+def test_blocks_are_rounded_as_weights_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 columns in three blocks of 34, 34 and 32, two of which are worked on at once."""
+    monkeypatch.setattr(compensation, "DAMPINGS", (0.1,))
+    data = alike(64, 100)
+    program, surroundings = calibrated(100, 7, data, (2, 4))
+    fact = compensated(program, surroundings, block=40)["head.weight"]
+    weight = program.tensor("head.weight").detach().double()
+    for width, quantizer in program.facts.get("head.weight", Quantizers).by_format.items():
+        scale = torch.tensor(quantizer.scale).double()[:, None]
+        for start in (0, 34, 68):
+            part = slice(start, start + 34)
+            moment = data[:, part].double().T @ data[:, part].double() / 64
+            ends = (quantizer.low, quantizer.high)
+            wanted = by_least_squares(weight[:, part], moment, scale, ends, 0.1 / 2)  # twice the samples of a half
+            assert torch.equal(fact.codes[width][:, part].double(), wanted)
+    assert fact.compensation is not None
+    assert (fact.compensation.width, fact.compensation.blocks) == (34, 3)
+    assert fact.compensation.damping == pytest.approx(0.05)
+
+
+def test_blocks_lose_less_than_the_nearest_and_more_than_the_whole() -> None:
+    data = alike(512)
+    program, surroundings = calibrated(96, 32, data, (2, 3, 4))
+    weight = program.tensor("head.weight").detach()
+    losses = []
+    for facts in (
+        compensated(program, surroundings),
+        compensated(program, surroundings, block=48),
+        compensated(program, surroundings, block=12),
+        {"head.weight": compensation.nearest(weight, program.facts.get("head.weight", Quantizers))},
+    ):
+        rounded = program.learn(facts)
+        errors = (weight_at(rounded, "head.weight", Format(bits)) - weight for bits in (2, 3, 4))
+        losses.append([float((data @ error.T).square().sum()) for error in errors])
+    for whole, halves, eighths, nearest in zip(*losses, strict=True):
+        assert whole < halves < eighths < nearest
+
+
+def test_a_grouped_convolution_in_blocks_is_whole_weights_side_by_side() -> None:
+    """Every block of a convolution's columns, channels or parts of them, has the moment that these columns have."""
+    program = after("calibration", Depthwise)
+    whole = input_moments(program, context(), {"grouped.weight": 27})["grouped.weight"]
+    parted = input_moments(program, context(), {"grouped.weight": 10})["grouped.weight"]
+    assert [part.part.blocks for part in parted] == [3]
+    wanted = torch.stack([whole[0].halves[:, :, k : k + 9, k : k + 9] for k in (0, 9, 18)], 2).flatten(1, 2)
+    assert torch.allclose(parted[0].halves, wanted, rtol=1e-5, atol=0)  # float32 sums in another order
+    energy = parted[0].energy.reshape(2, 3)
+    assert torch.allclose(energy.mean(1), torch.ones(2, dtype=torch.float64), rtol=1e-12)  # sums of nine
+
+
+@given(st.integers(1, 4), st.integers(1, 400), st.integers(1, 400))
+def test_parts_cover_all_columns_once(groups: int, columns: int, width: int) -> None:
+    parts = parts_of(groups, columns, width)
+    ends = [0, *(part.columns.stop for part in parts)]
+    assert [part.columns.start for part in parts] == ends[:-1]
+    assert ends[-1] == columns
+    assert sum(part.blocks for part in parts) == -(-columns // width)
+    assert all(part.width <= width for part in parts)
+    assert {part.width for part in parts[:-1]} <= {parts[0].width}
+
+
+def test_memory_halves_the_blocks_and_the_summary_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 columns need 32 MB for two moments of 2,000, and more to work on them."""
+    monkeypatch.setattr(compensation, "free_memory", lambda device: 2 * 70 * 2**20)
+    compiled = quick(lambda: Wide(2000, 3), data=[torch.rand(16, 2000)])
+    expected = "rounding: head.weight: compensated in 8 blocks of 250 columns, each by itself; "
+    assert expected + "rounding=Rounding(block=250) does so on any machine" in compiled.summary()
+    monkeypatch.setattr(compensation, "free_memory", lambda device: 2**40)
+    again = compensated(compiled.planned, compiled.session.context)["head.weight"]
+    assert again.compensation is not None
+    assert again.compensation.width == 250  # as it was rounded before, whatever memory is free now
+
+
+def test_weights_are_taken_in_turns_and_rounded_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = after("calibration", Depthwise)
+    together = compensated(program, context())
+    seen: list[int] = []
+
+    def watched(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, tuple[InputMoments, ...]]:
+        seen.append(len(widths))
+        return input_moments(program, context, widths)
+
+    monkeypatch.setattr(compensation, "free_memory", lambda device: 0)
+    monkeypatch.setattr(compensation, "input_moments", watched)
+    one_by_one = compensated(program, context(), block=1000)
+    assert seen == [1] * len(program.weights)
+    for key, fact in together.items():
+        assert fact.squared_error == one_by_one[key].squared_error
+        for width, codes in fact.codes.items():
+            assert torch.equal(codes, one_by_one[key].codes[width])
+
+
+def test_a_truly_wide_layer_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """30,000 columns: their moments alone would be 14 GB."""
+    refs, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not refs.exists():
+        pytest.skip("the peak of a process can be reset on Linux alone")
+    monkeypatch.setattr(compensation, "free_memory", lambda device: 2 * 100 * 2**20)
+    data = torch.randn(16, 30000, generator=torch.Generator().manual_seed(0))
+    program, surroundings = calibrated(30000, 8, data, (4,))
+
+    def kilobytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    refs.write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS")
+    fact = compensated(program, surroundings)["head.weight"]
+    assert kilobytes("VmHWM") - before < 250 * 1024
+    assert fact.compensation is not None
+    assert fact.compensation.width == 64
+
+
+@pytest.mark.parametrize("exponent", [-75, 75])
+def test_inputs_whose_squares_are_no_float32_numbers(exponent: int) -> None:
+    """2^-75 squared is no normal number in float32, and 2^75 squared is none at all: codes are as for ordinary ones."""
+    found = []
+    for data in (alike(32), alike(32) * 2.0**exponent):
+        program, surroundings = calibrated(96, 4, data, (3,))
+        found.append(compensated(program, surroundings)["head.weight"].codes[Format(3)])
+    assert torch.equal(found[0], found[1])
+
+
+def test_inputs_that_are_not_finite_are_refused_by_the_name_of_the_layer() -> None:
+    with pytest.raises(DataError, match=r"the input of 'head.weight' is not finite on batch 0"):
+        compensated(doubled(), Context(gather([torch.full((4, 4), 3e38)]), squared_error))
+
+
+class Doubled(Wide):
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + x)
+
+
+def doubled() -> Program:
+    """A network that overflows on large inputs, calibrated on small ones."""
+    surroundings = Context(gather([torch.rand(4, 4)]), squared_error)
+    program = capture(Doubled().eval(), surroundings.batches[0])
+    return run([*recipe().rewrite, Histograms(), Calibration((4,), (8,))], program, surroundings)
+
+
+def test_the_summary_tells_damping_beyond_the_usual_and_weights_to_the_nearest() -> None:
+    compiled = quick(lambda: Wide(64, 3))
+    assert "rounding: 1 weights compensated by their inputs, 0 to the nearest\n" in compiled.summary()
+    assert "was added to their second moment" not in compiled.summary()
+    fact = compiled.planned.facts.get("head.weight", RoundedWeights)
+    assert fact.compensation is not None
+    damped = replace(fact, compensation=replace(fact.compensation, damping=5.0))
+    text = replace(compiled, planned=compiled.planned.learn({"head.weight": damped})).summary()
+    assert "rounding: head.weight: its inputs determine too little, so that 5 times their mean square was added" in text
+    nearest = quick(lambda: Wide(64, 3), rounding="nearest")
+    assert "rounding: 0 weights compensated by their inputs, 1 to the nearest\n" in nearest.summary()
