@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class StoredCodes(Analysis):
         return facts
 
 
-def load(path: str | Path, model: Model) -> Compiled:
+def load(path: str | Path, model: Model, dynamic_shapes: Any = None) -> Compiled:
     """The network of a file that Compiled.save() wrote: the same plan, codes, summary and ONNX files.
 
     It has no sensitivities, so that other budgets need compile().  The codes are those of the file, whatever the data;
@@ -61,6 +61,7 @@ def load(path: str | Path, model: Model) -> Compiled:
     Args:
         path: of the file.
         model: the model that was compiled, with the same weights.  It is not changed.
+        dynamic_shapes: as they were given to compile().
 
     Raises:
         PlanError: if the file cannot be read, is damaged, or was made for another model or other weights.
@@ -70,13 +71,14 @@ def load(path: str | Path, model: Model) -> Compiled:
     content = saved.read(Path(path))
     context = Context((content.example,), cross_entropy, loss_reason=content.calibrated.loss_reason)
     recipe = pipeline.recipe(keep_float=content.keep_float)
-    rewritten = run(recipe.rewrite, capture(model, content.example), context)
+    rewritten = run(recipe.rewrite, capture(model, content.example, dynamic_shapes), context)
     follow = [FollowPlan(content.plan, rounds=False), StoredCodes(content.codes), *recipe.costs]
     planned = with_facts(run(follow, rewritten, context), content.facts)
     lowered = Planner(planned, context).lower(planned, content.plan.budget).program
     if (content.graph, content.network) != (of_graph(planned), of_network(lowered)):
         raise PlanError(
-            f"{path} was saved for another graph of this model, or by another version of hawqfx or torch: compile again"
+            f"{path} was saved for another graph of this model, with other dynamic_shapes=, or by another version of "
+            "hawqfx or torch: give the same, or compile again"
         )
     session = Session(planned, context, (), Allocation(Budget()), target=content.target, keep_float=content.keep_float)
     trials = content.trials

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hawqfx.ir.facts import Fact, FileText, Sensitivity
+from hawqfx.ir.facts import Compensated, Fact, FileText, RoundedWeights, Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import known_format
 from hawqfx.maths.paired import Difference
@@ -80,7 +80,9 @@ def known_facts(planned: Program) -> dict[str, Any]:
         if planned.facts.has(site.key, Sensitivity)
     }
     text = planned.about(FileText) if planned.knows(FileText) else None
-    return {"sensitivities": sensitivities, "file": None if text is None else asdict(text) | {
+    rounded = {site.key: planned.facts.get(site.key, RoundedWeights).compensation for site in planned.weights}
+    compensations = {key: asdict(each) for key, each in rounded.items() if each is not None}
+    return {"sensitivities": sensitivities, "compensations": compensations, "file": None if text is None else asdict(text) | {
         "formats": {key: [width.bits, width.scheme] for key, width in text.formats.items()}
     }}  # fmt: skip
 
@@ -88,7 +90,11 @@ def known_facts(planned: Program) -> dict[str, Any]:
 def with_facts(planned: Program, facts: Mapping[str, Any]) -> Program:
     """The program with what `known_facts` gave."""
     learned: dict[str, Fact] = {key: Sensitivity(**entry) for key, entry in facts["sensitivities"].items()}
-    known, text = planned.learn(learned), facts["file"]
+    rounded: dict[str, Fact] = {
+        key: replace(planned.facts.get(key, RoundedWeights), compensation=Compensated(**entry))
+        for key, entry in facts["compensations"].items()
+    }
+    known, text = planned.learn(learned).learn(rounded), facts["file"]
     if text is None:
         return known
     formats = {key: known_format(*width) for key, width in text["formats"].items()}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.export import Dim
 
 import hawqfx
 from hawqfx.errors import HawqfxError, PlanError
@@ -63,6 +64,17 @@ def test_keyword_inputs_are_kept(tmp_path: Path) -> None:
     compiled.save(tmp_path / "net.hawqfx")
     again = hawqfx.load(tmp_path / "net.hawqfx", build(KeywordInputs))
     assert bytes_of(again, tmp_path / "again.onnx") == bytes_of(compiled, tmp_path / "first.onnx")
+
+
+def test_networks_in_16_bits_and_of_any_size_are_loaded_as_they_were_compiled(tmp_path: Path) -> None:
+    model, sizes = build(Plain).bfloat16(), ({0: Dim.DYNAMIC, 2: Dim("height", min=8), 3: Dim("width", min=8)},)
+    compiled = hawqfx.compile(model, "weight_bits=6", images(), sensitivity="mse", dynamic_shapes=sizes)
+    compiled.save(tmp_path / "net.hawqfx")
+    again = hawqfx.load(tmp_path / "net.hawqfx", model, sizes)
+    assert again.model(torch.ones(3, 1, 16, 12)).shape == (3, 3)
+    assert bytes_of(again, tmp_path / "again.onnx") == bytes_of(compiled, tmp_path / "first.onnx")
+    with pytest.raises(PlanError, match="another graph of this model"):
+        hawqfx.load(tmp_path / "net.hawqfx", model)
 
 
 def test_a_plan_of_other_weights_is_refused_or_rounded_anew(file: tuple[hawqfx.Compiled, Path]) -> None:
