@@ -62,8 +62,9 @@ def stored_codes(planned: Program) -> dict[str, Tensor]:
 
 
 def of_graph(program: Program) -> str:
-    """The digest of a graph without its tensors."""
-    return digest(str(program.graph.graph))
+    """The digest of a graph without its tensors, and of the dimensions of its inputs that vary."""
+    varying = sorted((name, sorted(axes)) for name, axes in program.dimensions.items())
+    return digest(f"{program.graph.graph}\n{varying}")
 
 
 def of_network(lowered: Program) -> str:

@@ -82,9 +82,10 @@ def known_facts(planned: Program) -> dict[str, Any]:
     text = planned.about(FileText) if planned.knows(FileText) else None
     rounded = {site.key: planned.facts.get(site.key, RoundedWeights).compensation for site in planned.weights}
     compensations = {key: asdict(each) for key, each in rounded.items() if each is not None}
-    return {"sensitivities": sensitivities, "compensations": compensations, "file": None if text is None else asdict(text) | {
-        "formats": {key: [width.bits, width.scheme] for key, width in text.formats.items()}
-    }}  # fmt: skip
+    file = None
+    if text is not None:
+        file = asdict(text) | {"formats": {key: [width.bits, width.scheme] for key, width in text.formats.items()}}
+    return {"sensitivities": sensitivities, "compensations": compensations, "file": file}
 
 
 def with_facts(planned: Program, facts: Mapping[str, Any]) -> Program:
