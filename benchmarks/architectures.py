@@ -99,8 +99,8 @@ def _share(compiled: hawqfx.Compiled, inputs: dict[str, Tensor]) -> float:
     planned, samples = compiled.planned, len(next(iter(inputs.values())))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         planned.run((), inputs)
-    macs = sum(each.macs for each in (*planned.layers, *planned.products)) * samples
-    return min(1.0, 2 * macs / max(1, counter.get_total_flops()))
+    macs = sum(layer.macs for layer in planned.layers) + sum(product.macs for product in planned.products)
+    return min(1.0, 2 * macs * samples / max(1, counter.get_total_flops()))
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:

@@ -80,10 +80,16 @@ def _silu(rewriter: GraphRewriter, node: fx.Node) -> fx.Node:
 
 
 def _linear(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
-    """addmm(bias, x, W), and x W for a matrix W that nothing else reads, as a layer with the transpose of W."""
+    """addmm(bias, x, W), and x W for a matrix W that nothing else reads, as a layer with the transpose of W; and W x as
+    the transpose of a layer with W, of the transpose of x."""
     if node.kwargs:
         return None
     bias, (tensor, weight) = operands(node)[:-2], operands(node)[-2:]
+    if not bias and is_constant(tensor) and is_tensor(weight) and tensor.meta["val"].ndim == 2:
+        if weight.meta["val"].ndim < 2:
+            return None
+        turned = rewriter.call(_aten.transpose.int, weight, -2, -1)
+        return rewriter.call(_aten.transpose.int, rewriter.call(_aten.linear.default, turned, tensor), -2, -1)
     if not is_constant(weight) or not is_tensor(tensor) or weight.meta["val"].ndim != 2 or len(weight.users) > 1:
         return None
     if bias and (not is_constant(bias[0]) or bias[0].meta["val"].ndim != 1):

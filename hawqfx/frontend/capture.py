@@ -6,7 +6,7 @@ torch.export gives a graph with a single vocabulary of operators, and without ca
 import contextlib
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.errors import CaptureError
 from hawqfx.frontend.data import Batch
-from hawqfx.frontend.dimensions import name_dimensions, shapes_of, shapes_to_capture
+from hawqfx.frontend.dimensions import name_dimensions, shapes_of, shapes_to_capture, varying_axes
 from hawqfx.frontend.experts import dense_experts
 from hawqfx.frontend.inlining import inline_wrappers
 from hawqfx.frontend.outputs import without_objects
 from hawqfx.frontend.single_precision import in_single_precision
-from hawqfx.ir.graph import constants_of
+from hawqfx.ir.graph import constants_of, first_input
 from hawqfx.ir.operators import ASSERTIONS, BATCH_NORM, DECOMPOSED_BATCH_NORM, VIEWS, operands, training_argument
 from hawqfx.ir.program import Program
 
@@ -99,12 +99,17 @@ def export(model: nn.Module, example: Batch, dynamic_shapes: Any = None) -> torc
         CaptureError: if torch.export refuses the model.
     """
     example = _with_two_samples(example)
+    sizes = (Dim.DYNAMIC, Dim("batch"))  # each its own; all the same, where the model compares them
+    return _export(model, example, [shapes_to_capture(model, example, dynamic_shapes, size) for size in sizes])
+
+
+def _export(model: nn.Module, example: Batch, shapes: Sequence[Any]) -> torch.export.ExportedProgram:
+    """torch.export with the first of several `dynamic_shapes` that it takes; see `export`."""
     refused: Exception | None = None
-    for given, size in itertools.product(_in_types_of(model, example), (Dim.DYNAMIC, Dim("batch"))):
-        shapes = shapes_to_capture(model, example, dynamic_shapes, size)
+    for given, dynamic in itertools.product(_in_types_of(model, example), shapes):
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph as far as it came
-                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=shapes)
+                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=dynamic)
         except Exception as error:  # torch.export raises whatever the model's own code raises
             refused = refused or error
     inputs = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in example.tensors]
@@ -127,8 +132,9 @@ def export_again(graph: fx.GraphModule, example: Batch) -> torch.export.Exported
     Raises:
         CaptureError: if torch.export refuses the graph.
     """
-    example = _with_two_samples(example)
-    return export(graph, example, shapes_of(graph, example))
+    if 0 in varying_axes(first_input(graph.graph)):
+        example = _with_two_samples(example)
+    return _export(graph, example, [shapes_of(graph, example)])
 
 
 def _with_two_samples(example: Batch) -> Batch:

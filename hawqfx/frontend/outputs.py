@@ -119,9 +119,9 @@ def without_objects(model: nn.Module, left_out: list[str]) -> Iterator[None]:
 
     def keep_values(module: nn.Module, inputs: Any, output: Any) -> Any:
         def value(path: tuple[Any, ...], leaf: Any) -> Any:
-            if leaf is None or isinstance(leaf, _VALUES):
-                return leaf
-            name = "_".join(map(_key, path)) or "the output"
+            if not path or leaf is None or isinstance(leaf, _VALUES):
+                return leaf  # a whole output of an unknown class is what torch.export refuses by its name
+            name = "_".join(map(_key, path))
             described = f"{name} ({type(leaf).__name__})"
             left_out.extend([described] * (described not in left_out))
             return None

@@ -130,6 +130,11 @@ NO_PRODUCTS: set[Target] = _DATA_MOVEMENT | {
     _aten.sub.Tensor,
     _aten.repeat.default,
     _aten.index.Tensor,
+    _aten.gather.default,
+    _aten.where.self,
+    _aten.masked_fill.Scalar,
+    _aten.maximum.default,
+    _aten.minimum.default,
 }
 
 BATCH_NORM: OpOverload[..., Any] = _aten.batch_norm.default

@@ -197,3 +197,24 @@ def test_the_mask_of_a_pruned_layer_is_part_of_its_weight() -> None:
     assert torch.equal(made.planned.tensor("0.weight_orig"), model[0].weight)  # type: ignore[index]
     assert int((weight == 0).sum()) >= 64  # half of 128, in codes too
     assert made.planned.float_bytes() == plain.planned.float_bytes()
+
+
+def test_an_output_of_an_unknown_class_is_refused_by_its_name() -> None:
+    class Whole(Caching):
+        def forward(self, x: Tensor) -> Any:
+            return Cache()
+
+    with pytest.raises(CaptureError, match=r"tests.frontend.test_capture.Cache.* in output, which is not a known type"):
+        compiled(seeded(lambda: Whole("tuple")), [X])
+
+
+def test_torch_prints_nothing_and_its_advice_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[: int(x.sum())].mean(0, keepdim=True) if x.sum() > 3 else x
+
+    with pytest.raises(CaptureError, match="Could not guard on data-dependent expression") as caught:
+        compiled(Sized().eval(), [X])
+    assert "TORCH" not in str(caught.value)
+    assert "draft_export" not in str(caught.value)
+    assert "def forward" not in capsys.readouterr().err

@@ -211,3 +211,19 @@ def test_rows_that_a_mask_hides_wholly_are_as_torch_has_them(kind: str, shared_h
     assert "scaled_dot_product_attention" not in targets(program)
     rows = targets(program).count("any")
     assert rows == (kind != "fixed")  # once for both layers, and not for a constant that hides no row
+
+
+class FromTheLeft(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight @ x + self.weight @ x[0]
+
+
+def test_a_product_with_a_matrix_on_the_left_is_the_transpose_of_a_layer() -> None:
+    torch.manual_seed(0)
+    program, change = rewritten(FromTheLeft(), torch.randn(3, 8, 6), Decompose())
+    assert change < ROUNDING
+    assert targets(program).count("linear") == 2
