@@ -139,6 +139,8 @@ def validated(
     for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):
         if function is not None and not callable(function):
             raise HawqfxError(f"{name}={function!r}: must be a function")
+    if not all(isinstance(observer, Observer) for observer in observers):
+        raise HawqfxError(f"observers={observers!r}: give instances of hawqfx.pass_manager.base.Observer")
     drawn = loss == "auto" or criterion_of(loss, draw).knows_distribution
     predictor = pipeline.metric(sensitivity, drawn=drawn)
     offered = default_schemes(limits) if schemes is None else known_schemes(schemes)

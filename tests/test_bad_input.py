@@ -313,6 +313,7 @@ def squared(output: Tensor) -> Tensor:
         ({"keep_float": [3]}, r"keep_float=\[3\]: give a list of patterns of names"),
         ({"sensitivity": HawqV2}, "sensitivity=<class .*: must be one of gauss-newton"),
         ({"rule": "foo"}, "rule='foo': must be"),
+        ({"observers": [1]}, r"observers=\[1\]: give instances"),
     ],
 )
 def test_slips_are_said_before_anything_is_calibrated(
