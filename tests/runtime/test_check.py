@@ -8,7 +8,7 @@ import torch
 
 import hawqfx
 from hawqfx.errors import ExportError
-from hawqfx.runtime import check
+from hawqfx.runtime import check, parity
 from tests.nets import Attention, Plain, Residual
 from tests.tools import quick
 
@@ -40,7 +40,7 @@ def test_integer_kernels_have_the_codes_of_the_graph(make: Any, options: dict[st
     compiled.export(tmp_path / "m.onnx")
     batch = compiled.session.context.batches[0]
     inputs = [tensor.numpy() for tensor in batch.tensors]
-    compared = check.parity.optimized_sites(compiled.program, tmp_path / "m.onnx", inputs)
+    compared = parity.optimized_sites(compiled.program, tmp_path / "m.onnx", inputs)
     assert {site.key for site in compared} == {
         key for key, scheme in compiled.plan.schemes.items() if scheme == "static" and not key.endswith("weight")
     }
