@@ -193,6 +193,10 @@ def _triangle(rewriter: GraphRewriter, node: fx.Node, query: fx.Node, key: fx.No
 
 def _added(rewriter: GraphRewriter, mask: fx.Node) -> fx.Node:
     """What a mask adds to the scores, finite in rows that it hides wholly."""
+    if is_constant(mask):
+        value = rewriter.value(mask)
+        hidden = torch.where(value, 0.0, HIDDEN) if value.dtype == torch.bool else value.clamp_min(HIDDEN)
+        return rewriter.buffer(f"{mask.target}_added", hidden, mask)
     if mask.meta["val"].dtype == torch.bool:
         return _shared(rewriter, _aten.where.Scalar, mask, 0.0, HIDDEN)
     return _shared(rewriter, _aten.clamp_min.default, mask, HIDDEN)

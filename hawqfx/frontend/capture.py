@@ -18,13 +18,22 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.errors import CaptureError
 from hawqfx.frontend.data import Batch
-from hawqfx.frontend.dimensions import name_dimensions, shapes_of, shapes_to_capture, varying_axes
+from hawqfx.frontend.dimensions import name_dimensions, named_keywords, shapes_of, shapes_to_capture, varying_axes
 from hawqfx.frontend.experts import dense_experts
 from hawqfx.frontend.inlining import inline_wrappers
 from hawqfx.frontend.outputs import without_objects
 from hawqfx.frontend.single_precision import in_single_precision
 from hawqfx.ir.graph import constants_of, first_input
-from hawqfx.ir.operators import ASSERTIONS, BATCH_NORM, DECOMPOSED_BATCH_NORM, VIEWS, operands, training_argument
+from hawqfx.ir.operators import (
+    ASSERTIONS,
+    ATTENTION,
+    BATCH_NORM,
+    DECOMPOSED_BATCH_NORM,
+    DROPOUT,
+    VIEWS,
+    operands,
+    training_argument,
+)
 from hawqfx.ir.program import Program
 
 # lines of torch's messages that are of no use to who reads them here
@@ -60,7 +69,7 @@ def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program
         exported = model
     else:
         _refuse_training(model)
-        with without_objects(model, left_out), dense_experts(model):
+        with without_objects(model, left_out), dense_experts(model), named_keywords(model, example):
             exported = export(model, example, dynamic_shapes)
     for node in exported.graph.nodes:
         if training_argument(node):
@@ -72,6 +81,7 @@ def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program
     inline_wrappers(graph)
     _simplify(graph.graph)
     _recompose_batchnorm(graph.graph)
+    _refuse_random_numbers(graph.graph)
     _refuse_sizes_by_values(graph.graph)
     _merge_get_attr_nodes(graph)
     for name, tensor in constants_of(graph).items():
@@ -190,6 +200,17 @@ def _simplify(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target in VIEWS:
             node.target = torch.ops.aten.reshape.default
+
+
+def _refuse_random_numbers(graph: fx.Graph) -> None:
+    """Raises CaptureError if an operator draws random numbers; dropout and attention draw none outside of training."""
+    for node in graph.nodes:
+        tags = node.target.tags if isinstance(node.target, OpOverload) else ()
+        if torch.Tag.nondeterministic_seeded in tags and node.target not in DROPOUT | {ATTENTION}:
+            raise CaptureError(
+                f"{node.name}: {node.target} draws random numbers in every run, so that no two runs can be compared: "
+                "make them an input of the model, or a buffer"
+            )
 
 
 def _refuse_sizes_by_values(graph: fx.Graph) -> None:

@@ -1,7 +1,10 @@
 """Dimensions of inputs that vary from run to run: as torch.export is told of them, and their names in a file."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from inspect import Parameter
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -40,6 +43,34 @@ def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None, batch
     return {name: _with_batch(own, given[name]) if name in given else own for name, own in batches.items()} | {
         name: value for name, value in given.items() if name not in batches
     }
+
+
+@contextmanager
+def named_keywords(model: nn.Module, example: Batch) -> Iterator[None]:
+    """A context in which the inputs that a model takes as **kwargs are named in its signature: torch.export finds no
+    sizes that vary in what has no name.  The model is the same again after it."""
+    own, names = model.forward, inspect.signature(model.forward).parameters
+    rest = [name for name, parameter in names.items() if parameter.kind is Parameter.VAR_KEYWORD]
+    added = [Parameter(name, Parameter.KEYWORD_ONLY) for name in example.kwargs if name not in names]
+    if not rest or not added:
+        yield
+        return
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    known = [parameter for name, parameter in names.items() if name not in rest]
+    forward.__signature__ = inspect.Signature([*known, *added])  # type: ignore[attr-defined]
+    patched = "forward" in vars(model)
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if patched:
+            model.forward = own
+        else:
+            del model.forward
 
 
 def shapes_of(graph: fx.GraphModule, example: Batch) -> Any:

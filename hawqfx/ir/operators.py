@@ -150,6 +150,8 @@ IDENTITIES: set[Target] = {
     _aten.lift_fresh_copy.default,
 }
 
+ATTENTION: OpOverload[..., Any] = _aten.scaled_dot_product_attention.default
+
 # Operators that check what torch.export knows already, and return nothing.
 ASSERTIONS: set[Target] = {
     _aten._assert_tensor_metadata.default,

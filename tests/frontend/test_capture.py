@@ -77,6 +77,15 @@ class Conditional(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: self.head(x), lambda x: self.head(-x), (x,))
 
 
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + torch.randn_like(x))
+
+
 class Routed(nn.Module):
     """Experts that compute the tokens that they were chosen for: sizes that depend on values."""
 
@@ -95,11 +104,12 @@ class Routed(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (Noisy, r"randn_like: aten.randn_like.default draws random numbers in every run.* make them an input"),
         (Conditional, r"cond is a cond, whose sub-graphs are run as the values of tensors ask for"),
         (Routed, r"where: aten.where.default makes a tensor whose size depends on the values .* mixture of experts"),
     ],
 )
-def test_control_flow_and_sizes_by_values_are_refused(make: Any, message: str) -> None:
+def test_what_no_graph_of_kernels_can_do_is_refused(make: Any, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         compiled(seeded(make), [X])
 

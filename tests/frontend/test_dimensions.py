@@ -135,3 +135,22 @@ def test_inputs_whose_batches_must_be_equal(tmp_path: Path) -> None:
     made = compiled(seeded(Comparing), [((x, x + 1), torch.zeros(6, dtype=torch.long))])
     made.export(tmp_path / "model.onnx")
     assert shapes(tmp_path / "model.onnx") == ([["batch", 4]] * 2, [["batch", 3]])
+
+
+class Keywords(nn.Module):
+    """Takes what it does not know by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, **rest: Tensor) -> Tensor:
+        return self.head(x) + rest["y"].sum(-1, keepdim=True)
+
+
+def test_inputs_that_a_model_takes_as_keywords_without_a_name(tmp_path: Path) -> None:
+    x, model = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), seeded(Keywords)
+    made = compiled(model, [{"x": x, "y": x + 1}])
+    assert "forward" not in vars(model)
+    made.export(tmp_path / "model.onnx")
+    assert shapes(tmp_path / "model.onnx") == ([["batch", 4]] * 2, [["batch", 3]])
