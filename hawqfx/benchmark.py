@@ -11,7 +11,7 @@ from hawqfx.compiler import compile
 from hawqfx.errors import BackendError
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
-from hawqfx.frontend.single_precision import single
+from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.runtime import ort
 from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
 from hawqfx.session.load import load
@@ -62,7 +62,7 @@ def benchmark(
         sample = Batch(tuple(map(torch.from_numpy, file_inputs(file, batch))), {})
     reference, floating = None, None
     if model is not None:
-        floating = capture(model, sample).graph
+        floating = in_single_precision(capture(model, sample)).graph
         with torch.no_grad():
             answer = floating(*sample.args, **sample.kwargs)
         reference = [leaf.numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]

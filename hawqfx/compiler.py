@@ -16,7 +16,7 @@ from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import check_fits, gather
 from hawqfx.frontend.losses import cross_entropy
-from hawqfx.frontend.single_precision import single
+from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.frontend.trial import try_loss
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme
@@ -164,7 +164,7 @@ def prepare(model: Model, options: Options) -> tuple[Program, Options]:
     Raises:
         HawqfxError: if the data do not fit, or the loss, the metric or a pattern of names cannot be used.
     """
-    captured = capture(model, options.context.batches[0], options.dynamic_shapes)
+    captured = in_single_precision(capture(model, options.context.batches[0], options.dynamic_shapes))
     inputs = captured.graph.graph.find_nodes(op="placeholder")
     held = options.scoring.holdout if options.scoring is not None else ()
     check_fits((*options.context.batches, *held), inputs, lambda batch: captured.flat_inputs(batch.args, batch.kwargs))
@@ -265,4 +265,4 @@ def measure_latency(
     with progress_bars(console or Console(stderr=True)) as progress:
         context = Context(batches[:1], cross_entropy, progress=progress)
         steps = [*recipe.prepare, *pipeline.profiling(threads, batch, None if cache is None else Path(cache))]
-        return run(steps, capture(model, batches[0]), context).about(LatencyModel)
+        return run(steps, in_single_precision(capture(model, batches[0])), context).about(LatencyModel)

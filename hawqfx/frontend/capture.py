@@ -22,7 +22,6 @@ from hawqfx.frontend.dimensions import name_dimensions, named_keywords, shapes_o
 from hawqfx.frontend.experts import dense_experts
 from hawqfx.frontend.inlining import inline_wrappers
 from hawqfx.frontend.outputs import without_objects
-from hawqfx.frontend.single_precision import in_single_precision
 from hawqfx.ir.graph import constants_of, first_input
 from hawqfx.ir.operators import (
     ASSERTIONS,
@@ -46,7 +45,7 @@ Model = nn.Module | torch.export.ExportedProgram
 
 
 def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program:
-    """The program of an eval-mode model in float32, with a dynamic batch dimension.
+    """The program of an eval-mode model, with a dynamic batch dimension.
 
     Args:
         model: an nn.Module, an fx.GraphModule or an ExportedProgram.  The model is not changed; the program shares its
@@ -91,7 +90,7 @@ def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program
     module = None if isinstance(model, torch.export.ExportedProgram) else model
     names = name_dimensions(graph.graph, module, example, dynamic_shapes)
     notes = [f"left out of the outputs: {', '.join(left_out)}, which no graph returns"] if left_out else []
-    return in_single_precision(Program(graph, dimensions=names, notes=tuple(notes)))
+    return Program(graph, dimensions=names, notes=tuple(notes))
 
 
 def export(model: nn.Module, example: Batch, dynamic_shapes: Any = None) -> torch.export.ExportedProgram:

@@ -118,6 +118,9 @@ def without_objects(model: nn.Module, left_out: list[str]) -> Iterator[None]:
     """
 
     def keep_values(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if all(leaf is None or isinstance(leaf, _VALUES) for leaf in pytree.tree_leaves(output)):
+            return output  # also of classes whose fields have no names
+
         def value(path: tuple[Any, ...], leaf: Any) -> Any:
             if not path or leaf is None or isinstance(leaf, _VALUES):
                 return leaf  # a whole output of an unknown class is what torch.export refuses by its name

@@ -25,10 +25,12 @@ def chosen(shape: torch.Size, part: float, random: torch.Generator) -> Tensor:
 
     A byte of random bits each: five times faster than a random number each.
     """
-    elements = shape.numel()
+    elements, of_256 = shape.numel(), round(256 * part)
+    if of_256 == 256:
+        return torch.ones(shape, dtype=torch.bool, device=random.device)
     words = torch.empty(-(-elements // 8), dtype=torch.int64, device=random.device)
     octets = words.random_(-(1 << 63), None, generator=random).view(torch.uint8)
-    return (octets[:elements] < round(256 * part)).reshape(shape)
+    return (octets[:elements] < of_256).reshape(shape)
 
 
 class LearnedWeight(nn.Module):

@@ -13,6 +13,7 @@ from hawqfx.errors import PlanError
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.single_precision import in_single_precision
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import WeightSite
@@ -71,7 +72,8 @@ def load(path: str | Path, model: Model, dynamic_shapes: Any = None) -> Compiled
     content = saved.read(Path(path))
     context = Context((content.example,), cross_entropy, loss_reason=content.calibrated.loss_reason)
     recipe = pipeline.recipe(keep_float=content.keep_float)
-    rewritten = run(recipe.rewrite, capture(model, content.example, dynamic_shapes), context)
+    captured = in_single_precision(capture(model, content.example, dynamic_shapes))
+    rewritten = run(recipe.rewrite, captured, context)
     follow = [FollowPlan(content.plan, rounds=False), StoredCodes(content.codes), *recipe.costs]
     planned = with_facts(run(follow, rewritten, context), content.facts)
     lowered = Planner(planned, context).lower(planned, content.plan.budget).program

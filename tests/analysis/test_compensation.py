@@ -35,7 +35,7 @@ class Wide(nn.Module):
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__()
-        self.head = nn.Linear(columns, rows)
+        self.head = nn.Linear(columns, rows, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x.flatten(1))
