@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Target
 
-from hawqfx.ir.operators import BATCH_NORM, CONVOLUTIONS, ceiling, is_constant, is_tensor, operands
+from hawqfx.ir.operators import BATCH_NORM, CONVOLUTIONS, PARTED, ceiling, is_constant, is_tensor, operands
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
@@ -41,7 +41,7 @@ _TRANSPOSED: set[Target] = {
 def _pieces(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
     """An item of chunk, split or unbind."""
     whole, number = operands(node)
-    if not isinstance(whole, fx.Node) or whole.target not in _PARTED or not is_tensor(whole.args[0]):
+    if not isinstance(whole, fx.Node) or whole.target not in PARTED or not is_tensor(whole.args[0]):
         return None
     tensor = whole.args[0]
     assert isinstance(tensor, fx.Node)
@@ -56,15 +56,6 @@ def _pieces(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
         return None
     start = sum(sizes[:number])
     return rewriter.call(_aten.slice.Tensor, tensor, axis, start, start + sizes[number])
-
-
-_PARTED: set[Target] = {
-    _aten.chunk.default,
-    _aten.split.Tensor,
-    _aten.split_with_sizes.default,
-    _aten.split.sizes,
-    _aten.unbind.int,
-}
 
 
 def _nothing_cut(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:

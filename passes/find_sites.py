@@ -166,7 +166,7 @@ def _obstacle(program: Program, node: fx.Node, parts: Partition) -> str | None:
     if node.target is BATCH_NORM:
         return "batch-norm that no single layer before it could take in"
     table = operands(node)[0] if node.target in GATHERS else None
-    if table is not None and is_constant(table) and program.tensor(str(table.target)).ndim >= 3:
+    if isinstance(table, fx.Node) and is_constant(table) and program.tensor(str(table.target)).ndim >= 3:
         return f"{node.target} chooses among the matrices of {table.target}, which no integer kernel does"
     multiplies = node.op == "call_function" and node.target is not EMBEDDING and node.target not in NO_PRODUCTS
     for argument in node.all_input_nodes if multiplies else ():

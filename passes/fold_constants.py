@@ -4,6 +4,7 @@ Frozen batch-norms, say, that are written out as sums and products: fold_batchno
 before.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch._ops import OpOverload
 from torch.nn import Parameter
 
 from hawqfx.ir.graph import tensor_of
-from hawqfx.ir.operators import BATCH_NORM, is_constant, is_tensor, operands
+from hawqfx.ir.operators import BATCH_NORM, PARTED, is_constant, is_tensor, operands
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
@@ -36,6 +37,28 @@ def _computable(node: fx.Node) -> bool:
         and torch.Tag.nondeterministic_seeded not in node.target.tags
         and not node.target._schema.is_mutable
     )
+
+
+def _part_of_constant(node: fx.Node) -> fx.Node | None:
+    """The operator that parts a constant into several, if a node is one of the parts, such as a projection that
+    nn.MultiheadAttention packs with others."""
+    whole = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(whole, fx.Node) or whole.target not in PARTED or not is_constant(whole.args[0]):
+        return None
+    value = whole.args[0].meta.get("val")  # type: ignore[union-attr]
+    return whole if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+@torch.no_grad()
+def _take_part(rewriter: GraphRewriter, node: fx.Node, whole: fx.Node) -> None:
+    """A constant takes the place of a part of another one."""
+    source, *rest = operands(whole)
+    part = whole.target(rewriter.value(source), *rest, **whole.kwargs)[node.args[1]].contiguous()  # type: ignore
+    key = f"{source.target}_{node.args[1]}"
+    with rewriter.before(node):
+        make = rewriter.parameter if _is_parameter(rewriter, source) else rewriter.buffer
+        constant = make(key, part, source)
+    rewriter.replace(node, constant)
 
 
 def _per_channel(node: Any, ndim: int, channels: Any) -> bool:
@@ -119,6 +142,8 @@ class FoldConstants(Rewrite):
         for node in rewriter.calls():
             if _computable(node):
                 _compute(rewriter, node)
+            elif (whole := _part_of_constant(node)) is not None:
+                _take_part(rewriter, node, whole)
         for node in rewriter.calls():
             _norm(rewriter, node)
         return rewriter.done()

@@ -150,6 +150,14 @@ IDENTITIES: set[Target] = {
     _aten.lift_fresh_copy.default,
 }
 
+# Operators that part a tensor along a dimension.
+PARTED: set[Target] = {
+    _aten.chunk.default,
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.split.sizes,
+    _aten.unbind.int,
+}
 ATTENTION: OpOverload[..., Any] = _aten.scaled_dot_product_attention.default
 
 # Operators that check what torch.export knows already, and return nothing.

@@ -229,3 +229,24 @@ def test_a_product_with_a_matrix_on_the_left_is_the_transpose_of_a_layer() -> No
     program, change = rewritten(FromTheLeft(), torch.randn(3, 8, 6), Decompose())
     assert change < ROUNDING
     assert targets(program).count("linear") == 2
+
+
+class Packed(nn.Module):
+    """Attention of one sequence to another, whose three projections are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[:, :2], x, x, need_weights=False)[0]
+
+
+def test_projections_that_are_packed_are_layers_of_their_own() -> None:
+    torch.manual_seed(0)
+    program, change = rewritten(Packed(), torch.randn(3, 5, 8), FoldConstants(), Decompose())
+    assert change < ROUNDING
+    called = [str(node.target) for node in program.graph.graph.nodes if node.op == "call_function"]
+    assert called.count("aten.linear.default") == 3
+    assert "aten.split_with_sizes.default" not in called
+    assert {f"attention.in_proj_weight_{part}" for part in (0, 1)} <= program.constants().keys()
