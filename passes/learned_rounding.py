@@ -140,7 +140,7 @@ class LearnedRounding(Analysis):
             known, exact = walk.part(inputs, rows), walk.part(floats, rows)
             known = {node: pytree.tree_map(mixed, value, exact[node]) for node, value in known.items()}
             known |= walk.part(walk.inputs, rows)
-            found = walk.program.evaluate(block.outputs, known, hook, quantizers.tensors())
+            found = walk.evaluate(block, known, hook, quantizers.tensors())
             optimizer.zero_grad()
             _error(walk.part(wanted, rows), found, wanted, None).backward()
             optimizer.step()

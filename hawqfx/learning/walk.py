@@ -1,7 +1,5 @@
 """How far the blocks of a network are fitted: what goes into the next one, in float and quantized so far."""
 
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +10,10 @@ from torch import Tensor, fx
 from hawqfx.analysis.compensation import compensated
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, RoundedWeights
-from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.program import Hook, Program
 from hawqfx.learning.blocks import Block
 from hawqfx.maths.seeding import generator
-from hawqfx.sensitivity.batching import free_memory
-
-log = logging.getLogger(__name__)
+from hawqfx.sensitivity.batching import with_room
 
 Values = dict[fx.Node, Any]
 
@@ -65,7 +60,7 @@ class Walk:
             context: the samples; as many as fit into memory are taken.
             held_out: the part of them that judges.
         """
-        context = _within_memory(program, context)
+        context = with_room(program, context, _KEPT, "codes are learned from")
         batches = [program.flat_inputs(batch.args, batch.kwargs) for batch in context.batches]
         columns = zip(*batches, strict=True)
         values = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
@@ -111,8 +106,16 @@ class Walk:
         """
         parts: list[Values] = []
         for rows in torch.arange(self.samples).split(_TOGETHER if self.unit == 1 else self.unit):
-            parts.append(self.program.evaluate(block.outputs, self.part(self.inputs | known, rows), hook, tensors))
+            parts.append(self.evaluate(block, self.part(self.inputs | known, rows), hook, tensors))
         return {node: torch.cat([part[node] for part in parts]) for node in block.outputs}
+
+    def evaluate(self, block: Block, known: Values, hook: Hook | None, tensors: Mapping[str, Tensor]) -> Values:
+        """The outputs of a block for some samples; as `run`, with the inputs of the network among the known values."""
+        if hook is not None:  # an input of the network that is quantized is a node of the block that reads it first
+            sites = {name for site in self.program.activations for name in site.nodes}
+            own = [node for node in block.nodes if node.op == "placeholder" and node.name in sites]
+            known = known | {node: hook(node.name, known[node]) for node in own}
+        return self.program.evaluate(block.outputs, known, hook, tensors)
 
     def after(self, block: Block, program: Program, floats: Values, quantized: Values, sites: set[str]) -> "Walk":
         """The walk after a block.
@@ -135,25 +138,6 @@ class Walk:
             done=self.done | sites,
             number=self.number + 1,
         )
-
-
-def _within_memory(program: Program, context: Context) -> Context:
-    """The context with as many samples as can be kept at the ends of a block; all, of a fixed batch."""
-    if not program.dynamic_batch:
-        return context
-    nodes = (node for node in program.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
-    largest = max(math.prod(captured_shape(node)) for node in nodes if node.op == "call_function")
-    bytes_of_sample = _KEPT * 4 * largest // batch_size(program.graph.graph)
-    most = max(1, free_memory(context.device) // 2 // bytes_of_sample)
-    if most >= context.samples:
-        return context
-    log.warning("codes are learned from %d of %d samples, which fit into memory", most, context.samples)
-    kept = []
-    for batch in context.batches:
-        if most > 0:
-            kept.append(batch.first(most))
-            most -= batch.size
-    return replace(context, batches=tuple(kept))
 
 
 def _rows(units: Tensor, unit: int) -> Tensor:

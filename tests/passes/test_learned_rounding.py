@@ -16,11 +16,11 @@ from hawqfx.errors import CacheError, HawqfxError
 from hawqfx.export.cleanup import site_of
 from hawqfx.frontend.capture import capture
 from hawqfx.ir.facts import Quantizers, RoundedWeights
-from hawqfx.learning import walk
 from hawqfx.learning.walk import Walk
 from hawqfx.maths.formats import Format
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.runtime import ort
+from hawqfx.sensitivity import batching
 from hawqfx.session.session import Session
 from tests.nets import Residual, SharedLayer, build, images
 from tests.tools import quick
@@ -146,7 +146,7 @@ def test_rectifiers_with_a_ceiling_keep_it() -> None:
 
 def test_as_many_samples_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     sample = 6 * 4 * 4 * 64  # six tensors of 4 x 8 x 8 in float32
-    monkeypatch.setattr(walk, "free_memory", lambda device: 2 * 9 * sample)
+    monkeypatch.setattr(batching, "free_memory", lambda device: 2 * 9 * sample)
     quick(Residual, "weight_bits=3", rounding=FEW)
     assert "codes are learned from 9 of 32 samples, which fit into memory" in caplog.text
 
