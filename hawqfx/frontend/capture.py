@@ -25,10 +25,8 @@ from hawqfx.frontend.outputs import without_objects
 from hawqfx.ir.graph import constants_of, first_input
 from hawqfx.ir.operators import (
     ASSERTIONS,
-    ATTENTION,
     BATCH_NORM,
     DECOMPOSED_BATCH_NORM,
-    DROPOUT,
     VIEWS,
     operands,
     training_argument,
@@ -40,6 +38,8 @@ _ADVICE = (
     "The error above occurred", "For more information", "For extended logs", "If you suspect", "For more debugging",
     "For C++ stack", "consider using data-dependent", "Caused by",
 )  # fmt: skip
+
+_DROPPING = {"train", "dropout_p"}  # arguments of operators that drop values in training
 
 Model = nn.Module | torch.export.ExportedProgram
 
@@ -202,10 +202,12 @@ def _simplify(graph: fx.Graph) -> None:
 
 
 def _refuse_random_numbers(graph: fx.Graph) -> None:
-    """Raises CaptureError if an operator draws random numbers; dropout and attention draw none outside of training."""
+    """Raises CaptureError if an operator draws random numbers; those that drop values, such as attention and recurrent
+    layers, draw none outside of training."""
     for node in graph.nodes:
-        tags = node.target.tags if isinstance(node.target, OpOverload) else ()
-        if torch.Tag.nondeterministic_seeded in tags and node.target not in DROPOUT | {ATTENTION}:
+        if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+            continue
+        if not _DROPPING & {argument.name for argument in node.target._schema.arguments}:
             raise CaptureError(
                 f"{node.name}: {node.target} draws random numbers in every run, so that no two runs can be compared: "
                 "make them an input of the model, or a buffer"

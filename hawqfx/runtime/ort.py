@@ -56,6 +56,8 @@ def session(
             content, options, providers=list(dict.fromkeys((provider, CPU))), disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime has a class of its own for each failure
+        if exact and optimize:  # 1.32 cannot load shared weights for those kernels; without any, nothing saturates
+            return session(model, threads=threads, optimize=False, save=save, provider=provider)
         name = "the model" if isinstance(model, bytes) else str(model)
         raise BackendError(f"{name} cannot be loaded by onnxruntime {version()}: {error}") from error
 
