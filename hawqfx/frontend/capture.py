@@ -5,14 +5,12 @@ torch.export gives a graph with a single vocabulary of operators, and without ca
 
 import contextlib
 import io
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -25,10 +23,8 @@ from hawqfx.frontend.outputs import without_objects
 from hawqfx.ir.graph import constants_of, first_input
 from hawqfx.ir.operators import (
     ASSERTIONS,
-    ATTENTION,
     BATCH_NORM,
     DECOMPOSED_BATCH_NORM,
-    DROPOUT,
     VIEWS,
     operands,
     training_argument,
@@ -40,6 +36,9 @@ _ADVICE = (
     "The error above occurred", "For more information", "For extended logs", "If you suspect", "For more debugging",
     "For C++ stack", "consider using data-dependent", "Caused by",
 )  # fmt: skip
+
+# arguments of operators that draw random numbers in training alone: dropout, recurrent layers, attention
+_IN_TRAINING = {"train", "training", "dropout_p"}
 
 Model = nn.Module | torch.export.ExportedProgram
 
@@ -108,17 +107,16 @@ def export(model: nn.Module, example: Batch, dynamic_shapes: Any = None) -> torc
         CaptureError: if torch.export refuses the model.
     """
     example = _with_two_samples(example)
-    sizes = (Dim.DYNAMIC, Dim("batch"))  # each its own; all the same, where the model compares them
-    return _export(model, example, [shapes_to_capture(model, example, dynamic_shapes, size) for size in sizes])
+    return _export(model, example, shapes_to_capture(model, example, dynamic_shapes))
 
 
-def _export(model: nn.Module, example: Batch, shapes: Sequence[Any]) -> torch.export.ExportedProgram:
-    """torch.export with the first of several `dynamic_shapes` that it takes; see `export`."""
+def _export(model: nn.Module, example: Batch, shapes: Any) -> torch.export.ExportedProgram:
+    """torch.export with these `dynamic_shapes`; see `export`."""
     refused: Exception | None = None
-    for given, dynamic in itertools.product(_in_types_of(model, example), shapes):
+    for given in _in_types_of(model, example):
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph as far as it came
-                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=dynamic)
+                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=shapes)
         except Exception as error:  # torch.export raises whatever the model's own code raises
             refused = refused or error
     inputs = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in example.tensors]
@@ -143,7 +141,7 @@ def export_again(graph: fx.GraphModule, example: Batch) -> torch.export.Exported
     """
     if 0 in varying_axes(first_input(graph.graph)):
         example = _with_two_samples(example)
-    return _export(graph, example, [shapes_of(graph, example)])
+    return _export(graph, example, shapes_of(graph, example))
 
 
 def _with_two_samples(example: Batch) -> Batch:
@@ -202,14 +200,18 @@ def _simplify(graph: fx.Graph) -> None:
 
 
 def _refuse_random_numbers(graph: fx.Graph) -> None:
-    """Raises CaptureError if an operator draws random numbers; dropout and attention draw none outside of training."""
+    """Raises CaptureError if an operator draws random numbers outside of training, as dropout does not."""
     for node in graph.nodes:
-        tags = node.target.tags if isinstance(node.target, OpOverload) else ()
-        if torch.Tag.nondeterministic_seeded in tags and node.target not in DROPOUT | {ATTENTION}:
+        if isinstance(node.target, OpOverload) and _draws(node.target):
             raise CaptureError(
                 f"{node.name}: {node.target} draws random numbers in every run, so that no two runs can be compared: "
                 "make them an input of the model, or a buffer"
             )
+
+
+def _draws(operator: OpOverload[..., Any]) -> bool:
+    names = {argument.name for argument in operator._schema.arguments}
+    return torch.Tag.nondeterministic_seeded in operator.tags and names.isdisjoint(_IN_TRAINING)
 
 
 def _refuse_sizes_by_values(graph: fx.Graph) -> None:

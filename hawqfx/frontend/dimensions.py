@@ -23,7 +23,7 @@ _USUAL = {
 }  # fmt: skip
 
 
-def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None, batch: Any = Dim.DYNAMIC) -> Any:
+def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None) -> Any:
     """The `dynamic_shapes` of torch.export for a model: dimension 0 of every input tensor varies, and what the user
     says beyond that.
 
@@ -32,10 +32,9 @@ def shapes_to_capture(model: nn.Module, example: Batch, given: Any = None, batch
         example: its inputs.
         given: `dynamic_shapes` as torch.export takes them; in a mapping by the names of inputs, tensors that are left
             out have a batch dimension that varies, and so have those whose own mapping leaves out dimension 0.
-        batch: what is said of a batch dimension: that it varies, or a Dim where all are known to be equal.
     """
     leaves, structure = pytree.tree_flatten((example.args, dict(example.kwargs)))
-    batches = _bound(model, structure, [_varying(leaf, (0,), batch) for leaf in leaves])
+    batches = _bound(model, structure, [_varying(leaf, (0,)) for leaf in leaves])
     if given is None:
         return batches
     if not isinstance(given, Mapping):
@@ -146,8 +145,8 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(axis, int) for axis in value)
 
 
-def _varying(leaf: Any, axes: Sequence[int], size: Any = Dim.DYNAMIC) -> Any:
-    return dict.fromkeys(axes, size) if isinstance(leaf, Tensor) else None
+def _varying(leaf: Any, axes: Sequence[int]) -> Any:
+    return dict.fromkeys(axes, Dim.DYNAMIC) if isinstance(leaf, Tensor) else None
 
 
 def _with_batch(own: Any, given: Any) -> Any:

@@ -158,8 +158,6 @@ PARTED: set[Target] = {
     _aten.split.sizes,
     _aten.unbind.int,
 }
-ATTENTION: OpOverload[..., Any] = _aten.scaled_dot_product_attention.default
-
 # Operators that check what torch.export knows already, and return nothing.
 ASSERTIONS: set[Target] = {
     _aten._assert_tensor_metadata.default,
