@@ -32,6 +32,9 @@ Draw = Callable[[Any, torch.Generator], Any]
 
 Form = Literal["logits", "probabilities", "log-probabilities"]  # what an output has of each class
 
+# relative error of a sum of probabilities, in half precision too; by chance no other dimension adds up to one
+SUMS_TO_ONE = 1e-2
+
 IGNORED_LABEL = -100  # torch's cross-entropy leaves these out of the mean
 
 
@@ -145,9 +148,9 @@ class Categorical(Criterion):
         return _kept(target)
 
     def _labels(self, output: Any, target: Any) -> Any:
-        """The target, as a distribution where it has the shape of the output."""
+        """The target, as distributions over classes if it has the shape of the output and is made of them."""
         scores = logits_of(output)
-        if not isinstance(target, Tensor) or target.shape != scores.shape:
+        if not isinstance(target, Tensor) or target.shape != scores.shape or not are_distributions(target, self.axis):
             return target
         return ExpectedLabels(target.movedim(self.axis, 1).to(scores.dtype))
 
@@ -268,6 +271,11 @@ def same_but_for_ones(output: Tensor, target: Tensor) -> bool:
     """Whether two shapes differ in dimensions of size one only, beyond the batch, as in (N, 1) and (N)."""
     one, other = ([tensor.shape[:1], *(size for size in tensor.shape[1:] if size != 1)] for tensor in (output, target))
     return one == other
+
+
+def are_distributions(target: Tensor, axis: int) -> bool:
+    """Whether the elements along a dimension are probabilities that add up to one."""
+    return lies_in_unit_interval(target) and bool(((target.double().sum(axis) - 1).abs() < SUMS_TO_ONE).all())
 
 
 def lies_in_unit_interval(target: Tensor) -> bool:

@@ -14,11 +14,12 @@ from hawqfx.frontend.criteria import (
     Criterion,
     Form,
     SquaredError,
+    are_distributions,
     lies_in_unit_interval,
     same_but_for_ones,
 )
 from hawqfx.frontend.data import Batch
-from hawqfx.frontend.endings import SUMS_TO_ONE, Ending, class_axis, run_with_endings
+from hawqfx.frontend.endings import Ending, class_axis, run_with_endings
 from hawqfx.frontend.outputs import counted, entries, is_structured, targets_by_output, tensor_of, written
 from hawqfx.frontend.several import Part, Several
 from hawqfx.ir.program import Program
@@ -88,8 +89,7 @@ def criterion_for(
         if all(lies_in_unit_interval(given) for given in targets if given is not None):
             return Bernoulli(), f"{_sigmoids(scores)}, for {known}"
         known += " beyond 0 and 1"
-    given = [each for each in targets if each is not None]
-    if (soft := _soft_axis(scores, made_by, given)) is not None:
+    if (soft := _soft_axis(scores, made_by, [each for each in targets if each is not None])) is not None:
         criterion = _categorical(soft, made_by, scores.ndim)
         return criterion, f"{_cross_entropy(criterion)}, for {known} that are distributions"
     if target.is_floating_point():
@@ -147,12 +147,8 @@ def _soft_axis(scores: Tensor, made_by: Ending | None, targets: Sequence[Any]) -
         axes = [axis for axis in [class_axis(scores, made_by)] if axis is not None]
     else:
         axes = [2, 1] if scores.ndim == 3 else [1]
-
-    def distributions(axis: int) -> bool:
-        sums = (target.double().sum(axis) - 1 for target in targets)
-        return scores.shape[axis] > 1 and all(bool((each.abs() < SUMS_TO_ONE).all()) for each in sums)
-
-    return next(filter(distributions, axes), None) if all(map(lies_in_unit_interval, targets)) else None
+    found = (axis for axis in axes if scores.shape[axis] > 1 and all(are_distributions(each, axis) for each in targets))
+    return next(found, None)
 
 
 def _categorical(axis: int, made_by: Ending | None, dimensions: int, causal: bool = False) -> Categorical:

@@ -5,14 +5,12 @@ from typing import Any, Literal
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from hawqfx.frontend.criteria import SUMS_TO_ONE
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.operators import LOG_SOFTMAXES, SIGMOIDS, SOFTMAXES, elements_of
 from hawqfx.ir.program import Program
 
 Ending = Literal["softmax", "log_softmax", "sigmoid"]
-
-# relative error of a sum of probabilities, in half precision too; by chance no other dimension adds up to one
-SUMS_TO_ONE = 1e-2
 
 
 def run_with_endings(program: Program, batch: Batch) -> tuple[Any, list[tuple[Tensor, Ending | None]]]:

@@ -286,7 +286,7 @@ def test_one_missing_target_of_two_is_expected() -> None:
         (Bernoulli(), torch.zeros(6, 4), r"in the shape of the output, \(N, 5\), not \(N, 4\)"),
         (Bernoulli(), torch.full((6, 5), 3.0), "from 0 to 1; these go from 3 to 3"),
         (Bernoulli(), "yes", "not str"),
-        (Categorical(), torch.zeros(6, 4).long(), r"output \(N, 5\) needs labels \(N\), .* not \(N, 4\)"),
+        (Categorical(), torch.zeros(6, 5).long(), r"output \(N, 5\) needs labels \(N\), .* not \(N, 5\)"),
         (Categorical(), torch.zeros(6), "needs integer labels"),
         (SquaredError(), torch.zeros(6), r"\(N, 5\), not \(N\)"),
         (TWO, torch.zeros(6), r"outputs yes, size, number, of which yes, size .* one tensor \(N\): give targets in"),
