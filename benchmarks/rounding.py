@@ -1,5 +1,5 @@
-"""What rounding is worth: the same formats, rounded to the nearest, compensated, and learned; each with its biases
-corrected too.
+"""What rounding is worth: the same formats, rounded to the nearest and compensated, each with its biases corrected too,
+and learned, biases with the codes.
 
     python benchmarks/rounding.py [--quick] [--check] [--only SUBJECT ...] [--steps N] [--seeds N]
 
@@ -52,7 +52,7 @@ def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, s
         start = time.perf_counter()
         compiled = hawqfx.compile(
             subject.model, "weight_bits=8", subject.calibration, loss=subject.loss, draw=subject.draw,
-            rounding=rounding, sensitivity=metric,
+            rounding=rounding, sensitivity=metric, bias_correction=False,
         )  # fmt: skip
         rounds[rounding] = compiled.session
         console.print(f"{subject.name}: compiled, {rounding}, in {time.perf_counter() - start:.0f} s")
@@ -66,7 +66,7 @@ def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, s
         for name, network in (("nearest", rounded(rounds["nearest"], chosen)), ("compensated", chosen)):
             rows[name] = [answers(subject, network)]
             rows[name + CORRECTED] = [answers(subject, corrected(network))]
-        rows["learned"], rows["learned" + CORRECTED] = [], []
+        rows["learned"] = []
         for seed in seeds:
             session = replace(rounds["compensated"], learning=learning)
             session = replace(session, context=replace(session.context, seed=seed))
@@ -74,7 +74,6 @@ def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, s
             network = rounded(session, chosen)
             seconds = time.perf_counter() - start
             rows["learned"].append(answers(subject, network) | {"seconds": seconds})
-            rows["learned" + CORRECTED].append(answers(subject, corrected(network)))
         console.print(f"{subject.name}, {plan}: {rows}")
     return found
 
@@ -93,7 +92,7 @@ def rounded(session: Session, chosen: Compiled) -> Compiled:
 
 def corrected(network: Compiled) -> Compiled:
     """The network with its biases corrected."""
-    session = replace(network.session, learning=None, correction=BiasCorrection())
+    session = replace(network.session, learning=None, finish=(BiasCorrection(),))
     return session.lowered(network.planned, network.budget)
 
 

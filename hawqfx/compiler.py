@@ -47,7 +47,7 @@ def compile(
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
     rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding = "compensated",
-    bias_correction: bool = False,
+    bias_correction: bool | None = None,
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
     rule: Order = "exact",
@@ -103,8 +103,8 @@ def compile(
             minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of
             the other two, such as Rounding(block=1024), the most columns of a weight that are compensated together;
             by default 8,192, or fewer as free memory allows, and the summary says where.
-        bias_correction: take the mean errors of output channels out of the biases of the finished network, over the
-            values that pass the rectifiers, by the calibration data; see hawqfx.passes.bias_correction.
+        bias_correction: whether the mean errors of output channels are taken out of the biases, by the calibration
+            data; None: with every rounding but "nearest", which is the paper's.  See hawqfx.passes.bias_correction.
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.
@@ -189,7 +189,7 @@ def decide(measured: Program, options: Options) -> Compiled:
     """The network under the budget, or the one of the plan that is followed."""
     session = Session(
         measured, options.context, options.observers, options.allocation, options.scoring, options.threads,
-        options.target, options.refine, options.learning, options.correction, options.keep_float,
+        options.target, options.refine, options.learning, options.recipe.finish, options.keep_float,
     )  # fmt: skip
     plan = options.plan
     if plan is not None and options.reround:

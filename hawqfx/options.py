@@ -24,7 +24,6 @@ from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.passes.allocation import Allocation
-from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
@@ -58,7 +57,6 @@ class Options:
         keep_float: patterns of names of weights whose layers stay in float.
         reround: whether the bits of the plan alone are taken.
         dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them.
-        correction: corrects the biases of a chosen plan, if that is asked for.
     """
 
     budget: Budget | None
@@ -76,7 +74,6 @@ class Options:
     keep_float: tuple[str, ...]
     reround: bool
     dynamic_shapes: Any
-    correction: BiasCorrection | None
 
 
 def validated(
@@ -92,7 +89,7 @@ def validated(
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
     rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
-    bias_correction: bool,
+    bias_correction: bool | None,
     keep_float: Sequence[str],
     fix: Mapping[str, int] | None,
     rule: Order,
@@ -172,6 +169,7 @@ def validated(
     learning = rounding if isinstance(rounding, LearnedRounding) else None
     if rounding == "learned":
         learning = LearnedRounding()
+    first = _first_rounding(rounding)
     folder = None if cache is None else Path(cache)
     return Options(
         budget=limits,
@@ -179,9 +177,10 @@ def validated(
         recipe=pipeline.recipe(
             keep_float=kept,
             quantizers=_quantizers(given, reround, weights, activations, offered, target),
-            rounding=_first_rounding(rounding),
+            rounding=first,
             metric=predictor,
             interactions=interactions,
+            bias_correction=first != Rounding("nearest") if bias_correction is None else bias_correction,
         ),
         context=Context(
             batches,
@@ -213,7 +212,6 @@ def validated(
         keep_float=kept,
         reround=reround,
         dynamic_shapes=dynamic_shapes,
-        correction=BiasCorrection() if bias_correction else None,
     )
 
 

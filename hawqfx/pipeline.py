@@ -5,8 +5,8 @@ compile(), measure_latency() and `hawqfx passes` all take their passes from here
     validate    hawqfx.options: the arguments, checked
     prepare     rewrite, price
     measure     measure
-    decide      decide, lower (a session repeats both for every budget, with AtPlan, LearnedRounding and BiasCorrection
-                in between where plans are refined, codes learned or biases corrected)
+    decide      decide, finish, lower (a session repeats them for every budget, with AtPlan and LearnedRounding in
+                between where plans are refined or codes learned)
     export      legalize
 """
 
@@ -55,6 +55,7 @@ class Recipe:
         price: the quantizers of every site, their errors, and their costs.
         measure: the loss increase of every site in every format.
         decide: one format per site, within the budget.
+        finish: what follows from the formats together.
         lower: the chosen quantizers, in the graph.
         legalize: the form that onnxruntime's kernels take.
     """
@@ -63,6 +64,7 @@ class Recipe:
     price: Sequence[Pass]
     measure: Sequence[Pass]
     decide: Sequence[Pass]
+    finish: Sequence[Pass]
     lower: Sequence[Pass]
     legalize: Sequence[Pass]
 
@@ -79,7 +81,7 @@ class Recipe:
     @property
     def passes(self) -> list[Pass]:
         """All passes, in order."""
-        return [*self.prepare, *self.measure, *self.decide, *self.lower, *self.legalize]
+        return [*self.prepare, *self.measure, *self.decide, *self.finish, *self.lower, *self.legalize]
 
 
 def recipe(
@@ -90,6 +92,7 @@ def recipe(
     metric: Analysis | None = None,
     interactions: bool = False,
     allocation: Allocation | None = None,
+    bias_correction: bool = True,
 ) -> Recipe:
     """The recipe, with default options where none are given.
 
@@ -100,6 +103,7 @@ def recipe(
         metric: the pass that predicts loss increases.
         interactions: whether the errors of two weights together are measured too.
         allocation: Allocation with its options.
+        bias_correction: whether mean errors are taken out of the biases.
     """
     return Recipe(
         rewrite=[
@@ -120,6 +124,7 @@ def recipe(
         ],
         measure=[metric or GaussNewton(), *[Interactions()] * interactions],
         decide=[allocation or Allocation(Budget())],
+        finish=[BiasCorrection()] * bias_correction,
         lower=[Lowering()],
         legalize=legalization(),
     )
@@ -190,7 +195,6 @@ def every_pass() -> list[Pass]:
         Interactions(),
         AtPlan(),
         LearnedRounding(),
-        BiasCorrection(),
         *weighing(),
         *profiling(),
     ]

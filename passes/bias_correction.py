@@ -1,4 +1,4 @@
-"""The mean error of every output channel of a layer, taken out of the layer's bias.
+"""The mean error of the output channels of a layer that rectifiers read, taken out of the layer's bias.
 
 Quantization moves not only the values of a layer's output, but their mean in each channel: by the errors of the weights
 and of the input, and by all that earlier layers left.  The mean error is measured layer by layer in order, between the
@@ -6,13 +6,15 @@ float network and the network as quantized so far, whose earlier biases are corr
 which is int32 in the file and costs nothing there.  Nagel et al. 2019, "Data-free quantization through weight
 equalization and bias correction", section 4.2 and appendix D.
 
-Theirs is the mean over all values.  Where a rectifier follows, it is taken over the values that pass it in one of the
-two networks: the others do not count, and their error is often of the other sign, since rounding shrinks large values
-of both signs.  By the mean over all, ResNet-20 on 128 images at 3 bits goes from .012 nats to .021, by that over those
-that pass to .007.  Their form without data takes the means from batch-norms; data to calibrate with are always at hand.
+Theirs is the mean over all values of every layer.  Here it is that over the values that pass the rectifier in one of
+the two networks, and of layers that nothing but rectifiers reads.  The others' error is often of the other sign, since
+rounding shrinks large values of both signs, and does not count.  KL divergence from float on data held out,
+compensated codes, uncorrected / corrected: ResNet-20 at 3 bits .0106 / .0062, the mean over all values .022;
+EfficientNet-Lite0 at 4 bits 1.13 / .25, with the other layers too .256.  MiniLM, which has no rectifiers, goes from .044
+to .058 if its layers are corrected; it stays as it is.  Theirs without data takes the means from batch-norms; data to
+calibrate with are always at hand.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,15 +39,17 @@ _KEPT = 6  # tensors of all samples, in float and quantized: what later layers r
 
 @dataclass(frozen=True)
 class BiasCorrection(Analysis):
-    """The mean error of every output channel, taken out of the bias of its layer."""
+    """The mean errors of output channels that rectifiers read, taken out of the biases."""
 
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, Quantizers, RoundedWeights, ChosenFormat)
     gives: ClassVar[tuple[Kind, ...]] = (RoundedWeights,)
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:
-        context = with_room(program, context, _KEPT, "biases are corrected by")
         layers = _own_biases(program)
+        if not layers:
+            return {site.key: program.facts.get(site.key, RoundedWeights) for site in program.weights}
+        context = with_room(program, context, _KEPT, "biases are corrected by")
         walk = _Walk(program, context)
         for layer in context.track(layers, self.name, len(layers)):
             walk.correct(layer)
@@ -53,7 +57,8 @@ class BiasCorrection(Analysis):
 
 
 def _own_biases(program: Program) -> list[Layer]:
-    """The quantized layers that share neither weight nor bias with another, in the order of the graph."""
+    """The quantized layers that rectifiers read, and that share neither weight nor bias with another, in the order of
+    the graph."""
     formats = program.formats()
     weights, biases = (Counter(getattr(layer, part) for layer in program.layers) for part in ("weight", "bias"))
     own = {
@@ -63,7 +68,7 @@ def _own_biases(program: Program) -> list[Layer]:
         and weights[layer.weight] == biases[layer.bias] == 1
         and not formats[layer.weight].is_float
     }
-    return [own[node.name] for node in program.graph.graph.nodes if node.name in own]
+    return [own[node.name] for node in program.graph.graph.nodes if node.name in own and _passes(node) is not None]
 
 
 def _channels(layer: Layer, output: Tensor) -> int:
@@ -71,11 +76,33 @@ def _channels(layer: Layer, output: Tensor) -> int:
     return output.ndim - 1 if layer.operator == "linear" else 1
 
 
-def _limits(node: fx.Node) -> tuple[float, float]:
-    """The least and the largest value of a layer's output that counts: all, unless rectifiers alone read it."""
+def _passes(node: fx.Node) -> float | None:
+    """The value up to which, from zero, a layer's output passes the rectifiers that read it; None if anything else
+    reads it too."""
     ends = [ceiling(user) for user in node.users]
     known = [end for end in ends if end is not None]
-    return (0.0, max(known)) if known and len(known) == len(ends) else (-math.inf, math.inf)
+    return max(known) if known and len(known) == len(ends) else None
+
+
+def _shrunk_mean(totals: Tensor, counts: Tensor) -> Tensor:
+    """The mean over all values of each channel, shrunk towards zero by as much of its square as is noise.
+
+    The error of the mean is that of a ratio of sums over samples, whose values are no independent draws; the factor is
+    that of James and Stein 1961, "Estimation with quadratic loss", for each channel by itself.
+
+    Args:
+        totals: (N, C) float64, sums of errors over the values of each sample.
+        counts: (N, C) float64, number of those values.
+
+    Returns:
+        (C,) float64; zero where no value counts, or where the mean is within its standard error.
+    """
+    count = counts.sum(0).clamp_min(1)
+    mean = totals.sum(0) / count
+    if len(totals) < 2:
+        return mean
+    noise = (totals - mean * counts).square().sum(0) / count.square() * len(totals) / (len(totals) - 1)
+    return mean * (1 - noise / mean.square().clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
 
 
 class _Walk:
@@ -125,16 +152,19 @@ class _Walk:
         self.facts[layer.weight] = replace(known, biases={**known.biases, width: corrected})
 
     def _shift(self, layer: Layer, node: fx.Node) -> Tensor:
-        """The mean of the float output less the quantized one, by channel, (C,) float64; zero where no value counts."""
-        low, high = _limits(node)
-        total = count = torch.zeros((), dtype=torch.float64)
+        """The mean of the float output less the quantized one, by channel, (C,) float64, shrunk by its own error."""
+        most = _passes(node)
+        assert most is not None
+        totals, counts = [], []
         for exact, found in zip(self.floats, self.quantized, strict=True):
             wanted, output = exact[node], found[node]
-            others = [axis for axis in range(output.ndim) if axis != _channels(layer, output)]
-            counts = ((wanted > low) & (wanted < high)) | ((output > low) & (output < high))
-            total = total + ((wanted - output).double() * counts).sum(others)
-            count = count + counts.sum(others)
-        return total / count.clamp_min(1)
+            axis = _channels(layer, output)
+            others = [each for each in range(1, output.ndim) if each != axis]
+            passes = ((wanted > 0) & (wanted < most)) | ((output > 0) & (output < most))
+            errors = (wanted - output).double() * passes
+            totals.append(errors.sum(others) if others else errors)
+            counts.append(passes.double().sum(others) if others else passes.double())
+        return _shrunk_mean(torch.cat(totals), torch.cat(counts))
 
     def _go_on(self, end: fx.Node) -> None:
         """Compute what nodes after `end` read, and `end` itself without its own quantizer."""

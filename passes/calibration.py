@@ -54,15 +54,20 @@ def _least_scales(program: Program, activations: Mapping[str, Quantizers]) -> di
     return least
 
 
-def _warn_of_biases(key: str, by_format: Mapping[Format, QuantParams], least: Tensor) -> None:
-    """Say of how many channels a bias widens the steps."""
+def _widened(by_format: Mapping[Format, QuantParams], least: Tensor) -> int:
+    """Number of channels whose steps a bias widens."""
     narrowest = torch.tensor(by_format[max(by_format)].scale) if by_format else torch.ones(0)
-    widened = int((narrowest == least.cpu()).sum()) if len(narrowest) else 0
+    return int((narrowest == least.cpu()).sum()) if len(narrowest) else 0
+
+
+def _warn_of_biases(widened: Mapping[str, int]) -> None:
+    """Say which weights have such channels, in one warning."""
     if widened:
         log.warning(
-            "%r: the biases of %d of %d channels are so far above the products that int32 cannot hold them in the "
-            "products' steps: the steps of those channels' weights are wider",
-            key, widened, len(least),
+            "biases of %d channels are so far above the products that int32 cannot hold them in the products' steps, "
+            "and these channels' weights have wider steps, which costs 2^-23 of the bias: %s%s",
+            sum(widened.values()), ", ".join(f"{count} of {key}" for key, count in list(widened.items())[:3]),
+            "" if len(widened) <= 3 else f", and of {len(widened) - 3} more weights",
         )  # fmt: skip
 
 
@@ -115,15 +120,16 @@ class Calibration(Analysis):
     def _of_weights(self, program: Program, least: Mapping[str, Tensor]) -> dict[str, Quantizers]:
         linear = {layer.node for layer in program.layers if layer.operator == "linear"}
         blockwise = _read_by(program, linear) if "weight-only" in self.schemes else []
-        facts = {}
+        facts, widened = {}, {}
         for site in program.weights:
             weight = program.tensor(site.key)
             needed = least[site.key].to(weight.device)
             by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
-            _warn_of_biases(site.key, by_format, needed)
+            widened[site.key] = _widened(by_format, needed)
             if site.key in blockwise:
                 by_format[BLOCKWISE] = _blockwise_quantizer(weight)
             facts[site.key] = Quantizers(by_format)
+        _warn_of_biases({key: count for key, count in widened.items() if count})
         return facts
 
     def _of_activations(self, program: Program) -> dict[str, Quantizers]:

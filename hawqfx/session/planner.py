@@ -19,7 +19,7 @@ from hawqfx.ir.facts import Account, ChosenFormat, LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Format
 from hawqfx.maths.paired import Difference, paired_difference
-from hawqfx.pass_manager.base import Observer
+from hawqfx.pass_manager.base import Observer, Pass
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.lowering import Lowering
@@ -134,12 +134,14 @@ class Planner:
         context: the calibration data and the loss.
         observers: of the passes that run.
         scoring: the judge of a budget on `drop`, if there is one.
+        finish: the passes between the choice of formats and lowering.
     """
 
     measured: Program
     context: Context
     observers: Sequence[Observer] = ()
     scoring: Scoring | None = None
+    finish: Sequence[Pass] = ()
 
     @property
     def quiet(self) -> "Planner":
@@ -165,8 +167,11 @@ class Planner:
         return replace(self.measured, facts=self.measured.facts.without(Account)).learn(choices)
 
     def lower(self, planned: Program, budget: str) -> Candidate:
-        """The lowered network of a plan."""
-        return Candidate(planned, run([Lowering()], planned, self.context, self.observers), budget)
+        """The lowered network of a plan, which is finished first if it is not."""
+        past = {step.name for step in planned.history}
+        left = [step for step in self.finish if step.name not in past]
+        finished = run(left, planned, self.context, self.observers)
+        return Candidate(finished, run([Lowering()], finished, self.context, self.observers), budget)
 
     @torch.no_grad()
     def losses(self, *programs: Program, expected: bool = False) -> "list[Losses]":

@@ -27,7 +27,6 @@ from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.pass_manager.base import Observer, Pass
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
-from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session import report
 from hawqfx.session.drop_search import smallest
@@ -72,7 +71,7 @@ class Session:
         target: the processors that files are made for.
         refine: times that a plan is measured where it stands and solved again.
         learning: fits the codes of a chosen plan, if codes are learned.
-        correction: corrects the biases of a chosen plan, if that is asked for.
+        finish: the passes between the choice of formats and lowering.
         keep_float: patterns of names of weights whose layers stay in float.
     """
 
@@ -85,7 +84,7 @@ class Session:
     target: str = "any"
     refine: int = 0
     learning: LearnedRounding | None = None
-    correction: BiasCorrection | None = None
+    finish: Sequence[Pass] = ()
     keep_float: tuple[str, ...] = ()
 
     @property
@@ -96,7 +95,7 @@ class Session:
 
     @property
     def planner(self) -> Planner:
-        return Planner(self.measured, self.context, self.observers, self.scoring)
+        return Planner(self.measured, self.context, self.observers, self.scoring, self.finish)
 
     def at(
         self,
@@ -211,9 +210,8 @@ class Session:
             raise HawqfxError(f"schemes={tuple(schemes)} were not calibrated: give schemes= to compile()")
 
     def _compiled(self, candidate: Candidate) -> "Compiled":
-        steps = [step for step in (self.learning, self.correction) if step is not None]
-        if steps:
-            learned = run(steps, candidate.planned, self.context, self.observers)
+        if self.learning is not None:
+            learned = run([self.learning], candidate.planned, self.context, self.observers)
             program = self.planner.lower(learned, candidate.budget).program
             candidate = replace(candidate, planned=learned, program=program)
         return Compiled(
