@@ -10,9 +10,9 @@ Theirs is the mean over all values of every layer.  Here it is that over the val
 the two networks, and of layers that nothing but rectifiers reads.  The others' error is often of the other sign, since
 rounding shrinks large values of both signs, and does not count.  KL divergence from float on data held out,
 compensated codes, uncorrected / corrected: ResNet-20 at 3 bits .0106 / .0062, the mean over all values .022;
-EfficientNet-Lite0 at 4 bits 1.13 / .25, with the other layers too .256.  MiniLM, which has no rectifiers, goes from .044
-to .058 if its layers are corrected; it stays as it is.  Theirs without data takes the means from batch-norms; data to
-calibrate with are always at hand.
+EfficientNet-Lite0 at 4 bits 1.13 / .25, with the other layers too .256.  MiniLM, which has no rectifiers, goes from
+.044 to .058 if its layers are corrected; it stays as it is.  Theirs without data takes the means from batch-norms; data
+to calibrate with are always at hand.
 """
 
 from collections import Counter
