@@ -4,6 +4,7 @@ A rounding that is fitted to one half is judged by the other: what fits the nois
 A weight of very many columns has the moments of blocks of columns alone, since those of K columns are K x K numbers.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,8 @@ def input_moments(program: Program, context: Context, widths: Mapping[str, int])
                     if layer.weight not in sums:
                         groups = groups_of(node, layer)
                         sums[layer.weight] = _Sums(groups, parts_of(groups, weight[0].numel(), widths[layer.weight]))
-                    sums[layer.weight].add(half, samples / context.samples, _Rows(part, node, layer, weight))
+                    share = samples / context.samples
+                    sums[layer.weight].add(half, share, _Rows(part, node, layer, weight, share))
             return value
 
         program.run(batch.args, batch.kwargs, add, at=readers)
@@ -183,24 +185,29 @@ class _Rows:
         node: of the layer.
         layer: the layer.
         weight: its weight.
+        share: the part of all samples that is in x.
     """
 
-    def __init__(self, x: Tensor, node: fx.Node, layer: Layer, weight: Tensor) -> None:
+    def __init__(self, x: Tensor, node: fx.Node, layer: Layer, weight: Tensor, share: float) -> None:
         exponent = int(torch.frexp(x.abs().max()).exponent)
         self.exponent = 0 if abs(exponent) < _SAFE else max(-_MOST, min(exponent, _MOST))
         self.x = x * 2.0**-self.exponent if self.exponent else x
-        self.node, self.layer, self.kernel = node, layer, weight.shape[2:]
+        self.node, self.layer, self.kernel, self.share = node, layer, weight.shape[2:], share
 
     def moment(self, part: Part) -> Tensor:
         """(groups * blocks, K, K) in float64, of blocks of K columns."""
+        # of all samples; each half has about half of them
+        rows_of_half = max(rounding.FEWEST_ROWS, rounding.ROWS_PER_COLUMN * part.width)
+        most = math.ceil(2 * self.share * rows_of_half)
         if self.layer.operator == "linear":
-            rows = self.x.reshape(1, -1, self.x.shape[-1])[:, :, part.columns]
+            vectors = self.x.reshape(-1, self.x.shape[-1])
+            rows = vectors[rounding.spread(len(vectors), most, vectors.device), part.columns][None]
         else:
             stride, padding, dilation, groups = _geometry(self.node)
             dims = len(self.kernel)
             pads = padding if isinstance(padding, str) else _per_dimension(padding, dims)
             strides, dilations = _per_dimension(stride, dims), _per_dimension(dilation, dims)
-            rows = rounding.patches(self.x, self.kernel, strides, pads, dilations, int(groups), part.columns)
+            rows = rounding.patches(self.x, self.kernel, strides, pads, dilations, int(groups), part.columns, most)
         return rounding.second_moment(part.of(rows)) * 4.0**self.exponent
 
 

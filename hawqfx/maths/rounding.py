@@ -28,7 +28,11 @@ DAMPING = 0.01  # as in GPTQ: enough to keep A invertible, nearly always
 STRONGEST_DAMPING = 0.5  # that is tried; more than it is as good as rounding to the nearest
 STRONGER = 10.0  # times the damping where A is still not positive definite
 COLUMNS = 64  # rounded before their errors move on to later columns, in one product of matrices (GPTQ, section 3.3)
-MOST_ROWS = 32768  # patches of a batch, evenly spread: enough for an A of a few thousand columns
+
+# Rows that a second moment is taken over: so many for each column, and at least so many.  Patches overlap and those of
+# an image are alike, so that they count for fewer than they are.
+ROWS_PER_COLUMN, FEWEST_ROWS = 32, 8192
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def patches(
@@ -39,6 +43,7 @@ def patches(
     dilation: Sequence[int],
     groups: int,
     columns: slice = slice(None),
+    most: int | None = None,
 ) -> Tensor:
     """The vectors that a convolution multiplies its weight by, or some columns of them.
 
@@ -50,10 +55,10 @@ def patches(
         dilation: of each dimension.
         groups: groups of channels.
         columns: of the C/groups * kernel that there are.
+        most: the most rows; None: all.
 
     Returns:
-        (groups, rows, columns); the rows are the positions of all samples, or of some samples if there are more than
-        MOST_ROWS.
+        (groups, rows, columns); the rows are the positions of all samples, or those of `spread`.
     """
     extent = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
     if padding == "same":
@@ -70,19 +75,31 @@ def patches(
     x = x.reshape(n, groups, channels // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
     x = x.permute(order)
-    positions = x.shape[1 : 2 + dims].numel()
-    if positions > MOST_ROWS and n > 1:  # thin out samples first: cheap, and patches of one image are alike
-        x = x[:, :: -(-positions // MOST_ROWS)]
-    # so far a view of the input; only the channels that have some of the columns are written out
+    # so far a view of the input; only rows that are taken, and channels that have some of the columns, are written out
     area = torch.Size(kernel).numel()
     start, stop, _ = columns.indices(channels // groups * area)
     first, last = start // area, -(-stop // area)
     x = x.narrow(2 + dims, first, last - first)
+    places = x.shape[1 : 2 + dims]
+    if most is not None and places.numel() > most:
+        x = x[:, *torch.unravel_index(spread(places.numel(), most, x.device), places)]
     return x.reshape(groups, -1, (last - first) * area)[:, :, start - first * area : stop - first * area]
 
 
+def spread(count: int, most: int, device: torch.device | None = None) -> Tensor:
+    """`most` of the numbers 0 to count - 1, or all if there are no more, ascending.
+
+    They are the multiples of the golden ratio, modulo one, times the count: as evenly spread as can be, and without a
+    period, so that they skip no column of pixels as an even step would.
+    """
+    if count <= most:
+        return torch.arange(count, device=device)
+    multiples = torch.arange(most, dtype=torch.float64, device=device) * _GOLDEN
+    return (multiples.frac() * count).long().sort().values
+
+
 def second_moment(rows: Tensor) -> Tensor:
-    """The mean of x x^T over rows, of which about MOST_ROWS are taken if there are more.
+    """The mean of x x^T over rows.
 
     Args:
         rows: (groups, rows, K).
@@ -90,9 +107,6 @@ def second_moment(rows: Tensor) -> Tensor:
     Returns:
         (groups, K, K) in float64.
     """
-    stride = -(-rows.shape[1] // MOST_ROWS)
-    stride += stride > 1 and stride % 2 == 0  # an even step through images of even width would skip whole columns
-    rows = rows[:, ::stride]
     return (rows.transpose(1, 2) @ rows).double() / rows.shape[1]
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hawqfx.maths import rounding
 from hawqfx.maths.affine import signed_range, symmetric_scales
-from hawqfx.maths.rounding import DAMPING, MOST_ROWS, Compensation, patches, second_moment, weighted_error
+from hawqfx.maths.rounding import DAMPING, Compensation, patches, second_moment, spread, weighted_error
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -76,11 +76,31 @@ def test_some_columns_of_patches_are_those_of_all(start: int, stop: int) -> None
     assert torch.equal(patches(x, *geometry, slice(start, stop)), patches(x, *geometry)[:, :, start:stop])
 
 
-def test_many_patches_are_thinned_evenly_over_the_samples() -> None:
-    x = torch.arange(40.0)[:, None, None, None].expand(40, 1, 64, 64)
-    rows = patches(x, [1, 1], [1, 1], "valid", [1, 1], 1)
-    assert MOST_ROWS / 2 < rows.shape[1] <= MOST_ROWS + 64 * 64  # whole samples, so up to one more
-    assert rows.unique().tolist() == list(range(0, 40, 5))  # 163840 / 32768 = 5
+def test_many_patches_are_thinned_over_samples_and_pixels_alike() -> None:
+    """Each of 40 images, and each row and column of their pixels, as often as another."""
+    number, row, column = torch.meshgrid(*(torch.arange(float(n)) for n in (40, 64, 32)), indexing="ij")
+    x = torch.stack([number, row, column], 1)
+    rows = patches(x, [1, 1], [1, 1], "valid", [1, 1], 1, most=4096)[0]
+    assert len(rows) == 4096 == len(rows.unique(dim=0))
+    for values, count in zip(rows.T, (40, 64, 32), strict=True):
+        found = values.unique(return_counts=True)[1]
+        assert len(found) == count
+        # a few more or less: the discrepancy of the sequence grows with the logarithm of its length
+        assert float((found - 4096 / count).abs().max()) < 0.15 * 4096 / count + 2
+    assert torch.equal(
+        patches(x, [1, 1], [1, 1], "valid", [1, 1], 1, most=40 * 64 * 32)[0], x.movedim(1, 3).flatten(0, 2)
+    )
+
+
+def test_spread_numbers_are_all_or_as_many_as_asked_for() -> None:
+    assert spread(5, 5).tolist() == [0, 1, 2, 3, 4]
+    for count, most in ((1000, 999), (10**9, 50)):
+        found = spread(count, most)
+        assert len(found) == most
+        assert int(found[0]) >= 0
+        assert int(found[-1]) < count
+    gaps = spread(10**6, 1000).diff()
+    assert float(gaps.max() / gaps.min()) < 2.7  # the square of the golden ratio, by the three-distance theorem
 
 
 def test_second_moment_is_the_mean_of_outer_products() -> None:
@@ -88,8 +108,6 @@ def test_second_moment_is_the_mean_of_outer_products() -> None:
     expected = torch.stack([sum((torch.outer(x, x) for x in group), torch.zeros(4, 4)) / 50 for group in rows])
     # 50 products in float64, in another order
     assert torch.allclose(second_moment(rows), expected, rtol=0, atol=1e-13)
-    many = torch.ones(1, 3 * MOST_ROWS + 1, 2) * torch.tensor([1.0, 2.0])
-    assert second_moment(many).tolist() == [[[1.0, 2.0], [2.0, 4.0]]]  # integers: thinning must divide by what it kept
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
