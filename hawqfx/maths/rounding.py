@@ -19,6 +19,7 @@ product A x G (Martens, Grosse 2015).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def patches(
     x = x.narrow(2 + dims, first, last - first)
     places = x.shape[1 : 2 + dims]
     if most is not None and places.numel() > most:
-        x = x[:, *torch.unravel_index(spread(places.numel(), most, x.device), places)]
+        at: list[Any] = [slice(None), *torch.unravel_index(spread(places.numel(), most, x.device), places)]
+        x = x[tuple(at)]
     return x.reshape(groups, -1, (last - first) * area)[:, :, start - first * area : stop - first * area]
 
 
@@ -159,35 +161,38 @@ class Compensation:
         Returns:
             Integer codes (groups, R, K).
         """
-        left = self._sorted(weight)
-        steps = self._sorted(scale) if scale.shape[-1] > 1 else scale.expand_as(left)
+        # by columns: what is done to one column is done to a vector
+        left = self._sorted(weight).transpose(1, 2).contiguous()
+        steps = self._sorted(scale).transpose(1, 2).contiguous() if scale.shape[-1] > 1 else scale.transpose(1, 2)
+        low, high = low.transpose(1, 2), high.transpose(1, 2)
         codes = torch.empty_like(left)
-        for start in range(0, left.shape[-1], COLUMNS):
+        for start in range(0, left.shape[1], COLUMNS):
             block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
-            codes[:, :, block], errors = self._round_block(left[:, :, block], steps[:, :, block], low, high, start)
-            left[:, :, rest] -= errors @ self.upper[:, block, rest]
-        return codes.gather(2, self.order.argsort(1)[:, None, :].expand_as(codes))
+            some = steps[:, block] if steps.shape[1] > 1 else steps
+            codes[:, block], errors = self._round_block(left[:, block], some, low, high, start)
+            left[:, rest] -= self.upper[:, block, rest].transpose(1, 2) @ errors
+        return codes.gather(1, self.order.argsort(1)[..., None].expand_as(codes)).transpose(1, 2)
 
     def _round_block(self, left: Tensor, steps: Tensor, low: Tensor, high: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The codes of the columns from `start`, and their errors by which later columns are corrected.
 
         Args:
-            left: (groups, R, columns), what earlier columns left to these; it is changed.
-            steps: their scales, likewise.
-            low: (groups, R, 1).
-            high: (groups, R, 1).
+            left: (groups, columns, R), what earlier columns left to these; it is changed.
+            steps: their scales, likewise, or (groups, 1, R).
+            low: (groups, 1, R).
+            high: (groups, 1, R).
             start: number of the first column.
         """
         codes, errors = torch.empty_like(left), torch.empty_like(left)
-        stop = start + left.shape[-1]
+        stop = start + left.shape[1]
         upper = self.upper[:, start:stop, start:stop]
-        for k in range(left.shape[-1]):
-            column, step = left[:, :, k : k + 1], steps[:, :, k : k + 1]
-            code = (column / step).round().clamp(low, high)
-            codes[:, :, k : k + 1] = code
+        for k in range(left.shape[1]):
+            column, step = left[:, k : k + 1], steps[:, min(k, steps.shape[1] - 1)][:, None]
+            code = torch.clamp((column / step).round_(), low, high)
+            codes[:, k : k + 1] = code
             error = (column - code * step) / upper[:, k : k + 1, k : k + 1]
-            errors[:, :, k : k + 1] = error
-            left[:, :, k + 1 :] -= error * upper[:, k : k + 1, k + 1 :]
+            errors[:, k : k + 1] = error
+            left[:, k + 1 :].addcmul_(upper[:, k, k + 1 :, None], error, value=-1)
         return codes, errors
 
 
