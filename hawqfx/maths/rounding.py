@@ -32,7 +32,7 @@ COLUMNS = 64  # rounded before their errors move on to later columns, in one pro
 
 # Rows that a second moment is taken over: so many for each column, and at least so many.  Patches overlap and those of
 # an image are alike, so that they count for fewer than they are.
-ROWS_PER_COLUMN, FEWEST_ROWS = 32, 8192
+ROWS_PER_COLUMN, FEWEST_ROWS = 64, 16384
 _GOLDEN = (5**0.5 - 1) / 2
 
 
