@@ -97,9 +97,23 @@ class Tiny:
         torch.manual_seed(0)
         model: nn.Module = made(configuration(made.config_class, self.own)).eval()
         for parameter in model.parameters():  # those of a normal of .02 would make every answer alike
-            if parameter.ndim > 1:
+            if parameter.ndim == 2:
                 parameter.data.mul_(3)
+            elif parameter.ndim > 2:
+                nn.init.kaiming_normal_(parameter)
+        self._normalise(model)
         return model
+
+    @torch.no_grad()
+    def _normalise(self, model: nn.Module) -> None:
+        """Give batch-norms the statistics of a batch: deep convolutional networks would answer nothing but zeros."""
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        if norms:
+            for norm in norms:
+                norm.momentum = 1.0
+                norm.train()
+            model(**self.batches(1)[0])
+            model.eval()
 
     def batches(self, count: int = 2) -> list[dict[str, Tensor]]:
         random = torch.Generator().manual_seed(1)
