@@ -110,6 +110,7 @@ class Tiny:
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         if norms:
             for norm in norms:
+                norm.reset_parameters()
                 norm.momentum = 1.0
                 norm.train()
             model(**self.batches(1)[0])
