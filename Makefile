@@ -1,5 +1,5 @@
 # make demo: set up and run the main job.  make test: set up, lint, type-check and test, on all cores.
-# make quick: lint, types and the tests that compile no network, in a minute.
+# make quick: lint, types and the tests that compile no network, in a minute.  make docs: the documentation, in site/.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint clean
+.PHONY: demo test quick units lint docs clean
 
 demo: $(READY)
 	$(BIN)/hawqfx demo
@@ -32,5 +32,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

@@ -1,0 +1,69 @@
+"""The documentation: its code runs, its links lead somewhere, and its page of errors is that of the classes."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hawqfx import errors
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def with_code() -> Iterator[Path]:
+    return (page for page in PAGES if CODE.search(page.read_text()))
+
+
+@pytest.mark.parametrize("page", list(with_code()), ids=name_of)
+def test_the_code_of_a_page_runs_from_top_to_bottom(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": name_of(page)}
+    text = page.read_text()
+    for block in CODE.finditer(text):
+        line = text.count("\n", 0, block.start(1))
+        code = compile("\n" * line + block[1], str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        exec(code, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if "://" not in link:
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+INTRODUCTION = """# Errors and remedies
+
+All are subclasses of `hawqfx.errors.HawqfxError`; each message names the fault and the next thing to do. On the command
+line the exit code is 1, or 2 for wrong usage and 3 for a budget that cannot be met.
+
+"""
+
+
+def errors_page() -> str:
+    """The page, from the docstrings of the classes."""
+    found = []
+    for name, kind in inspect.getmembers(errors, inspect.isclass):
+        text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("\n\nTo do: ")
+        assert rest, f"{name} says nothing under 'To do:'"
+        found.append(f"## {name}\n\n{text}\n\n*To do:* {rest.partition(chr(10) * 2)[0]}\n")
+    return INTRODUCTION + "\n".join(found)
+
+
+def test_every_error_is_on_the_page_with_its_remedy(request: pytest.FixtureRequest) -> None:
+    path = ROOT / "docs" / "errors.md"
+    if request.config.getoption("--update-golden"):
+        path.write_text(errors_page())
+    assert path.read_text() == errors_page(), "run pytest --update-golden"
