@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hawqfx.runtime.target import has_vnni
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "onnx", "onnxruntime", "ortools", "numpy")
 
@@ -34,15 +36,11 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions, as far as they bear on figures."""
-    flags = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith("flags")), "")
     return {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "vnni": "vnni" in flags,
+        "vnni": has_vnni(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }

@@ -159,7 +159,14 @@ def compile(
 
 def prepare(model: Model, options: Options) -> tuple[Program, Options]:
     """The captured network with its sites, and the quantizers, codes and costs of each; and the options with the loss
-    that the network's output asks for.  The user's functions are tried on the first batch before that.
+    that the network's output asks for."""
+    found, options = find_sites(model, options)
+    return run(options.recipe.price, found, options.context, options.observers), options
+
+
+def find_sites(model: Model, options: Options) -> tuple[Program, Options]:
+    """The captured network with its sites, and the options with the loss that the network's output asks for.  The
+    user's functions are tried on the first batch before that.
 
     Raises:
         HawqfxError: if the data do not fit, or the loss, the metric or a pattern of names cannot be used.
@@ -175,7 +182,7 @@ def prepare(model: Model, options: Options) -> tuple[Program, Options]:
         planner.score(captured, options.scoring.holdout[:1])  # refuses a metric that fails
     found = run(options.recipe.rewrite, captured, options.context, options.observers)
     options.allocation.rules.fixed(found)  # refuses patterns that match nothing
-    return run(options.recipe.price, found, options.context, options.observers), options
+    return found, options
 
 
 def measure(prepared: Program, options: Options) -> Program:

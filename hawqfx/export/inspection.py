@@ -1,12 +1,14 @@
 """Looks into exported files."""
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
+from hawqfx.errors import ExportError
 from hawqfx.export.cleanup import site_of
 from hawqfx.export.packed_weights import DOMAIN
 
@@ -36,6 +38,112 @@ def packed_weights(path: str | Path) -> dict[str, PackedWeight]:
             codes = tuple(name for name in node.input if stored[name] != onnx.TensorProto.FLOAT)
             found[site_of(node.name)] = PackedWeight(attributes["bits"], tuple(attributes["shape"]), codes)
     return found
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight of a layer, as a file has it.
+
+    Args:
+        layer: the operator that reads it.
+        name: the key of its site, in files of hawqfx; else that of the tensor.
+        shape: of the weight.
+        bits: of an element in the file.
+        bytes: of its codes, without scales.
+        format: how they are stored.
+    """
+
+    layer: str
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    bytes: int
+    format: str
+
+
+_TYPES = onnx.TensorProto.DataType
+_BITS: dict[int, int] = {
+    _TYPES.FLOAT: 32, _TYPES.FLOAT16: 16, _TYPES.BFLOAT16: 16, _TYPES.DOUBLE: 64, _TYPES.INT8: 8, _TYPES.UINT8: 8,
+    _TYPES.INT4: 4, _TYPES.UINT4: 4, _TYPES.INT2: 2, _TYPES.UINT2: 2,
+}  # fmt: skip
+# operator -> the input that is its weight
+_WEIGHT_AT = {
+    "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "MatMulInteger": 1, "ConvInteger": 1, "QLinearConv": 3,
+    "QLinearMatMul": 3, "MatMulNBits": 1, "Gather": 0,
+}  # fmt: skip
+# operators between a tensor and the layer that reads it
+_THROUGH = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear")
+
+
+def stored_weights(path: str | Path) -> list[StoredWeight]:
+    """The weights of a file's layers, in the order of its graph; any ONNX file, quantized by whatever tool.
+
+    Raises:
+        ExportError: if the file is no ONNX model.
+    """
+    model = read_model(path)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = {}
+    for node in model.graph.node:
+        at = _WEIGHT_AT.get(node.op_type)
+        if at is None or len(node.input) <= at:
+            continue
+        name = node.input[at]
+        while name in makers and makers[name].op_type in _THROUGH:
+            name = makers[name].input[0]
+        maker = makers.get(name)
+        if maker is not None and maker.domain == DOMAIN:
+            found[name] = _packed_entry(node, maker, stored)
+        elif name in stored and (stored[name].dims or node.op_type == "MatMulNBits"):
+            found[name] = _plain_entry(node, stored[name])
+    return list(found.values())
+
+
+def _packed_entry(layer: onnx.NodeProto, call: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> StoredWeight:
+    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in call.attribute}
+    codes = [stored[name] for name in call.input if name in stored and stored[name].data_type != _TYPES.FLOAT]
+    kind = "whole bytes" if call.op_type.endswith("8") else "bit-planes"
+    if call.op_type not in ("Weight", "Codes", "Weight8", "Codes8"):
+        kind = " and ".join(_TYPES.Name(tensor.data_type) for tensor in codes)
+    return StoredWeight(
+        layer.op_type, site_of(call.name), tuple(attributes["shape"]), attributes["bits"], sum(map(_bytes, codes)), kind
+    )
+
+
+def _plain_entry(layer: onnx.NodeProto, tensor: onnx.TensorProto) -> StoredWeight:
+    bits, shape = _BITS.get(tensor.data_type, 0), tuple(tensor.dims)
+    kind = _TYPES.Name(tensor.data_type)
+    if layer.op_type == "MatMulNBits":
+        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in layer.attribute}
+        bits, shape = attributes["bits"], (attributes["N"], attributes["K"])
+        kind = f"blocks of {attributes['block_size']}"
+    return StoredWeight(layer.op_type, site_of(layer.name) or tensor.name, shape, bits, _bytes(tensor), kind)
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's elements, by their number and bits."""
+    return -(-math.prod(tensor.dims) * _BITS.get(tensor.data_type, 0) // 8)
+
+
+def read_model(path: str | Path) -> onnx.ModelProto:
+    """The model of a file, without tensors that lie beside it.
+
+    Raises:
+        ExportError: if it cannot be read, or is no ONNX model.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises many things for what is no model
+        raise ExportError(f"{path} cannot be read as an ONNX model: {error}") from error
+    if not model.graph.node:
+        raise ExportError(f"{path} is no ONNX model: it has no operators")
+    return model
+
+
+def texts(path: str | Path) -> dict[str, str]:
+    """The metadata of a file."""
+    return {entry.key: entry.value for entry in read_model(path).metadata_props}
 
 
 def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:

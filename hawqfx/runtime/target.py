@@ -6,12 +6,33 @@ saturate.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hawqfx.errors import HawqfxError
 from hawqfx.maths.formats import FLOAT_BITS
 
 # target -> bits of the widest weights whose sums are exact there; "any": with VNNI, an ARM processor, or a GPU
 WIDEST: Mapping[str, int] = {"any": 8, "x86-avx2": 7}
+
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")  # of integer kernels
+_PROCESSOR = Path("/proc/cpuinfo")
+
+
+def instructions() -> tuple[str, ...] | None:
+    """The instructions of this processor that onnxruntime's integer kernels use, as Linux names them; None on other
+    systems, which do not tell."""
+    if not _PROCESSOR.is_file():
+        return None
+    lines = _PROCESSOR.read_text().splitlines()
+    known = next(
+        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), []
+    )
+    return tuple(name for name in _INSTRUCTIONS if name in known)
+
+
+def has_vnni() -> bool:
+    """Whether this is known to be a processor with VNNI."""
+    return any("vnni" in name for name in instructions() or ())
 
 
 def exact_widths(target: str, widths: Sequence[int]) -> tuple[int, ...]:

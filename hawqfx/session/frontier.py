@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.table import Table
 
@@ -62,6 +63,14 @@ class Point:
     def bits(self) -> dict[str, int]:
         """Bits of every site; 32 is float."""
         return {key: width.bits for key, width in self.formats.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The point as dicts, texts and numbers."""
+        limits = {name: {"amount": _taken(use), "unit": use.unit} for name, use in self.account.limits.items()}
+        return {
+            "budget": self.budget, "limits": limits, "bits": self.bits, "predicted_loss_increase": self.account.loss,
+            "proven": self.account.optimal, "loss": self.loss, "score": self.score,
+        }  # fmt: skip
 
     @property
     def measured(self) -> bool:

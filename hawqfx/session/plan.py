@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import PlanError
@@ -92,6 +92,10 @@ class Plan:
     def digest(self) -> str:
         """A name for the content: equal plans have equal digests."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_tree(self) -> dict[str, Any]:
+        """The plan as dicts, lists, texts and finite numbers; see hawqfx.session.plan_json."""
+        return plan_json.to_tree(self.budget, self.quantizers, self.chosen, self.account, self.pins)
 
     def to_json(self) -> str:
         """The plan as JSON text; see hawqfx.session.plan_json."""

@@ -1,0 +1,68 @@
+"""bench and demo: the commands that run files."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hawqfx.atomic_write import whole_file
+from hawqfx.commands import specs
+from hawqfx.commands.compiling import folder
+from hawqfx.commands.output import Json, as_json, json_of, show
+
+
+def bench(
+    file: Annotated[Path, typer.Argument(help="an ONNX file, as `compile` writes it")],
+    backend: Annotated[
+        list[str] | None, typer.Option(help="ort-cpu, ort-cuda, ort-tensorrt, torch-cpu or torch-cuda; may be repeated")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the float model, as for compile, to compare with")] = None,
+    weights: Annotated[Path | None, typer.Option(help="checkpoint of the model, as for compile")] = None,
+    data: Annotated[str | None, typer.Option(help="the data, as for compile; the first batch is run")] = None,
+    plan: Annotated[Path | None, typer.Option(help="the plan of the file, as --save writes it, for torch")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="samples in a run")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="of onnxruntime or torch")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="runs that are timed")] = 100,
+    out: Annotated[Path | None, typer.Option(help="write the figures here, as JSON")] = None,
+    json: Json = False,
+) -> None:
+    """Time a file on backends that are installed here, and compare its answers with the float model's."""
+    from hawqfx.benchmark import benchmark
+    from hawqfx.runtime.backends import table
+
+    results = benchmark(
+        file,
+        backend or ["ort-cpu"],
+        None if model is None else specs.model_of(model, weights),
+        None if data is None else specs.made(data),
+        plan,
+        batch=batch,
+        threads=threads,
+        rounds=rounds,
+    )
+    kept = {name: result if isinstance(result, str) else result.to_json() for name, result in results.items()}
+    if json:
+        as_json(kept)
+    else:
+        show(table(results), 140)
+    if out is not None:
+        with whole_file(out) as temporary, temporary.open("w") as stream:
+            stream.write(json_of(kept) + "\n")
+
+
+def demo(
+    budget: str = "size=9.5%",
+    out: Annotated[Path, typer.Option(help="folder for the ONNX files")] = Path("demo"),
+    json: Json = False,
+) -> None:
+    """Compile ResNet-20 on Fashion-MNIST and compare it with float32 and uniform bits."""
+    from hawqfx.demo import demo as run_demo
+
+    console = Console(quiet=json)
+    if not console.is_terminal and not json:
+        console = Console(width=120)
+    rows = run_demo(budget, folder(out), console)
+    if json:
+        as_json([asdict(row) for row in rows])

@@ -1,0 +1,51 @@
+"""hawqfx.toml: the options of commands, a table for each; what stands on the command line wins.
+
+[compile]
+model = "nets.py:resnet"
+data = "nets.py:images"
+budget = "size=12.5%"
+out = "model.onnx"
+keep-float = ["head.*"]
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hawqfx.errors import HawqfxError
+
+FILE = Path("hawqfx.toml")
+
+
+def defaults(path: Path | None, group: click.Group) -> dict[str, Any]:
+    """The options of a file, as click takes them: command -> parameter -> value.
+
+    Args:
+        path: of the file; None: hawqfx.toml in the working folder, if there is one.
+        group: the commands and their parameters.
+
+    Raises:
+        HawqfxError: if the file cannot be read, or names what no command takes.
+    """
+    if path is None and not FILE.is_file():
+        return {}
+    path = path or FILE
+    try:
+        with path.open("rb") as stream:
+            tables = tomllib.load(stream)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise HawqfxError(f"{path} cannot be read: {error}") from error
+    found = {}
+    for name, table in tables.items():
+        command = group.commands.get(name)
+        if command is None or not isinstance(table, dict):
+            raise HawqfxError(f"{path}: there is no command {name!r}: tables are {', '.join(sorted(group.commands))}")
+        known = {parameter.name for parameter in command.params}
+        values = {key.replace("-", "_"): value for key, value in table.items()}
+        strangers = sorted(values.keys() - known)
+        if strangers:
+            raise HawqfxError(f"{path}: {name} has no option {strangers[0]!r}; see hawqfx {name} --help")
+        found[name] = values
+    return found

@@ -1,0 +1,217 @@
+"""What a compilation would measure, how long it would take, and in how much memory; before it is begun.
+
+The network is captured, its sites are found, and a forward and a backward pass of a few samples are timed, and so is a
+product of matrices.  From these, by the number of passes of each step:
+
+    calibration, rounding      three forward passes over the samples
+    the metric                 a backward pass or a Hessian-vector product for each probe, or a forward pass for each
+                               site and width, on the samples that each sees
+    compensated codes          about ten factors and solutions of K x K for a weight of K columns
+    the plan and uniform bits  six forward passes, four of them fake-quantized
+
+Learned rounding, interactions, refinement and budgets on latency and drop come on top, and are named.
+"""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hawqfx.allocation.budget import Budget
+from hawqfx.compiler import compile, find_sites
+from hawqfx.frontend.capture import Model
+from hawqfx.frontend.context import Context, silent
+from hawqfx.ir.program import Program
+from hawqfx.options import Options, validated
+from hawqfx.pass_manager.base import Pass
+from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.rounding import Rounding
+from hawqfx.sensitivity.batching import PEAK_PER_FORWARD
+from hawqfx.sensitivity.estimation import PARTS, SAMPLES
+from hawqfx.sensitivity.forward import forward
+from hawqfx.sensitivity.metrics import SensitivityMetric
+
+_TIMED = 8  # samples of the passes that are timed
+_FAKE = 3.0  # a fake-quantized forward pass in forward passes: each tensor is also rounded
+_SECOND = 2.5  # a Hessian-vector product in gradients (benchmarks/sensitivity.py)
+_FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge, one for all, and their inverses
+_BASE = 400 * 2**20  # bytes of Python, torch and its libraries
+_FIXED = 5.0  # seconds of torch.export's imports and of rewrites
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a compilation would do.
+
+    Args:
+        budget: as text; empty where a plan is followed.
+        loss: the loss that is measured, and why.
+        samples: that calibrate and are measured.
+        weights: sites that are weights.
+        activations: sites that are activations.
+        metric: the name of the pass that predicts loss increases.
+        passes: of how many samples, and of what kind, it will ask.
+        seconds: of all, in order of magnitude; a factor of two either way.
+        bytes: of memory at the peak, likewise.
+        more: options that add to that, which is not foreseen.
+    """
+
+    budget: str
+    loss: str
+    samples: int
+    weights: int
+    activations: int
+    metric: str
+    passes: str
+    seconds: float
+    bytes: float
+    more: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        more = f"; {', '.join(self.more)} on top" if self.more else ""
+        return (
+            f"would choose the bits of {self.weights} weights and {self.activations} activations for {self.budget!r}\n"
+            f"loss: {self.loss}\n"
+            f"by {self.metric} on {self.samples} samples: {self.passes}\n"
+            f"in about {_rounded(self.seconds)} s and {self.bytes / 1e9:.1f} GB, a factor of two either way{more}"
+        )
+
+
+def _rounded(seconds: float) -> str:
+    digits = max(0, int(math.log10(max(1.0, seconds))))
+    return f"{round(seconds, -digits):.0f}"
+
+
+def forecast(model: Model, budget: Budget | str | None, data: Iterable[Any], **options: Any) -> Forecast:
+    """What compile() would do with these arguments.
+
+    Args:
+        model: as for compile().
+        budget: as for compile().
+        data: as for compile().
+        options: those of compile().
+
+    Raises:
+        HawqfxError: as compile() does before anything is measured.
+    """
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(compile).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "console"
+    }
+    with torch.enable_grad():
+        checked = validated(model, budget, data, **{**known, **options, "progress": silent})
+        return _of(*find_sites(model, checked))
+
+
+def _of(program: Program, options: Options) -> Forecast:
+    context, recipe = options.context, options.recipe
+    samples = context.samples
+    once, gradient = _times(program, context)
+    metric = next((step for step in recipe.measure if isinstance(step, SensitivityMetric)), None)
+    kind, seconds = "nothing", 0.0
+    name = "the plan that is followed" if options.plan else recipe.measure[0].name
+    if metric is not None and options.plan is None:
+        kind, seconds = _of_metric(metric, _widths(program, recipe.price), samples, once, gradient)
+    compensates = any(step == Rounding("compensated") for step in recipe.price)
+    rounding = _FACTORS * _solving(program) if compensates else 0.0
+    total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
+    tensors = program.forward_bytes() * _largest(context) * PEAK_PER_FORWARD[metric is not None and metric.second_order]
+    moments = sum(2 * 8 * min(_columns(program, site.key), 8192) ** 2 for site in program.weights)
+    more = [
+        text
+        for text, there in (
+            ("learned rounding", options.learning is not None),
+            ("refinement", options.refine > 0),
+            ("timing for latency", options.budget is not None and options.budget.latency is not None),
+            ("the search for a drop", options.budget is not None and options.budget.drop is not None),
+        )
+        if there
+    ]
+    return Forecast(
+        "" if options.budget is None else str(options.budget),
+        context.loss_reason,
+        samples,
+        len(program.weights),
+        len(program.activations),
+        name,
+        kind,
+        total,
+        _BASE + 3 * program.float_bytes() + tensors + moments,
+        tuple(more),
+    )
+
+
+def _times(program: Program, context: Context) -> tuple[float, float]:
+    """Seconds of a forward pass, and of a forward and a backward one, for a sample."""
+    batch = context.batches[0]
+    if program.dynamic_batch:
+        batch = batch.first(_TIMED)
+
+    def plain() -> None:
+        with torch.no_grad():
+            program.run(batch.args, batch.kwargs)
+
+    def slopes() -> None:
+        run = forward(program, batch, {})
+        leaves = [leaf for leaf in pytree.tree_leaves(run.output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        total = torch.stack([leaf.float().sum() for leaf in leaves]).sum()
+        run.gradients(total, [site.key for site in program.sites], again=False)
+
+    return _fastest(plain) / batch.size, _fastest(slopes) / batch.size
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _of_metric(metric: SensitivityMetric, widths: int, samples: int, once: float, gradient: float) -> tuple[str, float]:
+    """What a metric asks for in words, and its seconds, for so many widths of all sites."""
+    if metric.exact:
+        # each begins at its site, in the middle of the network on average
+        return f"{widths} forward passes of each sample", widths * samples * once / 2
+    count = metric.probes
+    if metric.shares_probes:
+        parts = min(count, max(PARTS, samples // SAMPLES))
+        return f"{count} backward passes, each on a {parts}th of them", count / parts * samples * gradient
+    kind = "Hessian-vector products" if metric.second_order else "backward passes"
+    cost = gradient * (_SECOND if metric.second_order else 1.0)
+    return f"at most {count} {kind} of each sample", count * samples * cost
+
+
+def _widths(program: Program, price: Sequence[Pass]) -> int:
+    """The number of pairs of a site and a width."""
+    bits = next((step for step in price if isinstance(step, Calibration)), Calibration())
+    return len(program.weights) * len(bits.weight_bits) + len(program.activations) * len(bits.activation_bits)
+
+
+def _columns(program: Program, key: str) -> int:
+    return program.tensor(key)[0].numel()
+
+
+def _solving(program: Program) -> float:
+    """Seconds of a factor of the second moment of every weight, by the speed of a product of matrices."""
+    size = 512
+    square = torch.randn(size, size, dtype=torch.float64)
+    speed = size**3 / _fastest(lambda: square @ square)
+    sizes = [(_columns(program, site.key), site.shape[0]) for site in program.weights]
+    # factor, inverse, factor; then the rows of seven widths
+    return sum((k**3 + 7 * rows * k * k) / speed for k, rows in ((min(k, 8192), rows) for k, rows in sizes))
+
+
+def _largest(context: Context) -> int:
+    return max(batch.size for batch in context.batches)
