@@ -188,7 +188,11 @@ TINY: tuple[Tiny, ...] = (
     Tiny("RegNetForImageClassification", image, STAGES | {"groups_width": 16}),
     Tiny("MobileNetV1ForImageClassification", image, {"depth_multiplier": 0.25}),
     Tiny("MobileNetV2ForImageClassification", image, {"depth_multiplier": 0.35}),
-    Tiny("EfficientNetForImageClassification", image, {"width_coefficient": 0.5, "hidden_dim": 640}),
+    Tiny(
+        "EfficientNetForImageClassification",
+        image,
+        {"width_coefficient": 0.5, "depth_coefficient": 0.2, "hidden_dim": 640},
+    ),
     Tiny("MobileViTForImageClassification", image, MOBILEVIT),
     Tiny("SegformerForSemanticSegmentation", image, SEGFORMER),
     Tiny("PoolFormerForImageClassification", image, STAGES | {"patch_size": 7}),
