@@ -134,6 +134,7 @@ SEGFORMER = {
 STAGES = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
 PYRAMID = {"num_attention_heads": [1, 2, 4, 8], "patch_sizes": [4, 2, 2, 2]}
 WINDOWS = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
+EFFICIENTNET = {"width_coefficient": 0.5, "depth_coefficient": 0.2, "hidden_dim": 640}
 MOBILEVIT = {
     "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 16, 16, 24, 32, 32, 64], "patch_size": 2,
     "expand_ratio": 2.0,
