@@ -11,6 +11,7 @@ from rich.console import Console
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, default_schemes
+from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
@@ -57,6 +58,7 @@ def compile(
     plan: Plan | str | Path | None = None,
     reround: bool = False,
     draw: Draw | None = None,
+    tokens: Literal["causal"] | None = None,
     samples: int | None = None,
     dynamic_shapes: Any = None,
     batch: int | None = None,
@@ -123,6 +125,9 @@ def compile(
         draw: a function of (output, torch.Generator) that draws targets from the model's own distribution, for data
             without targets, "gauss-newton" and "fisher", where the loss is one's own.  The known losses have such a
             distribution, by whose expectation networks are compared; see hawqfx.frontend.criteria.
+        tokens: "causal" for a causal language model of transformers that is to generate text: its cache goes in and out
+            of the network as tensors, and batches are texts, (N, L) tokens or mappings with input_ids; see
+            hawqfx.frontend.decoders.
         samples: number of samples of the data to take; a warning says so when there are fewer.
         dynamic_shapes: dimensions of inputs that vary besides the batch, as torch.export takes them, such as
             {"input_ids": {1: torch.export.Dim("sequence")}}; the batches of `data` may differ there, and the file takes
@@ -140,6 +145,9 @@ def compile(
         HawqfxError: CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError,
             InfeasibleBudget, PlanError, CacheError or WorkerError; each message says what to do.
     """
+    if tokens is not None:
+        decoding = decoders.inputs(model, data, holdout, tokens, samples, dynamic_shapes)
+        model, data, holdout, dynamic_shapes, samples = *decoding, None
     with torch.enable_grad(), progress_bars(console or Console(stderr=True)) as progress:
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.compiler import compile, find_sites
+from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, silent
 from hawqfx.ir.program import Program
@@ -106,8 +107,13 @@ def forecast(model: Model, budget: Budget | str | None, data: Iterable[Any], **o
     known = {
         name: parameter.default
         for name, parameter in inspect.signature(compile).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name != "console"
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("console", "tokens")
     }
+    tokens = options.pop("tokens", None)
+    if tokens is not None:
+        shapes = options.pop("dynamic_shapes", None)
+        model, data, _, shapes = decoders.inputs(model, data, None, tokens, options.pop("samples", None), shapes)
+        options["dynamic_shapes"] = shapes
     with torch.enable_grad():
         checked = validated(model, budget, data, **{**known, **options, "progress": silent})
         return _of(*find_sites(model, checked))

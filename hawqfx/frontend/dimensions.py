@@ -130,7 +130,8 @@ def _user_dims(model: nn.Module | None, example: Batch, given: Any, inputs: int)
     """For each input, the names that the user gave to its dimensions."""
     if model is None or given is None:
         return [{}] * inputs
-    whole = shapes_to_capture(model, example, given)
+    with named_keywords(model, example):
+        whole = shapes_to_capture(model, example, given)
     parts = list(whole.values()) if isinstance(whole, Mapping) else whole
     leaves = pytree.tree_leaves(parts, is_leaf=_is_shape)
     named = [

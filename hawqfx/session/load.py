@@ -12,6 +12,7 @@ from hawqfx.allocation.budget import Budget
 from hawqfx.errors import PlanError
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.context import Context
+from hawqfx.frontend.decoders import as_captured
 from hawqfx.frontend.losses import cross_entropy
 from hawqfx.frontend.single_precision import in_single_precision
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
@@ -72,6 +73,7 @@ def load(path: str | Path, model: Model, dynamic_shapes: Any = None) -> Compiled
     content = saved.read(Path(path))
     context = Context((content.example,), cross_entropy, loss_reason=content.calibrated.loss_reason)
     recipe = pipeline.recipe(keep_float=content.keep_float)
+    model, dynamic_shapes = as_captured(model, content.example, dynamic_shapes)
     captured = in_single_precision(capture(model, content.example, dynamic_shapes))
     rewritten = run(recipe.rewrite, captured, context)
     follow = [FollowPlan(content.plan, rounds=False), StoredCodes(content.codes), *recipe.costs]
