@@ -118,7 +118,10 @@ def _export(model: nn.Module, example: Batch, shapes: Sequence[Any]) -> torch.ex
     for given, dynamic in itertools.product(_in_types_of(model, example), shapes):
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph as far as it came
-                return torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=dynamic)
+                exported = torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=dynamic)
+            # else torch adds assertions about sizes, which some decompositions cannot evaluate
+            exported.example_inputs = None
+            return exported
         except Exception as error:  # torch.export raises whatever the model's own code raises
             refused = refused or error
     inputs = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in example.tensors]
@@ -143,9 +146,7 @@ def export_again(graph: fx.GraphModule, example: Batch) -> torch.export.Exported
     """
     if 0 in varying_axes(first_input(graph.graph)):
         example = _with_two_samples(example)
-    exported = _export(graph, example, [shapes_of(graph, example)])
-    exported.example_inputs = None  # else torch adds assertions about sizes, which some decompositions cannot evaluate
-    return exported
+    return _export(graph, example, [shapes_of(graph, example)])
 
 
 def _with_two_samples(example: Batch) -> Batch:
