@@ -180,7 +180,7 @@ def _past(decoder: nn.Module, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]
         raise CaptureError(f"the model is in train mode ({type(decoder).__name__}): call model.eval() first")
     assert isinstance(decoder, _Decoder)
     own = type(decoder).__bases__[1].__name__
-    held = decoder.with_past(tokens, mask, None)["past_key_values"]
+    held = decoder.with_past(tokens, mask, _cache([]))["past_key_values"]  # of whole texts, whatever the windows
     found = {}
     for number, layer in enumerate(getattr(held, "layers", ())):
         for part in ("key", "value"):
