@@ -10,7 +10,8 @@ The results are equal but for the order of float sums:
 * a batch-norm that no layer took in is a convolution of each channel with one weight;
 * attention is two products and a softmax;
 * silu(x) is x times sigmoid(x);
-* chunks of a tensor are slices of it.
+* chunks of a tensor are slices of it;
+* an average pool without padding counts none.
 """
 
 import math
@@ -23,7 +24,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Target
 
-from hawqfx.ir.operators import BATCH_NORM, CONVOLUTIONS, PARTED, ceiling, is_constant, is_tensor, operands
+from hawqfx.ir.operators import (
+    AVERAGE_POOLS,
+    BATCH_NORM,
+    CONVOLUTIONS,
+    PARTED,
+    ceiling,
+    counts_beyond_padding,
+    is_constant,
+    is_tensor,
+    operands,
+)
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Rewrite
@@ -68,6 +79,16 @@ def _nothing_cut(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
 def _silu(rewriter: GraphRewriter, node: fx.Node) -> fx.Node:
     (tensor,) = operands(node)
     return rewriter.call(_aten.mul.Tensor, tensor, rewriter.call(_aten.sigmoid.default, tensor))
+
+
+def _average(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
+    """An average pool without padding, which has none to count, for the integer kernel: `counts_beyond_padding`."""
+    defaults: tuple[Any, ...] = ([], 0, False, True)
+    tensor, kernel, stride, padding, ceil, _, *rest = (*operands(node), *defaults[len(node.args) - 2 :])
+    padded = any(padding) if isinstance(padding, (list, tuple)) else padding
+    if node.kwargs or padded or not counts_beyond_padding(node):
+        return None
+    return rewriter.call(node.target, tensor, kernel, stride, padding, ceil, False, *rest)
 
 
 def _linear(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
@@ -328,6 +349,7 @@ _RULES: dict[Target, _Rule] = {
     operator.getitem: _pieces,
     _aten.slice.Tensor: _nothing_cut,
     _aten.silu.default: _silu,
+    **dict.fromkeys(AVERAGE_POOLS, _average),
     _aten.addmm.default: _linear,
     _aten.mm.default: _linear,
     _aten.matmul.default: _linear,

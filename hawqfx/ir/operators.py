@@ -55,14 +55,13 @@ FLOAT_ONLY: dict[Target, str] = {
 
 # Operators without weights that have an integer kernel in onnxruntime -> number of activations that they take.  Beside
 # float operators they run in float: see hawqfx.analysis.partition.
+AVERAGE_POOLS: set[Target] = {_aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default}
 _ELEMENTWISE: dict[Target, int] = {
     _aten.add.Tensor: 2,
     _aten.mul.Tensor: 2,
     _aten.sigmoid.default: 1,
     _aten.leaky_relu.default: 1,
-    _aten.avg_pool1d.default: 1,
-    _aten.avg_pool2d.default: 1,
-    _aten.avg_pool3d.default: 1,
+    **dict.fromkeys(AVERAGE_POOLS, 1),
 }
 _MEANS: set[Target] = {
     _aten.mean.dim,
@@ -230,6 +229,13 @@ def spatial_mean(node: fx.Node) -> bool:
     return {axis % value.ndim for axis in axes} == set(range(2, value.ndim))  # type: ignore[operator]
 
 
+def counts_beyond_padding(node: fx.Node) -> bool:
+    """Whether an average pool has windows that reach beyond the padding, and counts what is padded: onnxruntime's
+    integer kernel (1.32) divides by the whole window there, and its float kernel by what lies within, as torch does."""
+    ceil, counts = (node.args[at] if len(node.args) > at else default for at, default in ((4, False), (5, True)))
+    return bool(node.kwargs.get("ceil_mode", ceil) and node.kwargs.get("count_include_pad", counts))
+
+
 def elementwise(node: fx.Node) -> tuple[fx.Node, ...]:
     """The activations that an elementwise operator takes.
 
@@ -240,6 +246,8 @@ def elementwise(node: fx.Node) -> tuple[fx.Node, ...]:
         The activations, if onnxruntime has an integer kernel for the operator and no argument is a weight; else ().
     """
     count = 1 if spatial_mean(node) else _ELEMENTWISE.get(node.target, 0)
+    if node.target in AVERAGE_POOLS and counts_beyond_padding(node):
+        return ()
     taken = node.args[:count]
     if not count or not is_tensor(node) or not all(map(is_tensor, taken)) or (count == 2 and node.kwargs):
         return ()
