@@ -5,9 +5,9 @@
 Each is compiled to 7 bits per weight, under a budget of 9 that leaves room for a few in float, and its file is run in
 onnxruntime.  "float" is the largest difference of the captured float network's outputs from those of transformers
 itself; "file" the mean difference of the file's outputs from those of the fake-quantized graph, operator by operator;
-"kernels" the same with onnxruntime's fused integer kernels, whose products meet rounding ties in another order.  In deep
-networks of random weights a flipped tie grows, so that the bar of both is what quantization itself does to the outputs.
-All are of the largest or the mean output.  The share of multiplications in integers counts those of
+"kernels" the same with onnxruntime's fused integer kernels, whose products meet rounding ties in another order.  In
+deep networks of random weights a flipped tie grows, so that the bar of both is what quantization itself does to the
+outputs.  All are of the largest or the mean output.  The share of multiplications in integers counts those of
 layers and of products of activations among all that torch counts in the float network.  With 7 bits sums saturate on no
 processor.
 
