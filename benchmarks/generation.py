@@ -4,8 +4,8 @@
 
 Each is compiled to 7 bits per weight and exported.  "float" is the largest difference of the captured decoder's logits
 from those of transformers, of the largest; "equal" the share of greedy tokens, eight for each of two prompts, that
-onnxruntime generates from the file one by one (examples/generate.py) as the fake-quantized graph does from the whole text
-each time.  --quick: four networks.
+onnxruntime generates from the file one by one (examples/generate.py) as the fake-quantized graph does from the whole
+text each time.  --quick: four networks.
 """
 
 import importlib.util
