@@ -1,4 +1,4 @@
-"""The command line: hawqfx compile, pareto, explain, bench, demo, passes."""
+"""The command line: hawqfx compile, pareto, explain, report, bench, demo, passes."""
 
 import importlib
 import json
@@ -24,6 +24,7 @@ from hawqfx.pass_manager.base import Analysis, Observer, options_of
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.pipeline import DEFAULT_METRIC
 from hawqfx.sensitivity.distributed import launched
+from hawqfx.session.load import load
 from hawqfx.session.saved import read_plan
 
 app = typer.Typer(
@@ -147,6 +148,18 @@ def explain(
 ) -> None:
     """Say why a plan has the bits that it has."""
     print(read_plan(plan).explain(site))
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="a compiled network, as `compile --save` writes it")],
+    model: Annotated[str, typer.Argument(help="pkg.module:factory of the float model that was compiled")],
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+) -> None:
+    """Write a page that shows a compiled network; it needs no network."""
+    check_writable(out)
+    load(file, _made(model)).report(out)
+    print(f"{out}: {out.stat().st_size:,} bytes")
 
 
 @app.command()

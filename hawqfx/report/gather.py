@@ -2,10 +2,11 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from hawqfx.analysis.liveness import schedule
 from hawqfx.frontend.data import Batch
@@ -109,7 +110,7 @@ def site_rows(planned: Program, noise: Mapping[str, float], reasons: Mapping[str
                 None if known is None else known.stderr,
                 noise[site.key],
                 reasons[site.key],
-            )  # fmt: skip
+            )
         )
     return tuple(rows)
 
@@ -127,11 +128,12 @@ def _by_use(graph: fx.Graph) -> list[fx.Node]:
 def node_rows(planned: Program) -> tuple[NodeRow, ...]:
     """The nodes of the float graph, without constants."""
     weight_of = {layer.node: layer.weight for layer in planned.layers}
+    names = _varying(planned)
     return tuple(
         NodeRow(
             node.name,
-            node.op if node.op != "call_function" else str(getattr(node.target, "__name__", node.target)),
-            _shape(node),
+            _operator(node),
+            _shape(node, names),
             tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
             weight_of.get(node.name),
             planned.site_of.get(node.name),
@@ -164,10 +166,29 @@ def kernel_rows(planned: Program) -> tuple[KernelRow, ...]:
     return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 
-def _shape(node: fx.Node) -> str:
+def _operator(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return "input" if node.op == "placeholder" else node.op
+    if isinstance(node.target, OpOverload):
+        return node.target._opname
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _varying(program: Program) -> dict[str, str]:
+    """Symbol of a size that varies -> the name of its dimension."""
+    return {
+        str(node.meta["val"].shape[number]): name
+        for node in program.graph.graph.find_nodes(op="placeholder")
+        for number, name in program.dimensions.get(node.name, {}).items()
+    }
+
+
+def _shape(node: fx.Node, names: Mapping[str, str]) -> str:
     value = node.meta.get("val")
-    return _times(value.shape) if isinstance(value, Tensor) else ""
+    if not isinstance(value, Tensor):
+        return ""
+    return _times([names.get(str(size), str(size)) for size in value.shape])
 
 
-def _times(shape: object) -> str:
-    return "x".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
+def _times(shape: Iterable[int | str]) -> str:
+    return "x".join(map(str, shape))

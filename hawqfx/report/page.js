@@ -18,7 +18,8 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const short = (value) => {
     if (typeof value !== "number") return value ?? "";
-    return Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(4)).toString();
+    if (Number.isInteger(value)) return value.toLocaleString("en");
+    return Math.abs(value) < 1e-3 ? value.toExponential(2) : Number(value.toPrecision(4)).toString();
   };
   const decibels = (noise) => noise === null ? "exact" : noise.toFixed(1);
   const cut = (text) => text.length > 44 ? "…" + text.slice(-43) : text;
@@ -101,7 +102,7 @@
     const place = make("div", { class: "chart" });
     part.append(place);
     const draw = () => vegaEmbed(place, {
-      $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", autosize: { type: "fit-x", contains: "padding" },
+      $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container",
       description, background: "transparent", ...spec(),
       config: {
         font: "system-ui, sans-serif", view: { stroke: null },
@@ -133,7 +134,7 @@
       height: 320, data: { values: points.filter((point) => point.loss !== null) },
       encoding: {
         x: { field: "amount", type: "quantitative", title: `${limit} (${unit})`, scale: { zero: false } },
-        y: { field: "loss", type: "quantitative", title: "predicted loss increase", scale: { type: log ? "log" : "linear" }, axis: { format: log ? ".0e" : ".2g" } },
+        y: { field: "loss", type: "quantitative", title: "predicted loss increase", scale: { type: log ? "log" : "linear" }, axis: log ? { format: "~g", tickCount: 5, gridOpacity: 0.5 } : { format: ".2g" } },
         color: { field: "kind", title: null, scale: { domain: ["mixed precision", "uniform bits", "this network"], range: ["#2f7ed8", "#d98a1f", "#d6336c"] } },
         tooltip: tips(["kind", "plan"], ["name", "name"], ["amount", limit, ",.6~g"], ["share", "of float32", ".1%"], ["loss", "loss increase", ".3~g"]),
       },
@@ -176,15 +177,15 @@
   if (sensitive) {
     const known = facts.sites.filter((site) => site.curvature !== null);
     const positive = known.filter((site) => site.curvature > 0).sort((a, b) => b.curvature - a.curvature);
-    const rows = positive.slice(0, MOST).map((site) => ({ ...site, label: cut(site.key), low: Math.max(site.curvature - 2 * (site.stderr ?? 0), site.curvature / 100), high: site.curvature + 2 * (site.stderr ?? 0) }));
+    const rows = positive.slice(0, MOST).map((site) => ({ ...site, low: Math.max(site.curvature - 2 * (site.stderr ?? 0), site.curvature / 100), high: site.curvature + 2 * (site.stderr ?? 0) }));
     const left = known.length - rows.length;
     if (left) sensitive.append(make("p", { class: "note" }, `${rows.length} of ${known.length} are drawn; the table has all, with ${known.length - positive.length} that are not above zero.`));
     if (rows.length) chart(sensitive, "Sensitivity of sites with error bars", () => ({
-      height: { step: 18 }, data: { values: rows },
+      height: 18 * rows.length, data: { values: rows },
       encoding: { y: { field: "key", type: "nominal", title: null, sort: null, axis: { labelExpr: "length(datum.label) > 44 ? '…' + slice(datum.label, -43) : datum.label" } }, color: { field: "kind", title: null, scale: { domain: ["weight", "activation"], range: ["#2f7ed8", "#d98a1f"] } },
         tooltip: tips(["key", "site"], ["curvature", "mean trace", ".3~g"], ["stderr", "its error", ".2~g"], ["format", "format"]) },
       layer: [
-        { mark: { type: "rule", strokeWidth: 2 }, encoding: { x: { field: "low", type: "quantitative", scale: { type: "log" }, title: "mean trace", axis: { format: ".0e" } }, x2: { field: "high" } } },
+        { mark: { type: "rule", strokeWidth: 2 }, encoding: { x: { field: "low", type: "quantitative", scale: { type: "log" }, title: "mean trace", axis: { format: "~g", tickCount: 8, gridOpacity: 0.5 } }, x2: { field: "high" } } },
         { mark: { type: "point", filled: true, size: 60 }, encoding: { x: { field: "curvature", type: "quantitative", scale: { type: "log" } } } },
       ],
     }));
@@ -196,7 +197,7 @@
   const noisy = facts.sites.filter((site) => site.noise !== null).sort((a, b) => a.noise - b.noise);
   if (noisy.length > MOST) noise.append(make("p", { class: "note" }, `The worst ${MOST} of ${noisy.length} are drawn; the table has all.`));
   if (noisy.length) chart(noise, "Signal to noise of sites, worst first", () => ({
-    height: { step: 18 }, data: { values: noisy.slice(0, MOST) }, mark: { type: "bar" },
+    height: 18 * Math.min(MOST, noisy.length), data: { values: noisy.slice(0, MOST) }, mark: { type: "bar" },
     encoding: {
       y: { field: "key", type: "nominal", title: null, sort: null, axis: { labelExpr: "length(datum.label) > 44 ? '…' + slice(datum.label, -43) : datum.label" } },
       x: { field: "noise", type: "quantitative", title: "signal to noise (dB)" },
@@ -241,7 +242,7 @@
       ],
     });
     place.cy = cy; // for tests and the console
-    const luminous = (hex) => { const [r, g, b] = vega.scheme ? rgb(hex) : [0, 0, 0]; return 0.299 * r + 0.587 * g + 0.114 * b > 140; };
+    const luminous = (fill) => { const [r, g, b] = rgb(fill); return 0.299 * r + 0.587 * g + 0.114 * b > 140; };
     const rgb = (text) => text.startsWith("#") ? [1, 3, 5].map((k) => parseInt(text.slice(k, k + 2), 16)) : text.match(/\d+/g).slice(0, 3).map(Number);
     const paint = () => {
       cy.batch(() => facts.nodes.forEach((node) => {
@@ -321,7 +322,7 @@
     const slow = facts.kernels.slice(0, MOST);
     if (slow.length < facts.kernels.length) latency.append(make("p", { class: "note" }, `The slowest ${MOST} of ${facts.kernels.length} are drawn; the table has all.`));
     chart(latency, "Latency of kernels", () => ({
-      height: { step: 12 }, mark: { type: "bar" },
+      height: 26 * slow.length, mark: { type: "bar" },
       data: { values: slow.flatMap((row) => [{ ...row, kind: "chosen", time: 1e3 * row.seconds }, { ...row, kind: "float", time: 1e3 * row.floating }]) },
       encoding: {
         y: { field: "node", type: "nominal", title: null, sort: null }, yOffset: { field: "kind" },

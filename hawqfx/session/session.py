@@ -418,8 +418,8 @@ class Compiled:
     def report(self, path: str | Path, points: int = 20) -> None:
         """Write a page that shows this network: one HTML file that needs no network, whole or not at all.
 
-        It has the frontier, the bits, sensitivities and noise of every site, the graph, memory, and latencies where they
-        are known; what is not known it leaves out and says so.
+        It has the frontier, the bits, sensitivities and noise of every site, the graph, memory, and latencies where
+        they are known; what is not known it leaves out and says so.
 
         Args:
             path: of the file.
