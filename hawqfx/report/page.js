@@ -167,7 +167,7 @@
   }));
   const siteColumns = [
     ["site", (s) => s.key], ["kind", (s) => s.kind], ["operator", (s) => s.operator], ["shape", (s) => s.shape], ["elements", (s) => s.elements], ["bits", (s) => s.bits],
-    ["format", (s) => s.format], ["bytes", (s) => s.bytes], ["predicted loss increase", (s) => s.increase], ["mean trace", (s) => s.curvature], ["its error", (s) => s.stderr],
+    ["format", (s) => s.format], ["bytes", (s) => s.bytes], ["predicted loss increase", (s) => s.increase],
     ["signal to noise, dB", (s) => s.noise, decibels],
   ];
   table(bits, "sites", siteColumns, facts.sites);
@@ -289,7 +289,7 @@
       matches = text ? facts.nodes.filter((node) => [node.name, node.operator, node.weight ?? ""].some((each) => each.toLowerCase().includes(text))) : [];
       at = -1;
       cy.batch(() => { cy.nodes().removeClass("found"); matches.forEach((node) => cy.getElementById(node.name).addClass("found")); });
-      say(text ? `${matches.length} nodes match` : "");
+      say(text ? matches.length === 1 ? "1 node matches" : `${matches.length} nodes match` : "");
     });
     search.addEventListener("keydown", (event) => { if (event.key === "Enter" && matches.length) choose(matches[at = (at + 1) % matches.length].name); });
     mode.addEventListener("change", paint);

@@ -154,7 +154,13 @@ def _headline(planned: Program, plan: Plan, calibrated: Calibrated, trials: Tria
         verdict = "returned" if rival.chosen else "not returned"
         note = f"weights {rival.weights}, activations {rival.activations}, within the same limits; {verdict}"
         shown.append(Figure("Loss of uniform bits", f"{rival.loss:.4g}", note))
-        shown.append(Figure("Loss less that of uniform bits", str(rival.behind), f"below zero: this network loses less; paired by {rival.unit}"))
+        shown.append(
+            Figure(
+                "Loss against uniform bits",
+                str(rival.behind),
+                f"this plan's less theirs, paired by {rival.unit}",
+            )
+        )
     for data, (float_score, score) in trials.scores.items():
         shown.append(Figure(f"Metric, {data}", f"{score:.4g}", f"float32 {float_score:.4g}"))
     return tuple(shown)
