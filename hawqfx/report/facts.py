@@ -113,9 +113,10 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A kernel of onnxruntime: how it runs in the chosen formats, its seconds, and those in float."""
+    """A kernel of onnxruntime: its weight, how it runs in the chosen formats, its seconds, and those in float."""
 
     node: str
+    weight: str | None
     kernel: str
     seconds: float
     floating: float

@@ -160,7 +160,7 @@ def kernel_rows(planned: Program) -> tuple[KernelRow, ...]:
         return ()
     formats = planned.formats()
     rows = (
-        KernelRow(each.node, each.kernel(formats), each.seconds(formats), each.floating)
+        KernelRow(each.node, each.weight, each.kernel(formats), each.seconds(formats), each.floating)
         for each in planned.about(LatencyModel).timed
     )
     return tuple(sorted(rows, key=lambda row: -row.seconds))

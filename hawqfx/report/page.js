@@ -4,7 +4,7 @@
   const main = document.getElementById("main");
   const MOST = 40; // rows of a chart that names each; the table has all
   const COLOURS = { 2: "#b2182b", 3: "#e0603f", 4: "#f4a15d", 5: "#d8c25a", 6: "#8fbf6a", 7: "#4a9fa8", 8: "#2f6db5", 32: "#8a8f98" };
-  const charts = []; // functions that draw, run again when the colours change
+  const charts = []; // functions that draw, run at the end and whenever the colours change
   const siteOf = new Map(facts.sites.map((site) => [site.key, site]));
 
   // Text goes in as text alone: names come from models.
@@ -109,9 +109,9 @@
         axis: { labelColor: colour("--text"), titleColor: colour("--text"), gridColor: colour("--line"), domainColor: colour("--line"), tickColor: colour("--line"), labelLimit: 320, labelFontSize: 12, titleFontSize: 12 },
         legend: { labelColor: colour("--text"), titleColor: colour("--text"), labelFontSize: 12, titleFontSize: 12, orient: "top" },
       },
-    }, { actions: false, renderer: "svg", tooltip: { theme: document.documentElement.dataset.theme } });
+    }, { actions: false, renderer: "svg", tooltip: { theme: document.documentElement.dataset.theme } })
+      .catch((error) => place.append(make("p", { class: "absent" }, `The chart cannot be drawn: ${error.message}`)));
     charts.push(draw);
-    draw().catch((error) => place.append(make("p", { class: "absent" }, `The chart cannot be drawn: ${error.message}`)));
   }
   const bitsScale = (rows) => {
     const domain = [...new Set(rows.map((row) => row.bits))].sort((a, b) => a - b);
@@ -129,20 +129,22 @@
   const frontier = section("frontier", "Frontier", "The least predicted loss increase for every amount, this network, and uniform bits (activations at 8 bits) beside it. Lower and further left is better.");
   if (frontier) {
     const { limit, unit, points } = facts.curve;
-    const log = points.every((point) => point.loss > 0);
+    const positive = points.map((point) => point.loss).filter((loss) => loss > 0);
+    const log = positive.length > 0, floor = log ? Math.min(...positive) / 3 : 0; // zero is nowhere on a logarithmic axis
+    if (log && points.some((point) => point.loss !== null && point.loss <= 0)) frontier.append(make("p", { class: "note" }, "Plans that are predicted to lose nothing are drawn at the bottom."));
     chart(frontier, `Predicted loss increase against ${limit}`, () => ({
-      height: 320, data: { values: points.filter((point) => point.loss !== null) },
+      height: 320, data: { values: points.filter((point) => point.loss !== null).map((point) => ({ ...point, drawn: Math.max(point.loss, floor) })) },
       encoding: {
         x: { field: "amount", type: "quantitative", title: `${limit} (${unit})`, scale: { zero: false } },
-        y: { field: "loss", type: "quantitative", title: "predicted loss increase", scale: { type: log ? "log" : "linear" }, axis: log ? { format: "~g", tickCount: 5, gridOpacity: 0.5 } : { format: ".2g" } },
+        y: { field: "drawn", type: "quantitative", title: "predicted loss increase", scale: { type: log ? "log" : "linear" }, axis: log ? { format: "~g", tickCount: 5, gridOpacity: 0.5 } : { format: ".2g" } },
         color: { field: "kind", title: null, scale: { domain: ["mixed precision", "uniform bits", "this network"], range: ["#2f7ed8", "#d98a1f", "#d6336c"] } },
         tooltip: tips(["kind", "plan"], ["name", "name"], ["amount", limit, ",.6~g"], ["share", "of float32", ".1%"], ["loss", "loss increase", ".3~g"]),
       },
       layer: [
         { transform: [{ filter: "datum.kind == 'mixed precision'" }], mark: { type: "line", point: { size: 25 } } },
-        { transform: [{ filter: "datum.kind == 'uniform bits'" }], mark: { type: "point", filled: true, shape: "square", size: 70 } },
+        { transform: [{ filter: "datum.kind == 'uniform bits'" }], mark: { type: "point", filled: true, shape: "square", size: 70, opacity: 1 } },
         { transform: [{ filter: "datum.kind == 'uniform bits'" }], mark: { type: "text", align: "left", dx: 8, dy: -6, fontSize: 12 }, encoding: { text: { field: "name" } } },
-        { transform: [{ filter: "datum.kind == 'this network'" }], mark: { type: "point", filled: true, shape: "diamond", size: 220 } },
+        { transform: [{ filter: "datum.kind == 'this network'" }], mark: { type: "point", filled: true, shape: "diamond", size: 220, opacity: 1 } },
       ],
     }));
     table(frontier, "plans", [["plan", (p) => p.kind], ["name", (p) => p.name], [`${limit}, ${unit}`, (p) => p.amount], ["of float32", (p) => p.share], ["predicted loss increase", (p) => p.loss]], points);
@@ -196,6 +198,7 @@
   const noise = section("noise", "Signal to noise", `Tensors of the float network against those of the compiled one, on ${facts.noise_data}; worst first.`);
   const noisy = facts.sites.filter((site) => site.noise !== null).sort((a, b) => a.noise - b.noise);
   if (noisy.length > MOST) noise.append(make("p", { class: "note" }, `The worst ${MOST} of ${noisy.length} are drawn; the table has all.`));
+  if (!noisy.length) noise.append(make("p", { class: "absent" }, "All tensors are equal to those of the float network."));
   if (noisy.length) chart(noise, "Signal to noise of sites, worst first", () => ({
     height: 18 * Math.min(MOST, noisy.length), data: { values: noisy.slice(0, MOST) }, mark: { type: "bar" },
     encoding: {
@@ -295,7 +298,6 @@
     mode.addEventListener("change", paint);
     whole.addEventListener("click", () => cy.fit(undefined, 20));
     charts.push(paint);
-    paint();
     // a long network is read from its start: all of it at once would be a thread
     if (cy.zoom() < 0.5) { cy.zoom(0.7); const first = cy.nodes().first(); cy.center(first); cy.panBy({ x: 0, y: 40 - first.renderedBoundingBox().y1 }); }
     table(part, "nodes", [["node", (n) => n.name], ["operator", (n) => n.operator], ["shape", (n) => n.shape], ["weight", (n) => n.weight], ["bits", (n) => bitsOf(n)], ["signal to noise, dB", (n) => siteOf.get(n.site)?.noise], ["in float, because", (n) => n.floating],
@@ -319,23 +321,24 @@
   // --- latency
   const latency = section("latency", "Latency", "Kernels of onnxruntime as they were timed on this machine, in the chosen formats and in float; slowest first. Conversions between float and integers come on top.");
   if (latency) {
+    const nameOf = (row) => row.weight ? `${row.node} (${row.weight})` : row.node;
     const slow = facts.kernels.slice(0, MOST);
     if (slow.length < facts.kernels.length) latency.append(make("p", { class: "note" }, `The slowest ${MOST} of ${facts.kernels.length} are drawn; the table has all.`));
     chart(latency, "Latency of kernels", () => ({
       height: 26 * slow.length, mark: { type: "bar" },
-      data: { values: slow.flatMap((row) => [{ ...row, kind: "chosen", time: 1e3 * row.seconds }, { ...row, kind: "float", time: 1e3 * row.floating }]) },
+      data: { values: slow.flatMap((row) => [{ ...row, name: nameOf(row), kind: "chosen", time: 1e3 * row.seconds }, { ...row, name: nameOf(row), kind: "float", time: 1e3 * row.floating }]) },
       encoding: {
-        y: { field: "node", type: "nominal", title: null, sort: null }, yOffset: { field: "kind" },
+        y: { field: "name", type: "nominal", title: null, sort: null }, yOffset: { field: "kind" },
         x: { field: "time", type: "quantitative", title: "ms" },
         color: { field: "kind", title: null, scale: { domain: ["chosen", "float"], range: ["#2f7ed8", "#8a8f98"] } },
-        tooltip: tips(["node", "node"], ["kernel", "kernel"], ["kind", "formats"], ["time", "ms", ".3~g"]),
+        tooltip: tips(["node", "node"], ["weight", "weight"], ["kernel", "kernel"], ["kind", "formats"], ["time", "ms", ".3~g"]),
       },
     }));
-    table(latency, "kernels", [["node", (row) => row.node], ["kernel", (row) => row.kernel], ["seconds", (row) => row.seconds], ["float, seconds", (row) => row.floating]], facts.kernels);
+    table(latency, "kernels", [["node", (row) => row.node], ["weight", (row) => row.weight], ["kernel", (row) => row.kernel], ["seconds", (row) => row.seconds], ["float, seconds", (row) => row.floating]], facts.kernels);
   }
 
   // --- how to reproduce it
-  const reproduce = section("reproduce", "How to reproduce it", "Arguments of the call that are not their defaults are not all recorded: the digests tell whether a network is the same.");
+  const reproduce = section("reproduce", "How to reproduce it", "Not every argument of compile() is on this page; the digests tell whether weights, data and codes are the same.");
   table(reproduce, "versions, seed and digests", [["what", (row) => row.label], ["value", (row) => row.value], ["remark", (row) => row.note]], facts.reproduce, true);
 
   // --- light and dark
@@ -348,8 +351,5 @@
   }
   theme.addEventListener("click", () => wear(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
   prefers.addEventListener("change", (event) => wear(event.matches ? "dark" : "light"));
-  let before = "light"; // paper is white
-  addEventListener("beforeprint", () => { before = document.documentElement.dataset.theme; if (before === "dark") wear("light"); });
-  addEventListener("afterprint", () => { if (before === "dark") wear(before); });
   wear(prefers.matches ? "dark" : "light");
 })();

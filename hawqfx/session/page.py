@@ -9,7 +9,8 @@ from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, LossIncrease, Quantizers
 from hawqfx.ir.program import Program
-from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS, Format
+from hawqfx.maths.formats import FLOAT, FLOAT_BITS, STATIC_BITS, Format
+from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.passes.allocation import Allocation
 from hawqfx.report.facts import Curve, Facts, Figure, Point
 from hawqfx.report.gather import kernel_rows, memory_rows, node_rows, noise_of, site_rows
@@ -71,6 +72,7 @@ def facts_of(
     curve: Curve | None,
     target: str,
     summary: str,
+    loaded: bool,
 ) -> Facts:
     """All that the page of a network shows.
 
@@ -84,6 +86,7 @@ def facts_of(
         curve: plans beside this one, if they can be made.
         target: the processors that files are made for.
         summary: the text of Compiled.summary().
+        loaded: whether the network is from a file, which holds an example and no seed.
     """
     batch = context.batches[0]
     noise = noise_of(planned, lowered, batch)
@@ -103,7 +106,7 @@ def facts_of(
         )
     if not kernels:
         absent["latency"] = "No kernels were timed: compile() with a budget on latency times them."
-    whole = "the first calibration batch" if calibrated.samples == context.samples else "the example in the file"
+    data = "the example in the file" if loaded else "the first calibration batch"
     return Facts(
         title=f"hawqfx: {plan.budget}",
         headline=_headline(planned, plan, calibrated, trials),
@@ -112,8 +115,8 @@ def facts_of(
         nodes=node_rows(planned),
         memory=memory_rows(planned),
         kernels=kernels,
-        noise_data=f"{whole}, {batch.size} samples",
-        reproduce=_reproduce(plan, context, target),
+        noise_data=f"{data}, {batch.size} samples",
+        reproduce=_reproduce(plan, context, target, loaded),
         summary=summary,
         absent=absent,
     )
@@ -149,6 +152,8 @@ def _headline(planned: Program, plan: Plan, calibrated: Calibrated, trials: Tria
     shown.append(
         Figure("Measured loss", f"{loss:.4g}", f"float32 {floating:.4g}, on {calibrated.samples} calibration samples")
     )
+    if planned.knows(LatencyModel):
+        shown.append(_latency(planned))
     rival = trials.rival
     if rival is not None:
         verdict = "returned" if rival.chosen else "not returned"
@@ -166,10 +171,25 @@ def _headline(planned: Program, plan: Plan, calibrated: Calibrated, trials: Tria
     return tuple(shown)
 
 
-def _reproduce(plan: Plan, context: Context, target: str) -> tuple[Figure, ...]:
+def _latency(planned: Program) -> Figure:
+    """The latency of a plan whose kernels were timed."""
+    model, formats = planned.about(LatencyModel), planned.formats()
+    use = planned.about(Account).limits.get("latency") if planned.knows(Account) else None
+    measured = "" if use is None or use.measured is None else f"measured {1e3 * use.measured:.4g} ms; "
+    floating = model.seconds(dict.fromkeys(formats, FLOAT))
+    return Figure(
+        "Predicted latency", f"{1e3 * model.seconds(formats):.4g} ms", f"{measured}float32 {1e3 * floating:.4g} ms"
+    )
+
+
+def _reproduce(plan: Plan, context: Context, target: str, loaded: bool) -> tuple[Figure, ...]:
     pins: Mapping[str, str] = {} if plan.pins is None else vars(plan.pins)
     return (
-        Figure("Call", f"hawqfx.compile(model, {plan.budget!r}, data, seed={context.seed}, target={target!r})"),
+        Figure("Keep it", 'compiled.save("net.hawqfx")', "plan, codes and ranges in one file"),
+        Figure("Make it again", 'hawqfx.load("net.hawqfx", model)', "refuses other weights"),
+        Figure("Budget", plan.budget),
+        Figure("Seed", "not in the file" if loaded else str(context.seed), "of every random draw"),
+        Figure("Target", target, "the processors that the file is for"),
         Figure("Loss", context.loss_reason),
         *(Figure(name, version(name)) for name in PACKAGES),
         Figure("Python", platform.python_version(), platform.platform()),

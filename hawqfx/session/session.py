@@ -450,7 +450,16 @@ class Compiled:
         calibrated = self._calibrated()
         summary = report.summary(self.planned, self.budget, calibrated, trials, self.checks)
         return facts_of(
-            self.planned, self.program, self.plan, session.context, calibrated, trials, curve, session.target, summary
+            self.planned,
+            self.program,
+            self.plan,
+            session.context,
+            calibrated,
+            trials,
+            curve,
+            session.target,
+            summary,
+            loaded=self.calibrated is not None,
         )
 
     def _repr_html_(self) -> str:

@@ -132,6 +132,15 @@ def test_dark_is_the_systems_or_the_readers_choice(browser: Any, written: Path) 
     assert tab.said == []
 
 
+def test_paper_is_white_in_the_dark(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written, color_scheme="dark")
+    tab.page.emulate_media(media="print", color_scheme="dark")
+    assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    label = "getComputedStyle(document.querySelector('.chart svg .role-axis-label text')).fill"
+    assert tab.page.evaluate(label) == "rgb(27, 31, 36)"
+    assert not tab.page.locator("nav").is_visible()
+
+
 def test_hostile_names_are_text(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(page(chain(3, HOSTILE)), encoding="utf-8")

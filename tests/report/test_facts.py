@@ -12,6 +12,7 @@ import hawqfx
 from hawqfx.analysis.liveness import live
 from hawqfx.errors import ExportError, HawqfxError
 from hawqfx.ir.facts import Account, ByteCost, Sensitivity
+from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.report.facts import Facts
 from hawqfx.report.gather import noise_of
 from tests.nets import Plain, Residual, build, images
@@ -111,11 +112,23 @@ def test_the_graph_has_every_node_but_constants() -> None:
     assert {row.weight for row in facts().nodes} - {None} == {site.key for site in compiled().planned.weights}
 
 
+def test_latencies_are_those_of_the_model() -> None:
+    timed = hawqfx.compile(build(Plain), "latency=1s, weight_bits=6", images(), sensitivity="mse")
+    model, formats = timed.planned.about(LatencyModel), timed.plan.formats
+    found = timed._facts(2)
+    assert "latency" not in found.absent
+    assert {row.node: row.seconds for row in found.kernels} == {k.node: k.seconds(formats) for k in model.timed}
+    assert "conv1.weight" in {row.weight for row in found.kernels}
+    (figure,) = (figure for figure in found.headline if figure.label == "Predicted latency")
+    assert figure.value == f"{1e3 * model.seconds(formats):.4g} ms"
+
+
 def test_a_loaded_network_leaves_the_frontier_out_and_says_so(tmp_path: Path) -> None:
     compiled().save(tmp_path / "net.hawqfx")
     loaded = hawqfx.load(tmp_path / "net.hawqfx", build(Residual))._facts(4)
     assert loaded.curve is None
     assert "frontier" in loaded.absent
+    assert "not in the file" in {figure.value for figure in loaded.reproduce}
     assert loaded.noise_data == "the example in the file, 2 samples"
     assert [row.bits for row in loaded.sites] == [row.bits for row in facts().sites]
 
