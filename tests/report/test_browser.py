@@ -99,6 +99,7 @@ def test_a_table_sorts_both_ways_and_copies_as_csv(browser: Any, written: Path) 
     tab = Tab(browser, written, permissions=["clipboard-read", "clipboard-write"])
     tab.page.get_by_text("Table: sites").click()
     table = tab.page.get_by_role("region", name="sites", exact=True)
+    table.wait_for()  # it is made when it is opened
 
     def column() -> list[int]:
         return [int(text.replace(",", "")) for text in table.locator("tbody tr td:nth-child(5)").all_inner_texts()]
@@ -148,7 +149,7 @@ def test_hostile_names_are_text(browser: Any, tmp_path: Path) -> None:
     tab.tap(f"{HOSTILE}1")
     assert f"{HOSTILE}1" in tab.page.locator("#chosen").inner_text()
     tab.page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
-    tab.page.wait_for_timeout(300)
+    tab.page.get_by_role("region", name="kernels", exact=True).wait_for()
     assert tab.page.get_by_role("cell", name=f"{HOSTILE}1").count() > 5
     assert tab.page.evaluate("window.broken") is None
     assert tab.page.locator("img").count() == 0
