@@ -19,6 +19,7 @@ for command in (
     compiling.compile,
     compiling.pareto,
     looking.explain,
+    looking.report,
     looking.inspect,
     running.bench,
     running.demo,

@@ -201,3 +201,18 @@ def test_exit_codes_tell_a_budget_that_cannot_be_met_and_an_interrupt(
     assert caught.value.code == 130
     assert "interrupted; with --cache FOLDER the same command goes on where it was" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_writes_the_page_of_a_saved_network(tmp_path: Path) -> None:
+    saved, out = tmp_path / "net.hawqfx", tmp_path / "report.html"
+    assert run.invoke(cli.app, arguments(tmp_path, "--save", str(saved))).exit_code == 0
+    result = run.invoke(cli.app, ["report", str(saved), "tests.test_cli:model", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"{out.stat().st_size:,} bytes" in result.output.replace("\n", "")
+    assert "conv1.weight" in out.read_text(encoding="utf-8")
+    with pytest.raises(HawqfxError, match="does not exist"):
+        run.invoke(
+            cli.app,
+            ["report", str(saved), "tests.test_cli:model", "--out", str(tmp_path / "none" / "a.html")],
+            catch_exceptions=False,
+        )

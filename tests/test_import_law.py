@@ -37,9 +37,10 @@ LAW: dict[str, set[str]] = {
     "pipeline": {
         "allocation", "errors", "export", "frontend", "ir", "latency", "maths", "pass_manager", "passes", "sensitivity",
     },
+    "report": {"analysis", "errors", "frontend", "ir", "maths"},
     "session": {
         "allocation", "arguments", "atomic_write", "errors", "export", "frontend", "ir", "latency", "maths",
-        "pass_manager", "passes", "pipeline", "runtime",
+        "pass_manager", "passes", "pipeline", "report", "runtime",
     },
     "options": {
         "allocation", "arguments", "errors", "frontend", "ir", "maths", "pass_manager", "passes", "pipeline", "runtime",

@@ -8,7 +8,7 @@ from functools import cached_property
 from hawqfx.allocation.budget import Limit
 from hawqfx.allocation.search_space import SearchSpace
 from hawqfx.allocation.solver.problem import LinearConstraint, Terms
-from hawqfx.analysis.liveness import live
+from hawqfx.analysis.liveness import live, stored_bytes
 from hawqfx.ir.facts import ByteCost, FileText
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.ir.sites import WeightSite
@@ -181,20 +181,14 @@ def _bops(program: Program, space: SearchSpace) -> Resource:
 
 def _activation_memory(program: Program, space: SearchSpace) -> Resource:
     steps = live(program)
-
-    def taken(elements: Sequence[int], width: Format) -> int:
-        # a dynamic tensor lives as floats, until its reader quantizes it
-        bits = width.bits if width.is_static else FLOAT_BITS
-        return sum(packed_bytes(count, bits) for count in elements)
-
     parts = []
     for step in steps:
         single = {
-            space.item[key]: [taken(elements, width) for width in space.formats[key]]
+            space.item[key]: [stored_bytes(elements, width) for width in space.formats[key]]
             for key, elements in step.elements.items()
         }
         parts.append((step.fixed, Terms(single, {})))
-    floats = (step.fixed + sum(taken(elements, FLOAT) for elements in step.elements.values()) for step in steps)
+    floats = (step.bytes(dict.fromkeys(step.elements, FLOAT)) for step in steps)
     return Resource("activation_memory", "bytes", 1, max(floats), parts, [step.node for step in steps])
 
 

@@ -7,7 +7,7 @@ the kernel before it, if nothing else reads that storage, because both fuse.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx
@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from hawqfx.ir.graph import batch_size, captured_size
 from hawqfx.ir.operators import COPY, ceiling
 from hawqfx.ir.program import Program
+from hawqfx.maths.formats import FLOAT_BITS, Format
+from hawqfx.maths.packing import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,20 @@ class Live:
     fixed: int
     elements: Mapping[str, tuple[int, ...]]
 
+    def bytes(self, formats: Mapping[str, Format]) -> int:
+        """The memory where the sites have these formats."""
+        return self.fixed + sum(stored_bytes(elements, formats[key]) for key, elements in self.elements.items())
+
+
+def stored_bytes(elements: Sequence[int], width: Format) -> int:
+    """Bytes of storages with so many elements each, packed in a format."""
+    # a dynamic tensor lives as floats, until its reader quantizes it
+    bits = width.bits if width.is_static else FLOAT_BITS
+    return sum(packed_bytes(count, bits) for count in elements)
+
 
 def live(program: Program) -> list[Live]:
-    """The memory at every node that makes a storage.
+    """The memory at the nodes where it may be largest.
 
     Args:
         program: with activation sites.
@@ -44,6 +57,18 @@ def live(program: Program) -> list[Live]:
     Returns:
         The memory of one sample, in the order of the graph.  A node is left out if the memory at another node is at
         least as large in all formats.
+    """
+    steps = schedule(program)
+    first = {(step.fixed, tuple(step.elements.items())): step for step in reversed(steps)}
+    distinct = sorted(first.values(), key=steps.index)
+    return [step for step in distinct if not any(other is not step and _within(step, other) for other in distinct)]
+
+
+def schedule(program: Program) -> list[Live]:
+    """The memory of one sample at every node that makes a storage, and at the output, in the order of the graph.
+
+    Args:
+        program: with activation sites.
     """
     storages = _storages(program)
     steps = []
@@ -58,9 +83,7 @@ def live(program: Program) -> list[Live]:
                     {site: tuple(sorted(s.elements for s in present if s.site == site)) for site in sorted(sites)},
                 )
             )
-    first = {(step.fixed, tuple(step.elements.items())): step for step in reversed(steps)}
-    distinct = sorted(first.values(), key=steps.index)
-    return [step for step in distinct if not any(other is not step and _within(step, other) for other in distinct)]
+    return steps
 
 
 def _within(step: Live, other: Live) -> bool:

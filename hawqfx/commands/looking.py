@@ -1,4 +1,4 @@
-"""explain, inspect, passes and doctor: the commands that measure nothing."""
+"""explain, report, inspect, passes and doctor: the commands that measure nothing."""
 
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -9,10 +9,13 @@ import typer
 from rich.table import Table
 
 from hawqfx import pipeline
+from hawqfx.atomic_write import check_writable
+from hawqfx.commands import specs
 from hawqfx.commands.doctor import examined
 from hawqfx.commands.output import Json, as_json, in_bytes, show
 from hawqfx.errors import PlanError
 from hawqfx.pass_manager.base import Analysis, options_of
+from hawqfx.session.load import load
 from hawqfx.session.saved import read_plan
 
 
@@ -32,6 +35,23 @@ def explain(
         if not tree["sites"]:
             raise PlanError(f"the plan has no site {site!r}")
     as_json(tree)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="a compiled network, as `compile --save` writes it")],
+    model: Annotated[str, typer.Argument(help="the float model, as for compile")],
+    weights: Annotated[Path | None, typer.Option(help="checkpoint of the model, as for compile")] = None,
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+    json: Json = False,
+) -> None:
+    """Write a page that shows a compiled network; it needs no network."""
+    check_writable(out)
+    load(file, specs.model_of(model, weights)).report(out)
+    size = out.stat().st_size
+    if json:
+        as_json({"file": str(out), "bytes": size})
+    else:
+        print(f"{out}: {size:,} bytes")
 
 
 def inspect(

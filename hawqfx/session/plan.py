@@ -21,6 +21,8 @@ from hawqfx.session.pins import Pins, of_data, of_weights
 
 REROUND = "to take its bits alone, calibrated and rounded anew, give reround=True to compile()"
 
+SHOWN = 20  # sites in a notebook's table
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,6 +89,15 @@ class Plan:
         if not keys:
             raise PlanError(f"the plan has no site {site!r}; it has {', '.join(list(self.chosen)[:8])}, ...")
         return "\n".join(plan_text.explained(key, self.chosen[key], self.account) for key in keys)
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks: the first sites, and how many there are."""
+        rows = [
+            (key, str(choice.format), f"{choice.increase:.2g}") for key, choice in list(self.chosen.items())[:SHOWN]
+        ]
+        if len(self.chosen) > SHOWN:
+            rows.append((f"and {len(self.chosen) - SHOWN} more", "", ""))
+        return plan_text.html_table((f"site ({self.budget})", "format", "predicted loss increase"), rows)
 
     @property
     def digest(self) -> str:

@@ -1,6 +1,8 @@
 """A plan in words."""
 
+import html
 import math
+from collections.abc import Iterable, Sequence
 
 from hawqfx.ir.facts import Account, ChosenFormat, LimitUse
 
@@ -37,6 +39,15 @@ def explained(key: str, choice: ChosenFormat, account: Account | None) -> str:
         costs = [f"{_written(amount, account.limits[name], sign=True)} {name}" for name, amount in move.amounts.items()]
         lines.append(f"  {move.format} instead: " + ", ".join([f"{move.loss:+.3g} loss", *costs]))
     return "\n".join(lines)
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in HTML; all texts are escaped."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
 
 
 def _scale(use: LimitUse) -> float:

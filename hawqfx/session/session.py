@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, known_schemes
-from hawqfx.atomic_write import check_writable
+from hawqfx.atomic_write import check_writable, whole_file
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
@@ -34,6 +34,7 @@ from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each
 from hawqfx.session.latency_search import within_latency
 from hawqfx.session.pins import Pins, of_graph, of_network, stored_codes
 from hawqfx.session.plan import Plan
+from hawqfx.session.plan_text import html_table
 from hawqfx.session.planner import Candidate, Planner, Refinement, Rival, Scoring, for_budget
 from hawqfx.session.record import Calibrated, Trials, known_facts
 from hawqfx.session.refine import refined
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from hawqfx.export.opsets import Packing
+    from hawqfx.report.facts import Facts
 
 
 class RuleOptions(TypedDict, total=False):
@@ -412,3 +414,59 @@ class Compiled:
         """The loss and its reason, the table, the cost in bytes and loss, and the nodes in float with their reasons."""
         trials = Trials(self.rival, self.scores, self.refinements)
         return report.summary(self.planned, self.budget, self._calibrated(), trials, self.checks)
+
+    def report(self, path: str | Path, points: int = 20) -> None:
+        """Write a page that shows this network: one HTML file that needs no network, whole or not at all.
+
+        It has the frontier, the bits, sensitivities and noise of every site, the graph, memory, and latencies where
+        they are known; what is not known it leaves out and says so.
+
+        Args:
+            path: of the file.
+            points: budgets on the frontier, at least two.
+
+        Raises:
+            HawqfxError: if there are fewer than two points.
+            ExportError: if the file cannot be written.
+        """
+        from hawqfx.report.page import page
+
+        check_writable(Path(path))
+        arguments.whole("points", points, 2, "a frontier has at least two")
+        with whole_file(Path(path)) as temporary:
+            temporary.write_text(page(self._facts(points)), encoding="utf-8")
+
+    def _facts(self, points: int) -> "Facts":
+        """What the page shows, with so many budgets on its frontier."""
+        from hawqfx.session.page import can_plan, curve_of, facts_of, limit_of
+
+        session, curve = self.session, None
+        if can_plan(session.measured):
+            limit = limit_of(self.planned)
+            ready = session._measured_for(Budget(**{limit: Limit(1.0, relative=True)}))
+            frontier = ready.frontier(points, limit)
+            curve = curve_of(frontier, ready.planner.quiet, session.allocation, self.planned)
+        trials = Trials(self.rival, self.scores, self.refinements)
+        calibrated = self._calibrated()
+        summary = report.summary(self.planned, self.budget, calibrated, trials, self.checks)
+        return facts_of(
+            self.planned,
+            self.program,
+            self.plan,
+            session.context,
+            calibrated,
+            trials,
+            curve,
+            session.target,
+            summary,
+            loaded=self.calibrated is not None,
+        )
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks."""
+        from hawqfx.session.page import figures
+
+        rows = [
+            (figure.label, f"{figure.value} {figure.note}".strip()) for figure in figures(self.planned, self.budget)
+        ]
+        return html_table(("", "compiled network"), rows)

@@ -1,0 +1,178 @@
+"""The page in a browser: it loads without a network and without an error, shows facts, sorts, and knows the dark."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hawqfx
+from hawqfx.report.page import page
+from tests.nets import Residual, build, images
+from tests.report.made_up import HOSTILE, chain
+
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield started
+        started.close()
+
+
+class Tab:
+    """A page that is open without a network, with what it said and asked for."""
+
+    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.context = browser.new_context(viewport={"width": 1200, "height": 900}, offline=True, **options)
+        self.page = self.context.new_page()
+        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function("document.querySelectorAll('.chart svg').length == "
+                                    "document.querySelectorAll('.chart').length")  # fmt: skip
+
+    def tap(self, node: str) -> None:
+        """Click a node where it is on the screen."""
+        at = self.page.evaluate(
+            """name => { const place = document.getElementById("graph"); place.scrollIntoView();
+            place.cy.center(place.cy.getElementById(name)); const box = place.getBoundingClientRect();
+            const { x, y } = place.cy.getElementById(name).renderedPosition(); return [box.x + x, box.y + y]; }""",
+            node,
+        )
+        self.page.wait_for_timeout(100)
+        self.page.mouse.click(*at)
+        self.page.wait_for_timeout(300)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("report") / "report.html"
+    hawqfx.compile(build(Residual), "weight_bits=5", images(), sensitivity="gauss-newton").report(path, points=5)
+    return path
+
+
+def test_it_loads_offline_without_a_word(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written)
+    assert tab.said == []
+    assert tab.asked == [written.as_uri()]
+    headings = tab.page.locator("h2").all_inner_texts()
+    assert headings[:4] == ["Headline", "Frontier", "Bits", "Sensitivities"]
+    assert "No kernels were timed" in tab.page.locator(".absent").inner_text()
+    assert tab.page.locator(".chart svg").count() == 5
+
+
+def test_a_click_shows_the_facts_and_the_reason(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written)
+    assert "inner.weight" not in tab.page.locator("#chosen").inner_text()
+    tab.tap("conv2d_1")
+    shown = tab.page.locator("#chosen").inner_text()
+    assert "inner.weight" in shown
+    assert "of the predicted loss" in shown
+    assert tab.said == []
+
+
+def test_the_keyboard_searches_and_chooses(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written)
+    tab.page.locator("#search").focus()
+    tab.page.keyboard.type("head")
+    assert tab.page.locator("#said").inner_text() == "1 node matches"
+    tab.page.keyboard.press("Enter")
+    assert "head.weight" in tab.page.locator("#chosen").inner_text()
+    tab.page.select_option("#colour-by", "noise")
+    assert "dB" in tab.page.locator(".key").inner_text()
+
+
+def test_a_table_sorts_both_ways_and_copies_as_csv(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written, permissions=["clipboard-read", "clipboard-write"])
+    tab.page.get_by_text("Table: sites").click()
+    table = tab.page.get_by_role("region", name="sites", exact=True)
+    table.wait_for()  # it is made when it is opened
+
+    def column() -> list[int]:
+        return [int(text.replace(",", "")) for text in table.locator("tbody tr td:nth-child(5)").all_inner_texts()]
+
+    first = column()
+    assert first != sorted(first)
+    heading = table.get_by_role("button", name="elements")
+    heading.focus()
+    tab.page.keyboard.press("Enter")
+    assert column() == sorted(first)
+    assert table.locator("th:nth-child(5)").get_attribute("aria-sort") == "ascending"
+    heading.click()
+    assert column() == sorted(first, reverse=True)
+    tab.page.get_by_text("Copy as CSV").first.click()
+    tab.page.get_by_role("button", name="Copied").wait_for()
+    lines = tab.page.evaluate("navigator.clipboard.readText()").splitlines()
+    assert lines[0].startswith("site,kind,operator,shape,elements")
+    assert [int(line.split(",")[4]) for line in lines[1:]] == sorted(first, reverse=True)
+
+
+def test_dark_is_the_systems_or_the_readers_choice(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written, color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    label = "getComputedStyle(document.querySelector('.chart svg .role-axis-label text')).fill"
+    dark, text = tab.page.evaluate(background), tab.page.evaluate(label)
+    assert tab.page.locator("#theme").get_attribute("aria-pressed") == "true"
+    tab.page.locator("#theme").click()
+    tab.page.wait_for_timeout(500)
+    assert (dark, tab.page.evaluate(background)) == ("rgb(20, 23, 27)", "rgb(255, 255, 255)")
+    assert tab.page.evaluate(label) != text
+    assert tab.said == []
+
+
+def test_paper_is_white_in_the_dark(browser: Any, written: Path) -> None:
+    tab = Tab(browser, written, color_scheme="dark")
+    tab.page.emulate_media(media="print", color_scheme="dark")
+    assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    label = "getComputedStyle(document.querySelector('.chart svg .role-axis-label text')).fill"
+    assert tab.page.evaluate(label) == "rgb(27, 31, 36)"
+    assert not tab.page.locator("nav").is_visible()
+
+
+def test_hostile_names_are_text(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page(chain(3, HOSTILE)), encoding="utf-8")
+    tab = Tab(browser, path)
+    tab.tap(f"{HOSTILE}1")
+    assert f"{HOSTILE}1" in tab.page.locator("#chosen").inner_text()
+    tab.page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    tab.page.get_by_role("region", name="kernels", exact=True).wait_for()
+    assert tab.page.get_by_role("cell", name=f"{HOSTILE}1").count() > 5
+    assert tab.page.evaluate("window.broken") is None
+    assert tab.page.locator("img").count() == 0
+    assert tab.said == []
+
+
+def test_a_thousand_nodes_are_fluent(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page(chain(1000)), encoding="utf-8")
+    start = time.perf_counter()
+    tab = Tab(browser, path)
+    loaded = time.perf_counter() - start
+    tab.page.locator("#graph").scroll_into_view_if_needed()
+    # the time of a frame while the graph is moved, the median of 30
+    frame = tab.page.evaluate(
+        """async () => { const cy = document.getElementById("graph").cy, times = []; let last = performance.now();
+        cy.fit(); for (let k = 0; k < 30; k++) { cy.panBy({ x: 2, y: 3 }); await new Promise(requestAnimationFrame);
+        const now = performance.now(); times.push(now - last); last = now; }
+        return times.sort((a, b) => a - b)[15]; }"""
+    )
+    print(f"1,000 nodes: loaded in {loaded:.1f} s, {frame:.0f} ms a frame")
+    assert loaded < 20
+    assert frame < 200
+    tab.tap("layer500")
+    assert "layer500.weight: because" in tab.page.locator("#chosen").inner_text()
+    assert tab.said == []
