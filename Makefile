@@ -1,5 +1,6 @@
 # make demo: set up and run the main job.  make test: set up, lint, type-check and test, on all cores.
 # make quick: lint, types and the tests that compile no network, in a minute.  make docs: the documentation, in site/.
+# make fuzz COUNT=2000 SEED=0: random networks, compiled and compared with onnxruntime.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
@@ -8,7 +9,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint docs clean
+.PHONY: demo test quick units lint docs fuzz clean
+COUNT ?= 2000
+SEED ?= 0
 
 demo: $(READY)
 	$(BIN)/hawqfx demo
@@ -35,6 +38,9 @@ $(READY): pyproject.toml constraints.txt
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count $(COUNT) --seed $(SEED)
 
 clean:
 	rm -rf .venv demo site
