@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -216,3 +218,35 @@ def test_report_writes_the_page_of_a_saved_network(tmp_path: Path) -> None:
             ["report", str(saved), "tests.test_cli:model", "--out", str(tmp_path / "none" / "a.html")],
             catch_exceptions=False,
         )
+
+
+SLOW = """
+import sys, time
+from hawqfx import cli, zoo
+
+def make():
+    return zoo.resnet20()
+
+def data():
+    print("measuring", flush=True)
+    return zoo.calibration()
+"""
+
+
+def test_an_interrupt_leaves_nothing_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = ["compile", "slow.py:make", "--budget", "weight_bits=4", "--data", "slow.py:data", "--out", "m.onnx"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hawqfx", *words], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "measuring\n"
+    time.sleep(2)  # into the passes, which take ten seconds
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; with --cache FOLDER the same command goes on where it was" in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx" or path.name.startswith("tmp")] == []

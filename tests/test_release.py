@@ -1,0 +1,56 @@
+"""The wheel: what is in it, and that it works where only it is."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NEEDED = (
+    "hawqfx/py.typed",
+    "hawqfx/passes/rounding.py",
+    "hawqfx/report/page.html",
+    "hawqfx/report/vendor/vega.min.js",
+    "hawqfx/zoo/FASHION_MNIST_LICENSE",
+)
+SMOKE = """
+import hawqfx, pathlib, sys
+assert pathlib.Path(hawqfx.__file__).is_relative_to(sys.argv[1]), hawqfx.__file__
+from hawqfx import zoo
+compiled = hawqfx.compile(zoo.resnet20(), "weight_bits=4", zoo.calibration()[0][0][:16], sensitivity="mse")
+compiled.export(pathlib.Path(sys.argv[1]) / "model.onnx")
+compiled.report(pathlib.Path(sys.argv[1]) / "report.html", points=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_has_all_and_only_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert set(NEEDED) <= set(names)
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "hawqfx").rglob("*.py") if "passes" not in path.parts}
+    sources |= {f"hawqfx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
+    assert sources <= set(names)
+    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"hawqfx"}
+    assert wheel.stat().st_size < 4e6  # the network with its images 2.4 MB, the report's libraries .4
+
+
+def test_it_compiles_where_it_is_installed_alone(wheel: Path, tmp_path: Path) -> None:
+    """From a folder that holds nothing else of hawqfx, with the dependencies of this environment."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SMOKE, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.onnx").stat().st_size > 100_000
