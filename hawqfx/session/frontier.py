@@ -13,6 +13,7 @@ from hawqfx.ir.facts import Account, LimitUse
 from hawqfx.maths.formats import Format
 from hawqfx.passes.allocation import Allocation
 from hawqfx.session.latency_search import within_latency
+from hawqfx.session.plan_text import html_table
 from hawqfx.session.planner import Planner, for_budget
 
 LIMITS = ("size", "weight_bits", "bops", "activation_memory")  # that a frontier goes along
@@ -89,6 +90,18 @@ class Frontier:
 
     limit: str
     points: tuple[Point, ...]
+
+    def __repr__(self) -> str:
+        ends = f"{self.points[0].budget} to {self.points[-1].budget}" if self.points else "no plans"
+        return f"<Frontier of {len(self.points)} plans: {ends}>"
+
+    def _repr_html_(self) -> str:
+        """A short table for notebooks."""
+        rows = [
+            (each.budget, f"{each.account.loss:.4g}", "" if each.loss is None else f"{each.loss:.4f}")
+            for each in self.points
+        ]
+        return html_table(("budget", "predicted loss increase", "loss"), rows)
 
     def table(self) -> Table:
         """A row per plan: budget, amounts of its limits, predicted loss increase with its proof, measured loss."""

@@ -104,6 +104,9 @@ class Plan:
         """A name for the content: equal plans have equal digests."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
+    def __repr__(self) -> str:
+        return f"<Plan {self.budget}: {len(self.chosen)} sites, {self.digest}>"
+
     def to_tree(self) -> dict[str, Any]:
         """The plan as dicts, lists, texts and finite numbers; see hawqfx.session.plan_json."""
         return plan_json.to_tree(self.budget, self.quantizers, self.chosen, self.account, self.pins)

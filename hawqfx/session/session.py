@@ -462,6 +462,10 @@ class Compiled:
             loaded=self.calibrated is not None,
         )
 
+    def __repr__(self) -> str:
+        bits = f"{len(self.planned.weights)} weights, {len(self.planned.activations)} activations"
+        return f"<Compiled {self.budget}: {bits}, {self.weight_bytes:,} bytes of weights>"
+
     def _repr_html_(self) -> str:
         """A short table for notebooks."""
         from hawqfx.session.page import figures

@@ -272,3 +272,15 @@ def test_formats_that_were_not_calibrated_are_refused() -> None:
         compiled.at("weight_bits=5", schemes=("weight-only",))
     with pytest.raises(HawqfxError, match="must be some of static, dynamic, weight-only"):
         compiled.at("weight_bits=5", schemes=("foo",))  # type: ignore[arg-type]
+
+
+def test_what_users_hold_shows_itself_in_a_line_and_in_a_notebook() -> None:
+    compiled = quick(Plain, "weight_bits=5")
+    frontier = compiled.session.frontier(3, "weight_bits", evaluate=1)
+    assert repr(frontier).startswith("<Frontier of 3 plans: weight_bits=2 to weight_bits=8")
+    assert repr(compiled).startswith("<Compiled weight_bits=5: 3 weights, 4 activations, ")
+    assert repr(compiled.plan) == f"<Plan weight_bits=5: 7 sites, {compiled.plan.digest}>"
+    for shown in (frontier, compiled, compiled.plan):
+        assert "\n" not in repr(shown)
+        assert shown._repr_html_().startswith("<table>")
+    assert frontier._repr_html_().count("<tr>") == 4
