@@ -7,7 +7,7 @@ prompt and single tokens: what it returns as present_0_key is the past_key_value
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,22 +36,47 @@ def step(
 
 
 def greedy(
-    session: onnxruntime.InferenceSession, tokens: NDArray[np.int64], mask: NDArray[np.int64], new: int
+    session: onnxruntime.InferenceSession,
+    tokens: NDArray[np.int64],
+    mask: NDArray[np.int64],
+    new: int,
+    end: int | None = None,
 ) -> Iterator[NDArray[np.int64]]:
-    """The most probable next tokens (batch,), one after another.
+    """The most probable next tokens (batch,), one after another; after its end a text goes on with the end.
 
     Args:
         session: of the file.
         tokens: of the prompts, (batch, sequence), padded on the left.
         mask: zero where they are padded, (batch, sequence).
-        new: tokens to generate.
+        new: tokens to generate, at most.
+        end: the token that ends a text; None: there is none.
     """
-    past = empty_past(session, len(tokens))
+    past, over = empty_past(session, len(tokens)), np.zeros(len(tokens), bool)
     for _ in range(new):
         logits, past = step(session, tokens, mask, past)
-        tokens = logits.argmax(-1)[:, None]
+        found = logits.argmax(-1)
+        if end is not None:
+            found = np.where(over, end, found)
+            over |= found == end
+        yield found
+        if over.all():
+            return
+        tokens = found[:, None]
         mask = np.concatenate([mask, np.ones_like(tokens)], 1)
-        yield tokens[:, 0]
+
+
+def streamed(decode: Callable[[list[int]], str], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, piece by piece, as soon as its characters are whole: one may take several tokens, and decodes
+    to the replacement character until then."""
+    found: list[int] = []
+    shown = ""
+    for token in tokens:
+        found.append(int(token))
+        text = decode(found)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield decode(found)[len(shown) :]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -59,7 +84,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("file")
     parser.add_argument("prompt")
     parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json")
-    parser.add_argument("--new", type=int, default=40, help="tokens to generate")
+    parser.add_argument("--new", type=int, default=40, help="tokens to generate, at most")
+    parser.add_argument("--end", type=int, help="the token that ends a text, eos_token_id of the model's configuration")
     args = parser.parse_args(words)
     from tokenizers import Tokenizer
 
@@ -67,13 +93,9 @@ def main(words: Sequence[str] | None = None) -> None:
     session = onnxruntime.InferenceSession(args.file, providers=["CPUExecutionProvider"])
     prompt = np.array([tokenizer.encode(args.prompt).ids])
     print(args.prompt, end="", flush=True)
-    shown = ""
-    found: list[int] = []
-    for (token,) in greedy(session, prompt, np.ones_like(prompt), args.new):
-        found.append(int(token))
-        text = tokenizer.decode(found)
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
+    tokens = (found[0] for found in greedy(session, prompt, np.ones_like(prompt), args.new, args.end))
+    for piece in streamed(tokenizer.decode, tokens):
+        print(piece, end="", flush=True)
     print()
 
 

@@ -163,19 +163,62 @@ def test_names_of_weights_are_the_models_own() -> None:
     assert {site.key for site in compiled("grouped-query").planned.weights} <= names
 
 
-def test_labels_are_shifted_and_the_loss_is_that_of_transformers() -> None:
-    """Of the whole texts: the batches from the start have the mean cross-entropy that transformers computes."""
-    own, tokens = model("grouped-query"), texts()
-    found = hawqfx.compile(
-        own, "weight_bits=8", [{"input_ids": tokens, "labels": tokens}], tokens="causal", sensitivity="mse"
-    )
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_loss_is_that_of_transformers(labelled: bool) -> None:
+    """Of the whole texts, one of them padded: the batch from the start has the mean cross-entropy of transformers, with
+    labels or without, which are then the texts themselves."""
+    own, tokens, mask = model("grouped-query"), texts(), torch.ones(6, 12, dtype=torch.long)
+    tokens[2, :2], mask[2, :2] = 0, 0
+    labels = tokens.clone()
+    labels[2, :2] = -100
+    labels[0, 4] = 7 if labelled else labels[0, 4]  # differs from the input
+    data = {"input_ids": tokens, "attention_mask": mask} | ({"labels": labels} if labelled else {})
+    found = hawqfx.compile(own, "weight_bits=8", [data], tokens="causal", sensitivity="mse")
     context = found.session.context
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    wanted_labels = labels.clone()
+    wanted_labels[2, 2] = -100  # the first token follows padding
     with torch.no_grad():
-        wanted = float(own(input_ids=tokens, labels=tokens).loss)
+        wanted = float(own(input_ids=tokens, attention_mask=mask, position_ids=positions, labels=wanted_labels).loss)
     whole = context.batches[1]
     loss = context.loss_at(found.session.measured.run((), dict(whole.kwargs)), whole.target, 1)
     assert float(loss) == pytest.approx(wanted, rel=1e-5)
-    assert "each token predicts the next" in context.loss_reason
+
+
+def test_texts_of_padding_alone_predict_nothing() -> None:
+    """The second half of a short text, padded on the right, is left out."""
+    mask = torch.ones(6, 12, dtype=torch.long)
+    mask[1, 5:] = 0
+    data = {"input_ids": texts(), "attention_mask": mask}
+    found = hawqfx.compile(model("grouped-query"), "weight_bits=8", [data], tokens="causal", sensitivity="mse")
+    assert [batch.size for batch in found.session.context.batches] == [5, 6]
+    mask[:, 5:] = 0
+    with pytest.raises(DataError, match="nothing is left to predict"):
+        hawqfx.compile(model("grouped-query"), "weight_bits=8", [data], tokens="causal", sensitivity="mse")
+
+
+def test_generation_ends_where_transformers_ends(files: Any) -> None:
+    """By a token that is generated: the end of one text, and then of both."""
+    session, tokens = files("grouped-query"), texts(2, 7)
+    mask = np.ones((2, 7), np.int64)
+    free = np.stack(list(generate.greedy(session, tokens.numpy(), mask, NEW)), 1)
+    end = int(free[0, 2])
+    found = np.stack(list(generate.greedy(session, tokens.numpy(), mask, NEW, end)), 1)
+    for row, unbounded in zip(found, free, strict=True):
+        stop = next((at for at, token in enumerate(unbounded) if token == end), NEW)
+        assert row[: stop + 1].tolist() == unbounded[: min(stop + 1, found.shape[1])].tolist()
+        assert set(row[stop:].tolist()) <= {end}
+
+
+def test_characters_of_several_tokens_come_whole() -> None:
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+    pieces = list(generate.streamed(decode, "caf\u00e9 \u20ac ok".encode()))
+    assert "".join(pieces) == "caf\u00e9 \u20ac ok"
+    assert "\ufffd" not in "".join(pieces)
+    cut = "caf\u00e9".encode()[:-1]
+    assert "".join(generate.streamed(decode, cut)) == "caf\ufffd"  # an unfinished one comes at the end
 
 
 def test_a_saved_decoder_is_loaded_for_the_model_itself(tmp_path: Path) -> None:

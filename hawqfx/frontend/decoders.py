@@ -10,6 +10,8 @@ the object's tensors are inputs and outputs of the network, named past_key_value
     present          (batch, heads, past + sequence, head_dim) of each layer: the next past
 
 The network calibrates on each text twice: from its start, without a past, and as the continuation of its first half.
+Each token is to predict the next one of the text, or of the labels that are given; padding predicts and is predicted by
+nothing.
 """
 
 import copy
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from hawqfx.errors import CaptureError, DataError, HawqfxError
+from hawqfx.frontend.criteria import IGNORED_LABEL
 from hawqfx.frontend.data import Batch, gather
 
 TOKENS, MASK = "input_ids", "attention_mask"
@@ -122,11 +125,11 @@ def _layers_of(batch: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class _Text:
-    """Tokens (N, L), their mask (N, L), and labels (N, L) if there are any."""
+    """Tokens (N, L), their mask (N, L), and what each is to predict (N, L), IGNORED_LABEL where that is nothing."""
 
     tokens: Tensor
     mask: Tensor
-    labels: Tensor | None
+    following: Tensor
 
     @staticmethod
     def of(batch: Batch, index: int) -> "_Text":
@@ -145,8 +148,18 @@ class _Text:
                 f"batch {index} has {TOKENS} of shape {tuple(tokens.shape)} and type {tokens.dtype}: texts are whole "
                 f"numbers, at least {_SHORTEST} of each"
             )
-        mask = given.get(MASK)
-        return _Text(tokens, torch.ones_like(tokens) if mask is None else mask, batch.target)
+        mask = given.get(MASK, torch.ones_like(tokens))
+        labels = tokens if batch.target is None else batch.target
+        if not isinstance(labels, Tensor) or labels.shape != tokens.shape or mask.shape != tokens.shape:
+            shapes = [tuple(getattr(each, "shape", ())) for each in (tokens, mask, labels)]
+            raise DataError(f"batch {index}: tokens, mask and labels have one shape (N, L), here {shapes}")
+        following = torch.full_like(tokens, IGNORED_LABEL)
+        following[:, :-1] = torch.where((mask[:, 1:] != 0) & (mask[:, :-1] != 0), labels[:, 1:], IGNORED_LABEL)
+        return _Text(tokens, mask, following)
+
+    def rows(self, start: int) -> Tensor:
+        """The texts, (N,) bool, whose tokens from `start` predict anything."""
+        return (self.following[:, start:] != IGNORED_LABEL).any(1)
 
 
 @torch.no_grad()
@@ -169,8 +182,11 @@ def decoder_batches(decoder: nn.Module, data: Iterable[Any], samples: int | None
         past = _past(decoder, text.tokens[:, :half], text.mask[:, :half])
         none = {name: tensor[:, :, :0] for name, tensor in past.items()}
         for start, held in ((half, past), (0, none)):
-            inputs = {TOKENS: text.tokens[:, start:], MASK: text.mask, **held}
-            found.append(inputs if text.labels is None else {**inputs, "labels": text.labels[:, start:]})
+            rows = text.rows(start)
+            if not rows.any():
+                raise DataError(f"batch {index}: the texts are padded so far that nothing is left to predict")
+            whole = {TOKENS: text.tokens[:, start:], MASK: text.mask, **held, "labels": text.following[:, start:]}
+            found.append({name: tensor[rows] for name, tensor in whole.items()})
     return found
 
 
