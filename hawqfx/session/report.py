@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
+from torch import fx
 
 from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, RoundedWeights, Sensitivity
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
@@ -15,10 +16,25 @@ from hawqfx.session.plan import Plan
 from hawqfx.session.record import Calibrated, Trials
 
 
+def after_layers(program: Program) -> dict[str, str]:
+    """Activation -> the layer of the model that it comes out of, perhaps through operators without weights, by the path
+    of its module; none for what comes before the first layer."""
+    modules = {layer.node: layer.weight.rpartition(".")[0] or layer.weight for layer in program.layers}
+    nearest: dict[fx.Node, str] = {}
+    for node in program.graph.graph.nodes:
+        before = [nearest[source] for source in node.all_input_nodes if source in nearest]
+        known = modules.get(node.name) or (before[-1] if before else None)
+        if known is not None:
+            nearest[node] = known
+    named = {node.name: module for node, module in nearest.items()}
+    return {site.key: named[site.nodes[0]] for site in program.activations if site.nodes[0] in named}
+
+
 def site_table(planned: Program, budget: str) -> Table:
     """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
     columns = ("site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
     table = Table(*columns, title=f"budget {budget}")
+    after = after_layers(planned)
     for site in planned.sites:
         choice = planned.facts.get(site.key, ChosenFormat)
         trace = error = size = "-"
@@ -28,7 +44,8 @@ def site_table(planned: Program, budget: str) -> Table:
         if planned.facts.has(site.key, ByteCost):
             size = str(planned.facts.get(site.key, ByteCost).bytes[choice.format])
         shape, bits = "x".join(map(str, site.shape)), str(choice.format).removesuffix(" bits")
-        table.add_row(site.key, site.kind, shape, trace, error, bits, size, f"{choice.increase:.1e}")
+        name = f"{site.key}, after {after[site.key]}" if site.key in after else site.key
+        table.add_row(name, site.kind, shape, trace, error, bits, size, f"{choice.increase:.1e}")
     return table
 
 

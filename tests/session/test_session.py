@@ -18,6 +18,7 @@ from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.session.planner import Candidate, Planner, Scoring
+from hawqfx.session.report import after_layers
 from hawqfx.session.session import Session
 from tests.nets import Plain, Residual, build, images
 from tests.tools import quick
@@ -284,3 +285,9 @@ def test_what_users_hold_shows_itself_in_a_line_and_in_a_notebook() -> None:
         assert "\n" not in repr(shown)
         assert shown._repr_html_().startswith("<table>")
     assert frontier._repr_html_().count("<tr>") == 4
+
+
+def test_activations_are_named_by_the_layer_that_they_come_out_of() -> None:
+    compiled = quick(Residual, "weight_bits=5")
+    assert after_layers(compiled.planned) == {"relu": "stem", "conv2d_1": "inner", "relu_1": "inner", "mean": "inner"}
+    assert "relu_1, after inner" in " ".join(compiled.summary().split())
