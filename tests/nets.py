@@ -276,6 +276,19 @@ class CeilPool(nn.Module):
         return self.head(nn.functional.avg_pool2d(x, 64, ceil_mode=True).flatten(1))
 
 
+class QuantizedOutput(nn.Module):
+    """A sum that is an output, is quantized, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.hardswish(self.one(x))
+        x = x + torch.relu(self.two(x))
+        return x, self.head(x.mean((2, 3)))
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,

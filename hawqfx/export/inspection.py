@@ -164,11 +164,14 @@ def expose_codes(path: str | Path) -> tuple[bytes, list[str]]:
 
 def _exposed(path: str | Path, value: Callable[[onnx.NodeProto], tuple[str, int]]) -> tuple[bytes, list[str]]:
     model = onnx.load(path)
-    keys, seen = [], {output.name for output in model.graph.output}
-    for node in model.graph.node:
+    keys, seen, own = [], set(), {output.name for output in model.graph.output}
+    for node in list(model.graph.node):
         if node.op_type == "DequantizeLinear" and node.name and value(node)[0] not in seen:
             name, kind = value(node)
             seen.add(name)
             keys.append(site_of(node.name))
+            if name in own:  # a graph has no output twice
+                model.graph.node.append(onnx.helper.make_node("Identity", [name], [f"{name}/again"]))
+                name = f"{name}/again"
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return model.SerializeToString(), keys

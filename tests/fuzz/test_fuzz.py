@@ -1,4 +1,4 @@
-"""Sixty networks of the fuzz, twenty of each family; `make fuzz` runs thousands."""
+"""Sixty networks of the fuzz, twenty of each family, of which none is refused; `make fuzz` runs thousands."""
 
 from pathlib import Path
 
@@ -10,6 +10,6 @@ from tests.fuzz.run import tried
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_random_network_is_right_or_refused(family: Family, seed: int, tmp_path: Path) -> None:
+def test_a_random_network_is_right(family: Family, seed: int, tmp_path: Path) -> None:
     outcome = tried(family, seed, tmp_path)
-    assert outcome.kind != "wrong", f"python -m tests.fuzz.run --only {family}:{seed}: {outcome.detail}"
+    assert outcome.kind == "right", f"python -m tests.fuzz.run --only {family}:{seed}: {outcome.detail}"

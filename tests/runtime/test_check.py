@@ -9,7 +9,8 @@ import torch
 import hawqfx
 from hawqfx.errors import ExportError
 from hawqfx.runtime import check, parity
-from tests.nets import Attention, Plain, Residual
+from hawqfx.runtime.parity import SiteCodes
+from tests.nets import Attention, Plain, QuantizedOutput, Residual, images
 from tests.tools import quick
 
 
@@ -84,3 +85,25 @@ def test_sums_that_saturate_on_this_processor_are_said(
     monkeypatch.setattr(check, "_outputs", saturating)
     compiled.export(tmp_path / "m.onnx")
     assert "saturates sums of 8-bit weights: here the file is off by 10.0%, elsewhere not" in caplog.text
+
+
+def test_a_quantized_tensor_that_is_an_output_too_is_compared(tmp_path: Path) -> None:
+    """Its site was left out of what is looked at, and the file refused for other sites than the graph's."""
+    data = [x for x, _ in images()]
+    compiled = quick(QuantizedOutput, "weight_bits=6", data=data, loss=lambda output, _: output[1].square().mean())
+    compiled.export(tmp_path / "m.onnx", check=False)
+    found = parity.sites(compiled.program, tmp_path / "m.onnx", compiled.session.context.batches[0])
+    assert {site.key for site in found} == {site.key for site in compiled.planned.activations}
+    assert max(site.largest for site in found) <= 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "flips", "fits"), [(336, 5, True), (336, 11, False), (10_000, 110, True), (4, 3, False)]
+)
+def test_as_many_codes_lie_on_ties_as_chance_allows(codes: int, flips: int, fits: bool) -> None:
+    site = SiteCodes("relu", codes, flips, 1)
+    if fits:
+        check._refuse_wrong([site], "other codes")
+    else:
+        with pytest.raises(ExportError, match="other codes at 'relu'"):
+            check._refuse_wrong([site], "other codes")
