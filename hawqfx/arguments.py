@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hawqfx.errors import CaptureError, HawqfxError
-from hawqfx.maths.formats import FLOAT_BITS, STATIC_BITS
+from hawqfx.maths.formats import BLOCKS, FLOAT_BITS, STATIC_BITS
 
 
 def whole(name: str, value: Any, least: float = -math.inf, why: str = "") -> None:
@@ -37,6 +37,19 @@ def bits(name: str, wanted: Any) -> tuple[int, ...]:
     if not known or not set(widths) - {FLOAT_BITS}:
         raise HawqfxError(f"{name}: bit widths must be from 2 to 8, with 32 for float beside them, not {widths}")
     return tuple(sorted(set(widths)))
+
+
+def block_sizes(wanted: Any) -> tuple[int, ...]:
+    """Inputs of a block in ascending order, each once.
+
+    Raises:
+        HawqfxError: unless they are some of those that there are kernels for.
+    """
+    if isinstance(wanted, str) or not isinstance(wanted, (Sequence, set, frozenset)) or not wanted:
+        raise HawqfxError(f"block_sizes={wanted!r}: give several, such as {BLOCKS}")
+    if not set(wanted) <= set(BLOCKS):
+        raise HawqfxError(f"block_sizes={wanted!r}: must be some of {', '.join(map(str, BLOCKS))}")
+    return tuple(sorted(set(wanted)))
 
 
 def patterns(name: str, wanted: Any) -> tuple[str, ...]:

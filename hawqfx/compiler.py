@@ -20,7 +20,7 @@ from hawqfx.frontend.losses import cross_entropy
 from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.frontend.trial import try_loss
 from hawqfx.ir.program import Program
-from hawqfx.maths.formats import Scheme
+from hawqfx.maths.formats import BLOCKS, Scheme
 from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.options import Options, validated, with_loss
 from hawqfx.pass_manager.base import Analysis, Observer
@@ -47,6 +47,7 @@ def compile(
     weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
+    block_sizes: Sequence[int] = BLOCKS,
     rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding = "compensated",
     bias_correction: bool | None = None,
     keep_float: Sequence[str] = (),
@@ -98,8 +99,9 @@ def compile(
         activation_bits: bits that activations may have, likewise.  Fewer than 8 are chosen only where a limit asks for
             it.
         schemes: how layers may compute: "static" in integers, and linear layers "dynamic", with the range of their
-            input taken in each run, or "weight-only", with 4 bits in blocks; see hawqfx.maths.formats.  By default all
-            three under a budget on latency or weight_memory, else the static one.
+            input taken in each run, or "weight-only", with 2, 3, 4 or 8 bits in blocks; see hawqfx.maths.formats.  By
+            default all three under a budget on latency or weight_memory, else the static one.
+        block_sizes: inputs that share a scale in weight-only layers, within 32, 64 and 128.
         rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper; or "learned": compensated
             while formats are chosen, and then fitted block by block to the float network, with the scales, for a few
             minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of
@@ -151,9 +153,10 @@ def compile(
     with torch.enable_grad(), progress_bars(console or Console(stderr=True)) as progress:
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
-            weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes, rounding=rounding,
-            bias_correction=bias_correction, keep_float=keep_float, fix=fix, rule=rule, interactions=interactions,
-            refine=refine, target=target, plan=plan, reround=reround, draw=draw, samples=samples,
+            weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes,
+            block_sizes=block_sizes, rounding=rounding, bias_correction=bias_correction, keep_float=keep_float, fix=fix,
+            rule=rule, interactions=interactions, refine=refine, target=target, plan=plan, reround=reround, draw=draw,
+            samples=samples,
             dynamic_shapes=dynamic_shapes, batch=batch, cache=cache, device=device, threads=threads, seed=seed,
             observers=observers, progress=progress,
         )  # fmt: skip

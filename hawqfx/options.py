@@ -88,6 +88,7 @@ def validated(
     weight_bits: Sequence[int],
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
+    block_sizes: Sequence[int],
     rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
     bias_correction: bool | None,
     keep_float: Sequence[str],
@@ -143,6 +144,7 @@ def validated(
     offered = default_schemes(limits) if schemes is None else known_schemes(schemes)
     weights = exact_widths(target, arguments.bits("weight_bits", weight_bits))
     activations = arguments.bits("activation_bits", activation_bits)
+    blocks = arguments.block_sizes(block_sizes)
     rules = arguments.fixed(fix)
     for pattern, width in rules:
         if given is None and width != FLOAT_BITS and width not in {*weights, *activations}:
@@ -176,7 +178,7 @@ def validated(
         plan=given,
         recipe=pipeline.recipe(
             keep_float=kept,
-            quantizers=_quantizers(given, reround, weights, activations, offered, target),
+            quantizers=_quantizers(given, reround, weights, activations, offered, blocks, target),
             rounding=first,
             metric=predictor,
             interactions=interactions,
@@ -292,12 +294,13 @@ def _quantizers(
     weights: tuple[int, ...],
     activations: tuple[int, ...],
     schemes: tuple[Scheme, ...],
+    blocks: tuple[int, ...],
     target: str,
 ) -> Analysis:
     """The pass that gives the quantizer of every site in every format."""
     if plan is None:
         integer = [tuple(bits for bits in every if bits < FLOAT_BITS) for every in (weights, activations)]
-        return Calibration(integer[0], integer[1], schemes)
+        return Calibration(integer[0], integer[1], schemes, blocks)
     for key, quantizer in plan.quantizers.items():
         if quantizer is not None and quantizer.per_channel:  # a weight
             exact_widths(target, [plan.bits[key]])

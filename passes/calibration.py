@@ -20,7 +20,7 @@ from hawqfx.ir.facts import ActivationHistogram, Quantizers, QuantParams
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.maths import affine
-from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Format, Scheme
+from hawqfx.maths.formats import BLOCKS, BLOCKWISE_BITS, DYNAMIC, Format, Scheme, blockwise
 from hawqfx.pass_manager.base import Analysis, Kind, option
 
 log = logging.getLogger(__name__)
@@ -71,11 +71,11 @@ def _warn_of_biases(widened: Mapping[str, int]) -> None:
         )  # fmt: skip
 
 
-def _blockwise_quantizer(weight: Tensor) -> QuantParams:
-    blocks, bits = affine.in_blocks(weight.detach()), BLOCKWISE.bits
-    scale = affine.symmetric_scales(blocks.flatten(0, 1), bits)
-    low, high = affine.signed_range(bits)
-    return QuantParams(bits, tuple(scale.tolist()), 0, low, high, True, "weight-only", blocks.shape[1])
+def _blockwise_quantizer(weight: Tensor, width: Format) -> QuantParams:
+    scale = affine.block_scales(weight, width.bits, width.block)
+    low, high = affine.signed_range(width.bits)
+    every = tuple(scale.flatten().tolist())
+    return QuantParams(width.bits, every, 0, low, high, True, "weight-only", scale.shape[1], width.block)
 
 
 def _dynamic_quantizer() -> QuantParams:
@@ -109,6 +109,7 @@ class Calibration(Analysis):
     weight_bits: tuple[int, ...] = option((2, 3, 4, 5, 6, 7, 8), "bits of the static formats that weights may have")
     activation_bits: tuple[int, ...] = option((4, 6, 8), "bits of the static formats that activations may have")
     schemes: tuple[Scheme, ...] = option((), "schemes that linear layers may have besides static: weight-only, dynamic")
+    blocks: tuple[int, ...] = option(BLOCKS, "inputs that share a scale in the scheme weight-only")
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, ActivationHistogram)
     gives: ClassVar[tuple[Kind, ...]] = (Quantizers,)
 
@@ -117,17 +118,21 @@ class Calibration(Analysis):
         activations = self._of_activations(program)
         return self._of_weights(program, _least_scales(program, activations)) | activations
 
+    def _blockwise(self) -> list[Format]:
+        """The weight-only formats: of the bits that weights may have, those that there is a kernel for."""
+        return [blockwise(bits, block) for bits in BLOCKWISE_BITS if bits in self.weight_bits for block in self.blocks]
+
     def _of_weights(self, program: Program, least: Mapping[str, Tensor]) -> dict[str, Quantizers]:
         linear = {layer.node for layer in program.layers if layer.operator == "linear"}
-        blockwise = _read_by(program, linear) if "weight-only" in self.schemes else []
+        in_blocks = _read_by(program, linear) if "weight-only" in self.schemes else []
         facts, widened = {}, {}
         for site in program.weights:
             weight = program.tensor(site.key)
             needed = least[site.key].to(weight.device)
             by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
             widened[site.key] = _widened(by_format, needed)
-            if site.key in blockwise:
-                by_format[BLOCKWISE] = _blockwise_quantizer(weight)
+            if site.key in in_blocks:
+                by_format |= {width: _blockwise_quantizer(weight, width) for width in self._blockwise()}
             facts[site.key] = Quantizers(by_format)
         _warn_of_biases({key: count for key, count in widened.items() if count})
         return facts

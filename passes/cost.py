@@ -3,7 +3,7 @@
 The cost of a weight is its part of the exported file:
 
     static       packed integers, a float32 scale per channel, and an int32 bias for every layer that uses the weight
-    weight-only  4 bits for every element of its blocks, a float32 scale per block, and float32 biases
+    weight-only  packed integers for every element of whole blocks, a bfloat16 scale per block, and float32 biases
     float        the weight and its biases in float32
 
 The cost of an activation is the bytes of one sample, packed (onnxruntime itself takes a byte for 4 or 6 bits).
@@ -17,11 +17,12 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ByteCost, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import WeightSite
-from hawqfx.maths.formats import BLOCK, BLOCKWISE, FLOAT, FLOAT_BITS, Format, blocks
+from hawqfx.maths.formats import FLOAT, FLOAT_BITS, Format, blocks
 from hawqfx.maths.packing import packed_bytes
 from hawqfx.pass_manager.base import Analysis, Kind
 
 FLOAT_BYTES = SCALE_BYTES = 4  # float32
+BLOCK_SCALE_BYTES = 2  # bfloat16
 BIAS_BYTES = 4  # int32
 
 
@@ -31,9 +32,10 @@ def _weight_bytes(program: Program, site: WeightSite, width: Format) -> int:
     biased = sum(layer.bias is not None for layer in used)
     if width.is_float:
         return FLOAT_BYTES * (site.numel + channels * len({layer.bias for layer in used if layer.bias is not None}))
-    if width == BLOCKWISE:
-        count = channels * blocks(site.shape[1])
-        return count * (packed_bytes(BLOCK, width.bits) + SCALE_BYTES) + FLOAT_BYTES * channels * biased
+    if width.is_blockwise:
+        count = channels * blocks(site.shape[1], width.block)
+        packed = packed_bytes(count * width.block, width.bits)
+        return packed + count * BLOCK_SCALE_BYTES + FLOAT_BYTES * channels * biased
     return packed_bytes(site.numel, width.bits) + channels * (SCALE_BYTES + BIAS_BYTES * biased)
 
 

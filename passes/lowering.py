@@ -27,11 +27,6 @@ from hawqfx.maths.formats import Scheme
 from hawqfx.pass_manager.base import Kind, Rewrite
 
 INT32 = torch.iinfo(torch.int32)
-# the rounding of its input that a kernel does by itself
-_INPUTS: Mapping[Scheme, OpOverload[..., Any]] = {
-    "dynamic": FAKE_QUANTIZE_DYNAMIC,
-    "weight-only": FAKE_QUANTIZE_BLOCKS,
-}
 
 
 @dataclass(frozen=True)
@@ -111,8 +106,10 @@ class _Lowerer(GraphRewriter):
     def lower_layer(self, layer: Layer, scheme: Scheme) -> None:
         """The input of a layer that computes dynamically or in blocks, and the bias of a static layer."""
         node = self.nodes[layer.node]
-        if scheme in _INPUTS:
-            self.quantize_input(node, _INPUTS[scheme])
+        if scheme == "dynamic":
+            self.quantize_input(node, FAKE_QUANTIZE_DYNAMIC)
+        if scheme == "weight-only":
+            self.quantize_input(node, FAKE_QUANTIZE_BLOCKS, self.chosen[layer.weight].block)
         if layer.bias is not None and scheme == "static":
             self.quantize_bias(node, self.scales[layer.input], self.scales[layer.weight])
 
@@ -131,14 +128,15 @@ class _Lowerer(GraphRewriter):
         for user in users:
             user.replace_input_with(tensor, quantized)
 
-    def quantize_input(self, layer: fx.Node, rounding: OpOverload[..., Any]) -> None:
-        """The layer reads its input through `rounding`; layers that read the same tensor share one node."""
+    def quantize_input(self, layer: fx.Node, rounding: OpOverload[..., Any], *arguments: int) -> None:
+        """The layer reads its input through `rounding`; layers that read a tensor in the same way share one node."""
         source = layer.args[0]
         assert isinstance(source, fx.Node)
-        rounded = next((user for user in source.users if user.target is rounding), None)
+        same = (user for user in source.users if user.target is rounding and user.args[1:] == arguments)
+        rounded = next(same, None)
         if rounded is None:
             with self.after(source):
-                rounded = self.call(rounding, source, like=source)
+                rounded = self.call(rounding, source, *arguments, like=source)
         layer.args = (rounded, *layer.args[1:])
 
     def quantize_bias(self, layer: fx.Node, input_scale: fx.Node, weight_scale: fx.Node) -> None:

@@ -12,7 +12,7 @@ from hawqfx.analysis.liveness import live, stored_bytes
 from hawqfx.ir.facts import ByteCost, FileText
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.ir.sites import WeightSite
-from hawqfx.maths.formats import BLOCKWISE, FLOAT, FLOAT_BITS, Format, bit_operations
+from hawqfx.maths.formats import FLOAT, FLOAT_BITS, Format, bit_operations, kernel_bits
 from hawqfx.maths.packing import packed_bytes
 
 
@@ -197,8 +197,8 @@ def _weight_memory(program: Program, space: SearchSpace) -> Resource:
     bytes in float, and the bytes of the file for weight-only layers, whose kernels read the packed bits."""
 
     def taken(site: WeightSite, width: Format) -> int:
-        if width == BLOCKWISE:
-            return program.facts.get(site.key, ByteCost).bytes[width]
+        if width.is_blockwise:  # 3 bits in those of the kernel
+            return program.facts.get(site.key, ByteCost).bytes[width] * kernel_bits(width.bits) // width.bits
         return packed_bytes(site.numel, FLOAT_BITS) if width.is_float else site.numel
 
     single = {space.item[s.key]: [taken(s, width) for width in space.formats[s.key]] for s in program.weights}

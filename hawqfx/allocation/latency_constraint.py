@@ -7,7 +7,7 @@ from hawqfx.allocation.constraints import Resource
 from hawqfx.allocation.search_space import Formats, SearchSpace
 from hawqfx.allocation.solver.problem import Terms
 from hawqfx.ir.program import Program
-from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, FLOAT, Format
+from hawqfx.maths.formats import DYNAMIC, FLOAT, Format
 from hawqfx.maths.latency_model import KERNELS, KernelTimes, LatencyModel
 
 NANO = 1e-9  # latencies are counted in nanoseconds
@@ -60,16 +60,19 @@ class _Encoder:
         for timed in self.model.timed:
             self.kernels[timed.node] = self._kernel(timed)
         for tensor in self.model.converted:
-            self._add(tensor.site, lambda width, t=tensor: _nanoseconds(t.clip) if width.bits < 8 else 0)  # type: ignore[misc]
+            self._add_clip(tensor.site, tensor.clip)
             self._conversion(tensor.site, [tensor.maker], tensor.quantize)
             self._conversion(tensor.site, tensor.readers, tensor.dequantize)
         return self.fixed, Terms(self.single, {})
 
     def _add(self, site: str, cost: Callable[[Format], int]) -> None:
-        """Add a cost in nanoseconds to the static formats of a site."""
+        """Add a cost in nanoseconds to the formats of a site."""
         row = self.single.setdefault(self.space.item[site], [0] * len(self.space.formats[site]))
         for number, width in enumerate(self.space.formats[site]):
-            row[number] += cost(width) if width.is_static else 0
+            row[number] += cost(width)
+
+    def _add_clip(self, site: str, seconds: float) -> None:
+        self._add(site, lambda width: _nanoseconds(seconds) if width.is_static and width.bits < 8 else 0)
 
     def _static(self, site: str) -> frozenset[int]:
         """The options of a site that are static formats."""
@@ -92,7 +95,8 @@ class _Encoder:
             self.fixed += _nanoseconds(timed.floating)
             return False
         item = self.space.add(lambda formats: KERNELS.index(timed.kernel(formats)), len(KERNELS))
-        seconds = [getattr(timed, kernel) for kernel in KERNELS]
+        # those of the kernel "blockwise" are in the formats of the weight, which choose it
+        seconds = [0.0 if kernel == "blockwise" else getattr(timed, kernel) for kernel in KERNELS]
         # a kernel that does not exist takes infinite time, and nogoods below forbid it; the largest finite time stands
         # in, so that no relaxation without these nogoods takes such a kernel for cheap
         worst = max(time for time in seconds if math.isfinite(time))
@@ -110,7 +114,10 @@ class _Encoder:
 
         static, dynamic = self._static(timed.weight), of(timed.sites[0], DYNAMIC)
         self._forbid({weight: of(timed.weight, FLOAT)} | _all_but("floating", item))
-        self._forbid({weight: of(timed.weight, BLOCKWISE)} | _all_but("blockwise", item))
+        blocks = self.space.options(timed.weight, lambda option: option.is_blockwise)
+        self._forbid({weight: blocks} | _all_but("blockwise", item))
+        times = dict(timed.blockwise)
+        self._add(timed.weight, lambda option: _nanoseconds(times[option]) if option.is_blockwise else 0)
         self._forbid({weight: static} | _only(item, "floating", "blockwise"))
         self._forbid({weight: static, read: dynamic} | _all_but("dynamic", item))
         not_dynamic = self.space.options(timed.sites[0], lambda option: option != DYNAMIC)
@@ -132,7 +139,7 @@ class _Encoder:
         """
         kernels = [False if end is None else self.kernels[end] for end in ends]
         if any(kernel is False for kernel in kernels):
-            self._add(site, lambda width: _nanoseconds(seconds))
+            self._add(site, lambda width: _nanoseconds(seconds) if width.is_static else 0)
             return
         undecided = [kernel for kernel in kernels if kernel is not True]
         if not undecided or not self._static(site):

@@ -12,7 +12,7 @@ from hawqfx.errors import HawqfxError
 from hawqfx.ir.facts import LossIncrease
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Site, WeightSite
-from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, FLOAT, FLOAT_BITS, Format, Scheme
+from hawqfx.maths.formats import DYNAMIC, FLOAT, FLOAT_BITS, Format, Scheme
 
 Order = Literal["exact", "hawq-v2"]
 
@@ -104,7 +104,7 @@ class Rules:
         asked = FLOAT_BITS in (self.activation_bits or ())
         for layer in program.layers:
             weight, read = space.item[layer.weight], space.item[layer.input]
-            blocks = space.options(layer.weight, lambda width: width == BLOCKWISE)
+            blocks = space.options(layer.weight, lambda width: width.is_blockwise)
             quantized = space.options(layer.input, lambda width: not width.is_float)
             if blocks and quantized:
                 nogoods.append({weight: blocks, read: quantized})
@@ -118,8 +118,9 @@ class Rules:
         """The quantized formats of a site in the schemes that are allowed."""
         weight = isinstance(site, WeightSite)
         # a dynamic layer has a static weight, and so has a layer whose weight has no blocks
-        takes_static = "static" in self.schemes or (weight and ("dynamic" in self.schemes or BLOCKWISE not in measured))
-        others = [width for width in (BLOCKWISE, DYNAMIC) if width.scheme in self.schemes and width in measured]
+        in_blocks = [width for width in measured if width.is_blockwise]
+        takes_static = "static" in self.schemes or (weight and ("dynamic" in self.schemes or not in_blocks))
+        others = [width for width in (*in_blocks, DYNAMIC) if width.scheme in self.schemes and width in measured]
         return [*(static if takes_static else ()), *others]
 
     def _may_be_float(self, program: Program) -> set[str]:
@@ -128,7 +129,7 @@ class Rules:
         known = {site.key: program.facts.get(site.key, LossIncrease).by_format for site in program.sites}
         keys = set()
         if "weight-only" in self.schemes:
-            keys = {layer.input for layer in program.layers if BLOCKWISE in known[layer.weight]}
+            keys = {layer.input for layer in program.layers if any(w.is_blockwise for w in known[layer.weight])}
         if "static" not in self.schemes:
             dynamic = {key for key, formats in known.items() if "dynamic" in self.schemes and DYNAMIC in formats}
             keys |= {site.key for site in program.activations} - dynamic

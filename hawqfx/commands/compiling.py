@@ -17,6 +17,7 @@ from hawqfx.compiler import pareto as pareto_of
 from hawqfx.errors import HawqfxError
 from hawqfx.export.opsets import Packing
 from hawqfx.forecast import forecast
+from hawqfx.maths.formats import BLOCKS
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.sensitivity.distributed import launched
@@ -40,6 +41,7 @@ Draw = Annotated[str | None, typer.Option(help="pkg.module:function of (output, 
 WeightBits = Annotated[str | None, typer.Option(help="widths such as 2-8 or 2,4,8; 32 is float")]
 ActivationBits = Annotated[str | None, typer.Option(help="widths such as 4,6,8; 32 is float")]
 Schemes = Annotated[list[str] | None, typer.Option(help="static, dynamic or weight-only; may be repeated")]
+BlockSizes = Annotated[str | None, typer.Option(help="inputs that share a scale in weight-only layers: 32,64,128")]
 Rounding = Annotated[str, typer.Option(help="compensated, nearest or learned")]
 
 
@@ -63,6 +65,7 @@ def compile(
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
     schemes: Schemes = None,
+    block_sizes: BlockSizes = None,
     rounding: Rounding = "compensated",
     bias_correction: Annotated[bool | None, typer.Option(help="by default with all but nearest")] = None,
     keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
@@ -105,6 +108,7 @@ def compile(
         "weight_bits": specs.widths("--weight-bits", weight_bits, range(2, 9)),
         "activation_bits": specs.widths("--activation-bits", activation_bits, (4, 6, 8)),
         "schemes": schemes or None,
+        "block_sizes": specs.widths("--block-sizes", block_sizes, BLOCKS),
         "rounding": rounding,
         "bias_correction": bias_correction,
         "keep_float": keep_float or (),

@@ -72,7 +72,7 @@ _WEIGHT_AT = {
     "QLinearMatMul": 3, "MatMulNBits": 1, "Gather": 0,
 }  # fmt: skip
 # operators between a tensor and the layer that reads it
-_THROUGH = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear")
+_THROUGH = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear", "MatMulInteger")
 
 
 def stored_weights(path: str | Path) -> list[StoredWeight]:
@@ -85,14 +85,22 @@ def stored_weights(path: str | Path) -> list[StoredWeight]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     found = {}
+
+    def origin(name: str) -> tuple[str, onnx.NodeProto | None]:
+        """The tensor that a tensor is laid out from, and the node that makes it, if any."""
+        while name in makers and makers[name].op_type in _THROUGH:
+            name = makers[name].input[0]
+        return name, makers.get(name)
+
     for node in model.graph.node:
         at = _WEIGHT_AT.get(node.op_type)
         if at is None or len(node.input) <= at:
             continue
-        name = node.input[at]
-        while name in makers and makers[name].op_type in _THROUGH:
-            name = makers[name].input[0]
-        maker = makers.get(name)
+        name, maker = origin(node.input[at])
+        if node.op_type == "MatMulInteger":
+            read, made = origin(node.input[0])
+            if read in stored or (made is not None and made.domain == DOMAIN):  # lays codes out in blocks
+                continue
         if maker is not None and maker.domain == DOMAIN:
             found[name] = _packed_entry(node, maker, stored)
         elif name in stored and (stored[name].dims or node.op_type == "MatMulNBits"):

@@ -23,7 +23,6 @@ from hawqfx.ir.custom_ops import (
     GLOBAL_AVERAGE,
     SPACE_TO_DEPTH,
 )
-from hawqfx.maths.formats import BLOCK, BLOCKWISE
 
 IN_8_BITS = 4  # accuracy_level of MatMulNBits: the activations are rounded to 8 bits
 
@@ -133,11 +132,19 @@ def _dynamic_linear(x: Any, codes: Any, scale: Any) -> Any:
     return op.Mul(op.Cast(sums, to=onnx.TensorProto.FLOAT), op.Mul(step, scale))
 
 
-def _blockwise_linear(x: Any, packed: Any, scale: Any, columns: int) -> Any:
-    rows = packed.shape[0]
-    return _MATMUL_NBITS(
-        x, packed, scale, K=columns, N=rows, bits=BLOCKWISE.bits, block_size=BLOCK, accuracy_level=IN_8_BITS
-    )
+def _blockwise_linear(x: Any, codes: Any, scale: Any, columns: int, bits: int) -> Any:
+    rows, count, length = codes.shape
+    if codes.dtype == ir.DataType.INT8:
+        # what onnxruntime folds when it loads the file: code + 2^(bits-1), 8 / bits to a byte
+        places = [[1 << shift] for shift in range(0, 8, bits)]
+        parts = op.Reshape(codes, _constant([rows, count, -1, len(places)], np.int64))
+        sums = op.MatMulInteger(parts, _constant(places, np.uint8), _constant(-(1 << (bits - 1)), np.int8))
+        packed = op.Reshape(op.Cast(sums, to=onnx.TensorProto.UINT8), _constant([rows, count, -1], np.int64))  # type: ignore[type-var]
+        block = length
+    else:
+        packed, block = codes, length * 8 // bits
+    steps = op.Cast(scale, to=onnx.TensorProto.FLOAT)
+    return _MATMUL_NBITS(x, packed, steps, K=columns, N=rows, bits=bits, block_size=block, accuracy_level=IN_8_BITS)
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -154,18 +154,16 @@ def fake_quantize_dynamic(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hawqfx::fake_quantize_blocks", mutates_args=())
-def fake_quantize_blocks(x: Tensor) -> Tensor:
+def fake_quantize_blocks(x: Tensor, block: int) -> Tensor:
     """Rows (..., K) through an 8-bit quantizer for every block; see hawqfx.maths.affine.fake_quantize_blocks."""
-    return affine.fake_quantize_blocks(x)
+    return affine.fake_quantize_blocks(x, block)
 
 
-def _unchanged_gradient(ctx: Any, gradient: Tensor) -> Tensor:
-    return gradient  # the range covers all values: no value is clipped
-
-
-for _operator in (fake_quantize_dynamic, fake_quantize_blocks):
-    _operator.register_fake(torch.empty_like)
-    _operator.register_autograd(_unchanged_gradient)
+# Gradients pass unchanged: the range covers all values, and no value is clipped.
+fake_quantize_dynamic.register_fake(torch.empty_like)
+fake_quantize_dynamic.register_autograd(lambda ctx, gradient: gradient)
+fake_quantize_blocks.register_fake(lambda x, block: torch.empty_like(x))
+fake_quantize_blocks.register_autograd(lambda ctx, gradient: (gradient, None))
 
 FAKE_QUANTIZE_DYNAMIC = torch.ops.hawqfx.fake_quantize_dynamic.default
 FAKE_QUANTIZE_BLOCKS = torch.ops.hawqfx.fake_quantize_blocks.default
@@ -187,21 +185,25 @@ def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hawqfx::blockwise_linear", mutates_args=())
-def blockwise_linear(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
+def blockwise_linear(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """A linear layer without bias in the scheme "weight-only".
 
     Args:
         x: (..., K); it goes through fake_quantize_blocks.
-        packed: (N, blocks, bytes), 4-bit codes of the weight as hawqfx.maths.packing.pack_blocks packs them.
-        scale: (N * blocks,), the scale of every block.
+        codes: of the weight: uint8 (N, blocks, bytes) as hawqfx.maths.packing.pack_blocks packs them, or int8
+            (N, blocks, block), not packed yet.
+        scale: (N * blocks,), the scale of every block, in bfloat16.
         columns: K, which leaves out the zeros that fill up the last block.
+        bits: in which the kernel reads a code: 2, 4 or 8.
 
     Returns:
         (..., N).
     """
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(2).to(scale.dtype) - 8
-    weight = (codes * scale.reshape(*codes.shape[:2], 1)).flatten(1)[:, :columns]
-    return affine.fake_quantize_blocks(x) @ weight.T
+    if codes.dtype == torch.uint8:
+        parts = [(codes >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        codes = torch.stack(parts, -1).flatten(2).to(torch.int16) - (1 << (bits - 1))
+    weight = (codes * scale.float().reshape(*codes.shape[:2], 1)).flatten(1)[:, :columns]
+    return affine.fake_quantize_blocks(x, codes.shape[2]) @ weight.T
 
 
 @dynamic_linear.register_fake
@@ -210,8 +212,8 @@ def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @blockwise_linear.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, columns: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+def _(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 DYNAMIC_LINEAR = torch.ops.hawqfx.dynamic_linear.default

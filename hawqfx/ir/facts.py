@@ -51,6 +51,7 @@ class QuantParams:
         per_channel: whether there is more than one scale.
         scheme: see hawqfx.maths.formats.
         blocks: blocks in a row.
+        block: inputs of a block, in the scheme "weight-only"; their scales may be negative.
     """
 
     bits: int
@@ -61,10 +62,11 @@ class QuantParams:
     per_channel: bool
     scheme: Scheme = "static"
     blocks: int = 1
+    block: int = 0
 
     @property
     def format(self) -> Format:
-        return Format(self.bits, self.scheme)
+        return Format(self.bits, self.scheme, self.block)
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,8 @@ class Kernel:
         """Mode, operators, attributes and shapes as text: kernels with the same signature take the same time.
 
         Args:
-            mode: a member of hawqfx.maths.latency_model.KERNELS; without a weight, all but "integer" are the same.
+            mode: a member of hawqfx.maths.latency_model.KERNELS, or a weight-only format in words; without a
+                weight, all but "integer" are the same.
             shape_of: the shape of a node's tensor on the example; empty where it is unknown.
             quantized: whether the output belongs to an activation site.
         """

@@ -19,7 +19,7 @@ from hawqfx.ir.program import Program
 from hawqfx.latency.kernels import Kernel
 from hawqfx.latency.subgraphs import SubgraphBuilder, lowered
 from hawqfx.latency.timing_cache import TimingCache
-from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, FLOAT, Format
+from hawqfx.maths.formats import DYNAMIC, FLOAT, Format
 from hawqfx.runtime import ort
 
 COPIES = 4  # of a small graph in one file
@@ -28,13 +28,13 @@ LEAST_SECONDS = 1e-7  # of a part, where noise exceeds it
 LEAST_SHARE = 0.1  # of a convolution timed alone: at least so much is its own work and not its layout
 ZERO_POINT = 128  # of the conversions that are timed
 
-# mode (hawqfx.maths.latency_model.KERNELS) -> the formats of weight and activation in which a layer runs so
+# mode (hawqfx.maths.latency_model.KERNELS) -> the formats of weight and activation in which a layer runs so; the mode
+# "blockwise" has many, each timed by itself
 FORMATS: Mapping[str, tuple[Format, Format]] = {
     "integer": (Format(8), Format(8)),
     "floating": (FLOAT, FLOAT),
     "unpacking": (Format(8), FLOAT),
     "dynamic": (Format(8), DYNAMIC),
-    "blockwise": (BLOCKWISE, FLOAT),
 }
 
 
@@ -69,7 +69,7 @@ class MicroTimer:
         self._site_of = self.program.site_of
 
     def kernel_seconds(self, kernel: Kernel) -> dict[str, float]:
-        """Seconds of a kernel, less those of its layout, in every mode that it may run in."""
+        """Seconds of a kernel, less those of its layout, in every mode of FORMATS that it may run in."""
         seconds = {}
         for mode in filter(lambda mode: self._may_run(kernel, mode), FORMATS):
             alone = self._alone(kernel, mode)
@@ -79,6 +79,13 @@ class MicroTimer:
                 layout = sum(self.layout_seconds(name, integer=mode == "integer") for name in ends)
             seconds[mode] = max(LEAST_SHARE * alone, alone - layout)
         return seconds
+
+    def blockwise_seconds(self, kernel: Kernel) -> tuple[tuple[Format, float], ...]:
+        """The weight-only formats of a kernel's weight, and the seconds of the kernel in each."""
+        if kernel.weight is None:
+            return ()
+        known = self.program.facts.get(kernel.weight, Quantizers).by_format
+        return tuple((width, self._alone(kernel, str(width))) for width in known if width.is_blockwise)
 
     def layout_seconds(self, name: str, *, integer: bool) -> float:
         """Seconds to lay out the tensor of a node anew; zero unless it is an image (N, C, H, W) of several channels.
@@ -99,13 +106,14 @@ class MicroTimer:
         )
 
     def _may_run(self, kernel: Kernel, mode: str) -> bool:
-        """Whether a kernel may run in a mode, by the formats that its sites may have."""
-        if mode not in ("dynamic", "blockwise"):
+        """Whether a kernel may run in a mode, or in the weight-only format of this name, by the formats that its sites
+        may have."""
+        if mode in FORMATS and mode != "dynamic":
             return True
         if kernel.weight is None:
             return False
-        if mode == "blockwise":
-            return self._may_have(kernel.weight, BLOCKWISE)
+        if mode not in FORMATS:
+            return mode in map(str, self.program.facts.get(kernel.weight, Quantizers).by_format)
         source = self._site_of.get(kernel.inputs[0].name)
         is_linear = WEIGHTED_LAYERS[kernel.operator.target] == "linear"
         return is_linear and source is not None and self._may_have(source, DYNAMIC)
@@ -135,7 +143,9 @@ class MicroTimer:
                 unknown.setdefault(signature, kernel)
         builder = SubgraphBuilder(self.program, self.values)
         number = {kernel.output.name: builder.add(kernel) for kernel in unknown.values()}
-        return _SubgraphModels(MicroModels(lowered(builder.program(), *FORMATS[mode]), builder.inputs), number)
+        program = builder.program()
+        formats = FORMATS[mode] if mode in FORMATS else (_named(program, mode), FLOAT)
+        return _SubgraphModels(MicroModels(lowered(program, *formats), builder.inputs), number)
 
     def _time(self, model: Callable[[int], MicroModel]) -> float:
         """Seconds of one copy.  `model`: makes a small graph of so many copies."""
@@ -159,3 +169,9 @@ class MicroTimer:
         if is_constant(node):
             return self.program.tensor(str(node.target)).shape
         return self.values[node.name].shape if node.name in self.values else ()
+
+
+def _named(program: Program, name: str) -> Format:
+    """The format of this name that some weight of the program has."""
+    known = (width for site in program.weights for width in program.facts.get(site.key, Quantizers).by_format)
+    return next(width for width in known if str(width) == name)

@@ -177,7 +177,8 @@ class _Profiler:
         weights = [kernel.weight] if kernel.weight is not None else []
         outputs = [self.site_of[kernel.output.name]] if kernel.output.name in self.site_of else []
         sites = tuple(dict.fromkeys([*inputs, *weights, *outputs]))
-        return KernelTimes(kernel.output.name, sites, kernel.weight, **self.timer.kernel_seconds(kernel))
+        seconds, blockwise = self.timer.kernel_seconds(kernel), self.timer.blockwise_seconds(kernel)
+        return KernelTimes(kernel.output.name, sites, kernel.weight, **seconds, blockwise=blockwise)
 
     def _conversion_times(self, site: ActivationSite, node: fx.Node) -> ConversionTimes:
         shape = tuple(self.values[node.name].shape)

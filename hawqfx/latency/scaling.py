@@ -70,7 +70,7 @@ def scaled(parts: LatencyModel, scales: Scales) -> LatencyModel:
             floating=floating * kernel.floating,
             unpacking=floating * kernel.unpacking,
             dynamic=integer * kernel.dynamic,
-            blockwise=integer * kernel.blockwise,
+            blockwise=tuple((width, integer * seconds) for width, seconds in kernel.blockwise),
         )
         for kernel in parts.timed
     )

@@ -2,12 +2,17 @@
 
     scheme        bits      tensor
     static        2 to 8    calibration fixes the quantizer; layers run on integer kernels
-    weight-only   4         a weight with a scale for each block of BLOCK inputs of an output channel; the kernel reads
-                            the packed bits, and rounds the activations that it multiplies them by to 8 bits in blocks
+    weight-only   2, 3,     a weight with a scale for each block of 32, 64 or 128 inputs of an output channel; a kernel
+                  4, 8      reads packed bits, and rounds the activations that it multiplies them by to 8 bits in blocks
     dynamic       8         an activation whose range is taken from its values in each run
     float         32        not quantized
 
-Formats are ordered: within a scheme by bits, and from static to float.  A later format of a site loses less.
+Formats are ordered: within a scheme by bits, then from long blocks to short ones, and from static to float.  A later
+format of a site loses less.
+
+onnxruntime's kernels of weight-only layers read 2, 4 or 8 bits (MatMulNBits; at one sample, blocks of 32 to 128 differ
+by half in time, and 16 or 256 have no fast kernel at 2 bits: benchmarks/weight_only.py).  3 bits are stored in 3, and
+unpacked into the 4 of the kernel when the file is loaded.
 """
 
 from dataclasses import dataclass
@@ -17,7 +22,8 @@ from typing import Literal, get_args
 Scheme = Literal["static", "weight-only", "dynamic", "float"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
-BLOCK = 128  # inputs that share a scale in the scheme "weight-only"
+BLOCKS = (32, 64, 128)  # inputs that share a scale in the scheme "weight-only"
+BLOCKWISE_BITS = (2, 3, 4, 8)
 FLOAT_BITS = 32
 STATIC_BITS = range(2, 9)
 
@@ -30,35 +36,42 @@ class Format:
     Args:
         bits: bits of an element.
         scheme: how the tensor is quantized; see the module.
+        block: inputs that share a scale in the scheme "weight-only", else 0.
     """
 
     bits: int
     scheme: Scheme = "static"
+    block: int = 0
 
     def __lt__(self, other: "Format") -> bool:
         return self._rank < other._rank
 
     @property
-    def _rank(self) -> tuple[int, int]:
-        return SCHEMES.index(self.scheme), self.bits
+    def _rank(self) -> tuple[int, int, int]:
+        return SCHEMES.index(self.scheme), self.bits, -self.block
 
     @property
     def is_static(self) -> bool:
         return self.scheme == "static"
 
     @property
+    def is_blockwise(self) -> bool:
+        return self.scheme == "weight-only"
+
+    @property
     def is_float(self) -> bool:
         return self.scheme == "float"
 
     def __str__(self) -> str:
-        """The format in words, such as "4 bits", "4 bits in blocks", "8 bits, dynamic" or "float"."""
+        """The format in words, such as "4 bits", "4 bits in blocks of 128", "8 bits, dynamic" or "float"."""
         if self.is_float:
             return "float"
-        return f"{self.bits} bits" + {"weight-only": " in blocks", "dynamic": ", dynamic"}.get(self.scheme, "")
+        return f"{self.bits} bits" + {"weight-only": f" in blocks of {self.block}", "dynamic": ", dynamic"}.get(
+            self.scheme, ""
+        )
 
 
 FLOAT = Format(FLOAT_BITS, "float")
-BLOCKWISE = Format(4, "weight-only")
 DYNAMIC = Format(8, "dynamic")
 
 
@@ -75,16 +88,27 @@ def format_of(bits: int) -> Format:
     raise ValueError(f"there is no format of {bits} bits: bits are 2 to 8, or 32 for float")
 
 
-def known_format(bits: int, scheme: str) -> Format:
-    """The format with these bits and this scheme.
+def blockwise(bits: int, block: int) -> Format:
+    """The weight-only format of so many bits in blocks of so many inputs."""
+    return Format(bits, "weight-only", block)
+
+
+def kernel_bits(bits: int) -> int:
+    """The bits in which onnxruntime's kernel reads the codes of a weight-only layer."""
+    return next(width for width in (2, 4, 8) if width >= bits)
+
+
+def known_format(bits: int, scheme: str, block: int = 0) -> Format:
+    """The format with these bits, this scheme and blocks of so many inputs.
 
     Raises:
         ValueError: if there is no such format.
     """
-    for known in (*map(Format, STATIC_BITS), BLOCKWISE, DYNAMIC, FLOAT):
-        if (known.bits, known.scheme) == (bits, scheme):
+    blocks = [blockwise(bits, block) for bits in BLOCKWISE_BITS for block in BLOCKS]
+    for known in (*map(Format, STATIC_BITS), *blocks, DYNAMIC, FLOAT):
+        if (known.bits, known.scheme, known.block) == (bits, scheme, block):
             return known
-    raise ValueError(f"there is no format of {bits} bits, {scheme}")
+    raise ValueError(f"there is no format of {bits} bits, {scheme}" + f", in blocks of {block}" * bool(block))
 
 
 def layer_scheme(weight: Format, activation: Format) -> Scheme:
@@ -92,14 +116,14 @@ def layer_scheme(weight: Format, activation: Format) -> Scheme:
 
     A static weight that meets a float input is multiplied in float.
     """
-    if weight == BLOCKWISE:
+    if weight.is_blockwise:
         return "weight-only"
     return activation.scheme if weight.is_static else "float"
 
 
-def blocks(columns: int) -> int:
+def blocks(columns: int, block: int) -> int:
     """The number of blocks in a row of so many inputs; the last block may be short."""
-    return -(-columns // BLOCK)
+    return -(-columns // block)
 
 
 def bit_operations(macs: int, weight_bits: int, activation_bits: int) -> int:

@@ -5,14 +5,15 @@ otherwise.  A float kernel whose weight is quantized unpacks the weight in every
 Linear layers also have kernels that take floats and quantized weights: dynamic and weight-only (hawqfx.maths.formats).
 Where float meets integer, onnxruntime converts: it quantizes a quantized tensor once if a float kernel makes the
 tensor, and dequantizes it once if a float kernel reads the tensor.  Below 8 bits, a Clip cuts the integers of an
-activation.  The bits of a weight do not matter, since onnxruntime unpacks weights when it loads the file.
+activation.  The bits of a static weight do not matter, since onnxruntime unpacks weights when it loads the file; those
+and the blocks of a weight-only one do.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hawqfx.maths.formats import BLOCKWISE, DYNAMIC, Format
+from hawqfx.maths.formats import DYNAMIC, Format
 
 # the ways in which a kernel runs: the fields of KernelTimes
 KERNELS = ("floating", "integer", "unpacking", "dynamic", "blockwise")
@@ -30,7 +31,8 @@ class KernelTimes:
         floating: seconds in float, with a float weight.
         unpacking: seconds in float, with a static weight.
         dynamic: seconds of a linear layer whose input is dynamic; infinity for other kernels.
-        blockwise: seconds of a linear layer whose weight is weight-only; infinity for other kernels.
+        blockwise: pairs of a weight-only format of the weight and the seconds of the linear layer in it; none for
+            other kernels.
     """
 
     node: str
@@ -40,7 +42,7 @@ class KernelTimes:
     floating: float
     unpacking: float
     dynamic: float = math.inf
-    blockwise: float = math.inf
+    blockwise: tuple[tuple[Format, float], ...] = ()
 
     def is_integer(self, formats: Mapping[str, Format]) -> bool:
         """Whether the kernel runs in integers when the sites have these formats."""
@@ -52,13 +54,17 @@ class KernelTimes:
             return "integer"
         if self.weight is None or formats[self.weight].is_float:
             return "floating"
-        if formats[self.weight] == BLOCKWISE:
+        if formats[self.weight].is_blockwise:
             return "blockwise"
         return "dynamic" if formats[self.sites[0]] == DYNAMIC else "unpacking"
 
     def seconds(self, formats: Mapping[str, Format]) -> float:
         """Seconds of one run when the sites have these formats."""
-        return float(getattr(self, self.kernel(formats)))
+        kernel = self.kernel(formats)
+        if kernel == "blockwise":
+            assert self.weight is not None
+            return dict(self.blockwise)[formats[self.weight]]
+        return float(getattr(self, kernel))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ Native packing splits a code of b bits into a signed high part that ONNX has a t
 
 code = high * 2^(b-h) + uint2 * 2^(bit present) + bit.  Each part is rounded up by less than a byte.
 
-Blocks of 4 bits are stored as the kernel of onnxruntime's MatMulNBits reads them: code + 8, two to a byte, the first in
-the low half.
+Blocks are stored as the kernel of onnxruntime's MatMulNBits reads 2, 4 or 8 bits: code + 2^(b-1), 8 / b to a byte, the
+first in the lowest bits.  For 3 bits the portable or native packing of whole blocks comes before it.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hawqfx.maths.formats import BLOCK, blocks
+from hawqfx.maths.formats import blocks
 
 Bytes = NDArray[np.uint8]
 Codes = NDArray[np.int8]
@@ -104,24 +104,32 @@ def split(codes: Codes, bits: int) -> tuple[Codes, Bytes, Bytes]:
     return high.astype(np.int8), pair.astype(np.uint8), bit.astype(np.uint8)
 
 
-def pack_blocks(codes: Codes) -> Bytes:
-    """The packing of blocks of 4-bit codes; zeros fill up the last block of a row.
+def fill_blocks(codes: Codes, block: int) -> Codes:
+    """Codes (N, K) as (N, blocks, block); zeros fill up the last block of a row."""
+    rows, columns = codes.shape
+    filled = np.zeros((rows, blocks(columns, block) * block), np.int8)
+    filled[:, :columns] = codes
+    return filled.reshape(rows, -1, block)
+
+
+def pack_blocks(codes: Codes, bits: int, block: int) -> Bytes:
+    """The packing of blocks of codes of 2, 4 or 8 bits.
 
     Args:
         codes: (N, K).
+        bits: bits of a code.
+        block: codes of a block.
 
     Returns:
-        (N, blocks, BLOCK / 2).
+        (N, blocks, bits * block / 8).
 
     Raises:
         ValueError: if a code does not fit.
     """
-    _check_range(codes, 4)
-    rows, columns = codes.shape
-    filled = np.zeros((rows, blocks(columns) * BLOCK), np.int8)
-    filled[:, :columns] = codes
-    nibbles = (filled + 8).astype(np.uint8).reshape(rows, -1, BLOCK // 2, 2)
-    return np.ascontiguousarray(nibbles[..., 0] | (nibbles[..., 1] << 4))
+    _check_range(codes, bits)
+    unsigned = (fill_blocks(codes, block).astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    parts = unsigned.reshape(*unsigned.shape[:2], -1, 8 // bits) << np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(parts, axis=-1)
 
 
 def _check_range(codes: Codes, bits: int) -> None:

@@ -122,8 +122,8 @@ def _answers(program: Program, batch: Batch) -> list[Tensor]:
 
 
 def _outputs(path: Path, inputs: ort.Arrays, *, exact: bool = False) -> list[Tensor]:
-    session = ort.session(path, exact=exact)
-    return [torch.from_numpy(output) for output in ort.run(session, inputs)]
+    outputs = ort.run_exactly(path, inputs) if exact else ort.run(ort.session(path), inputs)
+    return [torch.from_numpy(output) for output in outputs]
 
 
 def _compared(wanted: list[Tensor], found: list[Tensor]) -> tuple[float, float]:

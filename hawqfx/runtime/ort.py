@@ -24,6 +24,7 @@ def session(
     save: Path | None = None,
     provider: str = CPU,
     exact: bool = False,
+    folded: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session of onnxruntime.
 
@@ -36,6 +37,9 @@ def session(
         exact: whether x86 processors without VNNI run integer kernels that are slower, and do not saturate sums.  That
             takes optimizations: with optimize=False, all stay but the choice of integer kernels for QuantizeLinear and
             DequantizeLinear.
+        folded: whether constants are folded with optimize=False too, and whatever else leaves values as they are
+            (onnxruntime's basic level): kernels of weight-only layers are fast, and round their input, only where the
+            weight is a constant.
 
     Raises:
         BackendError: if onnxruntime does not load the model.
@@ -44,7 +48,8 @@ def session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize or exact else level.ORT_DISABLE_ALL
+    least = level.ORT_ENABLE_BASIC if folded else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize or exact else least
     disabled = None if optimize or not exact else ["QDQSelectorActionTransformer"]
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -56,10 +61,20 @@ def session(
             content, options, providers=list(dict.fromkeys((provider, CPU))), disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime has a class of its own for each failure
-        if exact and optimize:  # 1.32 cannot load shared weights for those kernels; without any, nothing saturates
-            return session(model, threads=threads, optimize=False, save=save, provider=provider)
         name = "the model" if isinstance(model, bytes) else str(model)
         raise BackendError(f"{name} cannot be loaded by onnxruntime {version()}: {error}") from error
+
+
+def run_exactly(model: str | Path | bytes, inputs: Arrays) -> list[NDArray[np.generic]]:
+    """All outputs for one batch, by integer kernels that do not saturate.
+
+    1.32 cannot load weights that layers share for those kernels, and fails on some weights that stay outside them: then
+    by no integer kernels, so that nothing saturates either.
+    """
+    try:
+        return run(session(model, exact=True), inputs)
+    except Exception:  # onnxruntime has a class of its own for each failure; a file that is wrong fails again
+        return run(session(model, optimize=False, folded=True), inputs)
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:

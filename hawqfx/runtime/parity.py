@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from hawqfx.errors import ExportError
 from hawqfx.export.inspection import expose_codes, expose_sites, operators
 from hawqfx.frontend.data import Batch
-from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
+from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_BLOCKS, FAKE_QUANTIZE_DYNAMIC
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import SCALE, Program
 from hawqfx.runtime import ort
@@ -82,8 +82,8 @@ def optimized_sites(program: Program, path: str | Path, inputs: ort.Arrays) -> l
     """The codes of each quantized activation of a file, in its order: by onnxruntime's exact integer kernels, and with
     its optimizations off."""
     content, keys = expose_codes(path)
-    sessions = ort.session(content, optimize=False, exact=_is_dynamic(program)), ort.session(content, exact=True)
-    plain, optimized = (ort.run(session, inputs)[-len(keys) or None :] for session in sessions)
+    both = ort.run(_plain_session(program, content), inputs), ort.run_exactly(content, inputs)
+    plain, optimized = (outputs[-len(keys) or None :] for outputs in both)
     return [
         SiteCodes.of(key, torch.from_numpy(one), torch.from_numpy(other))
         for key, one, other in zip(keys, plain, optimized, strict=bool(keys))
@@ -103,7 +103,7 @@ def compare(program: Program, path: str | Path, batch: Batch) -> Parity:
     scales, reference, exposed = _run_exposed(program, path, inputs)
     found, followed = _followed(program, batch, scales, exposed)
     free = _first(program.run(batch.args, batch.kwargs))
-    optimized = torch.from_numpy(ort.run(ort.session(path, exact=True), inputs)[0])
+    optimized = torch.from_numpy(ort.run_exactly(path, inputs)[0])
     return Parity(
         codes=sum(site.codes for site in found),
         flips=sum(site.flips for site in found),
@@ -146,7 +146,7 @@ def _run_exposed(
         of each of these nodes -> the tensor that the file has there.
     """
     content, keys = expose_sites(path)
-    plain = ort.session(content, optimize=False, exact=_is_dynamic(program))
+    plain = _plain_session(program, content)
     values = [torch.from_numpy(value) for value in ort.run(plain, inputs)]
     quantizers = _quantizers(program)
     for name in _quantizers_in_parts(program, quantizers, keys):
@@ -157,9 +157,15 @@ def _run_exposed(
     return scales, values[0], dict(zip(quantizers, values[len(values) - len(keys) :], strict=True))
 
 
-def _is_dynamic(program: Program) -> bool:
-    """Whether integer kernels run whatever the optimizations: those of layers that quantize their input in each run."""
-    return any(node.target is FAKE_QUANTIZE_DYNAMIC for node in program.graph.graph.nodes)
+def _plain_session(program: Program, content: bytes) -> Any:
+    """A session with as few optimizations as layers compute with as the graph does.
+
+    Integer kernels run whatever the optimizations in layers that quantize their input in each run.
+    """
+    targets = {node.target for node in program.graph.graph.nodes}
+    return ort.session(
+        content, optimize=False, exact=FAKE_QUANTIZE_DYNAMIC in targets, folded=FAKE_QUANTIZE_BLOCKS in targets
+    )
 
 
 def _quantizers(program: Program) -> dict[str, tuple[str, float]]:

@@ -74,7 +74,8 @@ class Plan:
             for weight in (True, False)
         )
         schemes = {width.scheme for width in signed | unsigned} - {"static"}
-        return Calibration(_static(signed), _static(unsigned), tuple(sorted(schemes)))
+        blocks = tuple(sorted({width.block for width in signed} - {0}))
+        return Calibration(_bits(signed), _bits(unsigned), tuple(sorted(schemes)), blocks)
 
     def explain(self, site: str | None = None) -> str:
         """The reason for the bits of a site, or of every site whose name matches the pattern; without one, the amounts
@@ -148,8 +149,8 @@ class Plan:
             temporary.write_text(self.to_json())
 
 
-def _static(formats: Collection[Format]) -> tuple[int, ...]:
-    return tuple(sorted(width.bits for width in formats if width.is_static))
+def _bits(formats: Collection[Format]) -> tuple[int, ...]:
+    return tuple(sorted({width.bits for width in formats if width.is_static or width.is_blockwise}))
 
 
 @dataclass(frozen=True)

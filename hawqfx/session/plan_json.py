@@ -5,6 +5,7 @@ Format 3 had no pins.
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -109,8 +110,11 @@ def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
     quantizer = QuantParams(**known | {"scale": tuple(map(float, known["scale"]))})
     if quantizer.bits != entry["bits"]:
         raise ValueError(f"bits are {entry['bits']}, the quantizer has {quantizer.bits}")
-    if not all(0 < scale < math.inf for scale in quantizer.scale):
+    signed = quantizer.scheme == "weight-only"
+    if not all(0 < (abs(scale) if signed else scale) < math.inf for scale in quantizer.scale):
         raise ValueError("a scale is not above zero, or not finite")
+    if signed and not all(struct.pack("<f", scale)[:2] == bytes(2) for scale in quantizer.scale):
+        raise ValueError("the scale of a block is no bfloat16 number")
     low, high = (affine.signed_range if quantizer.per_channel else affine.unsigned_range)(quantizer.bits)
     zeros = (0,) if quantizer.per_channel else range(low, high + 1)
     if (quantizer.low, quantizer.high) != (low, high) or quantizer.zero_point not in zeros:
@@ -121,11 +125,11 @@ def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
 
 
 def _format(entry: Mapping[str, Any]) -> Format:
-    return known_format(int(entry["bits"]), entry["scheme"])
+    return known_format(int(entry["bits"]), entry["scheme"], int(entry.get("block", 0)))
 
 
 def _format_entry(width: Format) -> dict[str, object]:
-    return {"bits": width.bits, "scheme": width.scheme}
+    return {"bits": width.bits, "scheme": width.scheme, "block": width.block}
 
 
 def _reason_entry(reason: Reason | None) -> dict[str, Any] | None:
@@ -138,7 +142,7 @@ def _reason_entry(reason: Reason | None) -> dict[str, Any] | None:
 def _move_entry(move: Move | None) -> dict[str, Any] | None:
     if move is None:
         return None
-    return {"bits": move.format.bits, "loss": move.loss, "amounts": dict(move.amounts), "scheme": move.format.scheme}
+    return _format_entry(move.format) | {"loss": move.loss, "amounts": dict(move.amounts)}
 
 
 def _reason(entry: Mapping[str, Any] | None) -> Reason | None:

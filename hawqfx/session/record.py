@@ -84,7 +84,9 @@ def known_facts(planned: Program) -> dict[str, Any]:
     compensations = {key: asdict(each) for key, each in rounded.items() if each is not None}
     file = None
     if text is not None:
-        file = asdict(text) | {"formats": {key: [width.bits, width.scheme] for key, width in text.formats.items()}}
+        file = asdict(text) | {
+            "formats": {key: [width.bits, width.scheme, width.block] for key, width in text.formats.items()}
+        }
     return {"sensitivities": sensitivities, "compensations": compensations, "file": file}
 
 

@@ -41,6 +41,6 @@ def test_conversions_scale_as_integer_parts() -> None:
     model = scaled(parts, Scales(floating=0.5, integer=2.0, rest=7.0))
     expected = KernelTimes("n", ("w", "x"), "w", integer=2.0, floating=1.0, unpacking=1.5, dynamic=8.0)
     assert model.timed == (expected,)
-    assert model.timed[0].blockwise == math.inf
+    assert model.timed[0].blockwise == ()
     assert model.converted == (ConversionTimes("x", None, ("n",), 2.0, 4.0, 6.0),)
     assert (model.rest, model.setting) == (7.0, "")
