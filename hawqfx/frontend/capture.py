@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import CaptureError
@@ -219,6 +218,8 @@ def _refuse_random_numbers(graph: fx.Graph) -> None:
 
 def _refuse_sizes_by_values(graph: fx.Graph) -> None:
     """Raises CaptureError if the size of a tensor depends on the values of another, as that of nonzero does."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # takes SymPy in, as long as torch itself
+
     for node in graph.nodes:
         sizes = [size for value in pytree.tree_leaves(node.meta.get("val")) for size in getattr(value, "shape", ())]
         if any(free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)):
