@@ -17,7 +17,6 @@ from hawqfx.compiler import pareto as pareto_of
 from hawqfx.errors import HawqfxError
 from hawqfx.export.opsets import Packing
 from hawqfx.forecast import forecast
-from hawqfx.maths.formats import BLOCKS
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.sensitivity.distributed import launched
@@ -108,7 +107,7 @@ def compile(
         "weight_bits": specs.widths("--weight-bits", weight_bits, range(2, 9)),
         "activation_bits": specs.widths("--activation-bits", activation_bits, (4, 6, 8)),
         "schemes": schemes or None,
-        "block_sizes": specs.widths("--block-sizes", block_sizes, BLOCKS),
+        "block_sizes": specs.widths("--block-sizes", block_sizes, (32, 64, 128)),
         "rounding": rounding,
         "bias_correction": bias_correction,
         "keep_float": keep_float or (),
