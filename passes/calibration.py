@@ -19,8 +19,8 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ActivationHistogram, Quantizers, QuantParams
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
-from hawqfx.maths import affine
-from hawqfx.maths.formats import BLOCKS, BLOCKWISE_BITS, DYNAMIC, Format, Scheme, blockwise
+from hawqfx.maths import affine, formats
+from hawqfx.maths.formats import BLOCKS, BLOCKWISE_BITS, DYNAMIC, Format, Scheme
 from hawqfx.pass_manager.base import Analysis, Kind, option
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Calibration(Analysis):
 
     weight_bits: tuple[int, ...] = option((2, 3, 4, 5, 6, 7, 8), "bits of the static formats that weights may have")
     activation_bits: tuple[int, ...] = option((4, 6, 8), "bits of the static formats that activations may have")
-    schemes: tuple[Scheme, ...] = option((), "schemes that linear layers may have besides static: weight-only, dynamic")
+    schemes: tuple[Scheme, ...] = option(("static",), "how layers may compute: static, weight-only, dynamic")
     blocks: tuple[int, ...] = option(BLOCKS, "inputs that share a scale in the scheme weight-only")
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, ActivationSite, ActivationHistogram)
     gives: ClassVar[tuple[Kind, ...]] = (Quantizers,)
@@ -120,19 +120,28 @@ class Calibration(Analysis):
 
     def _blockwise(self) -> list[Format]:
         """The weight-only formats: of the bits that weights may have, those that there is a kernel for."""
-        return [blockwise(bits, block) for bits in BLOCKWISE_BITS if bits in self.weight_bits for block in self.blocks]
+        return [
+            formats.blockwise(bits, block)
+            for bits in BLOCKWISE_BITS
+            if bits in self.weight_bits
+            for block in self.blocks
+        ]
 
     def _of_weights(self, program: Program, least: Mapping[str, Tensor]) -> dict[str, Quantizers]:
         linear = {layer.node for layer in program.layers if layer.operator == "linear"}
-        in_blocks = _read_by(program, linear) if "weight-only" in self.schemes else []
+        blockwise = self._blockwise() if "weight-only" in self.schemes else []
+        in_blocks = _read_by(program, linear) if blockwise else []
+        others = bool({"static", "dynamic"} & set(self.schemes))
         facts, widened = {}, {}
         for site in program.weights:
             weight = program.tensor(site.key)
             needed = least[site.key].to(weight.device)
-            by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
-            widened[site.key] = _widened(by_format, needed)
+            by_format: dict[Format, QuantParams] = {}
+            if others or site.key not in in_blocks:
+                by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
+                widened[site.key] = _widened(by_format, needed)
             if site.key in in_blocks:
-                by_format |= {width: _blockwise_quantizer(weight, width) for width in self._blockwise()}
+                by_format |= {width: _blockwise_quantizer(weight, width) for width in blockwise}
             facts[site.key] = Quantizers(by_format)
         _warn_of_biases({key: count for key, count in widened.items() if count})
         return facts

@@ -396,3 +396,18 @@ def test_schemes_that_there_are_not_are_refused() -> None:
     for schemes in (("quick",), ()):
         with pytest.raises(HawqfxError, match="must be some of static, dynamic, weight-only"):
             compiled_by(schemes)  # type: ignore[arg-type]
+
+
+def test_weights_in_blocks_alone_have_no_other_formats() -> None:
+    """A large model holds no codes that no scheme of its may take; what has no blocks stays static."""
+    facts = compiled_by(("weight-only",)).planned.facts
+    assert set(facts.get("wide.weight", Quantizers).by_format) == set(BLOCKWISE)
+    assert set(facts.get("table.weight", Quantizers).by_format) == set(map(Format, range(2, 9)))
+    torch.manual_seed(0)
+    some = hawqfx.compile(
+        Words().eval(), "weight_bits=4", words(), schemes=("weight-only",), sensitivity="mse", block_sizes=[64]
+    )
+    assert {width.block for width in some.planned.facts.get("wide.weight", Quantizers).by_format} == {64}
+    for wrong in ((), (16,), "32"):
+        with pytest.raises(HawqfxError, match="block_sizes="):
+            hawqfx.compile(Words().eval(), "weight_bits=4", words(), block_sizes=wrong)  # type: ignore[arg-type]

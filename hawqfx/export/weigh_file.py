@@ -30,7 +30,8 @@ def _written(program: Program, context: Context, texts: Mapping[str, str]) -> in
 
 @dataclass(frozen=True)
 class WeighFile(Analysis):
-    """Exports the network in its widest static formats, and the float network, and gives the FileText."""
+    """Exports the network in its widest formats, static ones where there are any, and the float network, and gives the
+    FileText."""
 
     target: str = option("any", "the processors that the file is made for")
     needs: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights, ByteCost, FloatNetwork)
@@ -51,4 +52,6 @@ class WeighFile(Analysis):
 
 
 def _widest(quantizers: Quantizers) -> Format:
-    return max((width for width in quantizers.by_format if width.is_static), default=FLOAT)
+    """The widest static format, or the widest in blocks where there is none."""
+    known = [width for width in quantizers.by_format if width.is_static or width.is_blockwise]
+    return max((width for width in known if width.is_static), default=max(known, default=FLOAT))

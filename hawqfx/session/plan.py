@@ -73,7 +73,7 @@ class Plan:
             {q.format for q in self.quantizers.values() if q is not None and q.per_channel is weight}
             for weight in (True, False)
         )
-        schemes = {width.scheme for width in signed | unsigned} - {"static"}
+        schemes = {width.scheme for width in signed | unsigned} - {"float"}
         blocks = tuple(sorted({width.block for width in signed} - {0}))
         return Calibration(_bits(signed), _bits(unsigned), tuple(sorted(schemes)), blocks)
 
