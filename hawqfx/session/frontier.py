@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,6 +15,9 @@ from hawqfx.passes.allocation import Allocation
 from hawqfx.session.latency_search import within_latency
 from hawqfx.session.plan_text import html_table
 from hawqfx.session.planner import Planner, for_budget
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LIMITS = ("size", "weight_bits", "bops", "activation_memory")  # that a frontier goes along
 
@@ -102,6 +105,26 @@ class Frontier:
             for each in self.points
         ]
         return html_table(("budget", "predicted loss increase", "loss"), rows)
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """The curve as a figure: the amount of the limit, or of the first one, against the predicted loss increase,
+        with the loss of the plans that were run.
+
+        Args:
+            axes: of matplotlib, to draw on; None: those of a new figure.
+
+        Raises:
+            HawqfxError: if matplotlib is not installed.
+        """
+        from hawqfx.session import figures
+
+        axes = figures.axes_or_new(axes, (7, 4))
+        limit = self.limit or next(iter(self.points[0].account.limits))
+        uses = [point.account.limits[limit] for point in self.points]
+        predicted = [point.account.loss for point in self.points]
+        run = [point.loss for point in self.points]
+        figures.curve(axes, limit, uses[0].unit, [_taken(use) for use in uses], predicted, run)
+        return axes
 
     def table(self) -> Table:
         """A row per plan: budget, amounts of its limits, predicted loss increase with its proof, measured loss."""

@@ -45,6 +45,8 @@ from hawqfx.session.uniform import plan_or_uniform, uniform_formats
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from hawqfx.export.opsets import Packing
     from hawqfx.report.facts import Facts
 
@@ -465,6 +467,22 @@ class Compiled:
     def __repr__(self) -> str:
         bits = f"{len(self.planned.weights)} weights, {len(self.planned.activations)} activations"
         return f"<Compiled {self.budget}: {bits}, {self.weight_bytes:,} bytes of weights>"
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """The bits of every weight as a figure, in the order of the network, each as wide as its share of the elements.
+
+        Args:
+            axes: of matplotlib, to draw on; None: those of a new figure.
+
+        Raises:
+            HawqfxError: if matplotlib is not installed.
+        """
+        from hawqfx.session import figures
+
+        axes = figures.axes_or_new(axes, (10, 3.5))
+        formats = self.planned.formats()
+        figures.strip(axes, self.planned.weights, [formats[site.key] for site in self.planned.weights])
+        return axes
 
     def _repr_html_(self) -> str:
         """A short table for notebooks."""
