@@ -3,7 +3,7 @@
     python benchmarks/language.py [--quick] [--check]
 
 SmolLM2-135M-Instruct (the extra `bench`), compiled with tokens="causal" and weight-only layers in blocks of 128, from
-16 windows of 256 tokens of news (data.py).  The weights come from a file of 4 bits in blocks of 32 with zero-points: the
+16 windows of 256 tokens of news (data.py).  The weights come from 4 bits in blocks of 32 with zero-points: the
 reference is "dequantized", not the trained network.  The perplexity is that of the exported files in onnxruntime on the
 first 16 windows of 512 tokens of "Emma", 8,176 predictions, which nothing was calibrated on; one thread.
 

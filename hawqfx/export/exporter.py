@@ -76,6 +76,10 @@ def export(
     return write(model, Path(path), most, check)
 
 
+# OpenVINO 2026.4 refuses the functions that unpack weights, and with them inlined reads bit-planes wrong without a word
+RUNTIME = "onnxruntime and onnxruntime-web; other runtimes may compute something else"
+
+
 def metadata(plan: str, schemes: Collection[str], target: str, packing: Packing) -> dict[str, str]:
     """The texts that the file of a plan carries.
 
@@ -89,7 +93,7 @@ def metadata(plan: str, schemes: Collection[str], target: str, packing: Packing)
 
     return {
         "hawqfx_version": __version__, "hawqfx_plan": plan, "hawqfx_packing": packing, "hawqfx_target": target,
-        "hawqfx_schemes": ", ".join(sorted(schemes)),
+        "hawqfx_schemes": ", ".join(sorted(schemes)), "hawqfx_runtime": RUNTIME,
     }  # fmt: skip
 
 

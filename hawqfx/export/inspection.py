@@ -71,8 +71,11 @@ _WEIGHT_AT = {
     "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "MatMulInteger": 1, "ConvInteger": 1, "QLinearConv": 3,
     "QLinearMatMul": 3, "MatMulNBits": 1, "Gather": 0,
 }  # fmt: skip
-# operators between a tensor and the layer that reads it
-_THROUGH = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear", "MatMulInteger")
+# operators between a tensor and the layer that reads it -> the input that is the tensor
+_THROUGH = {
+    "DequantizeLinear": 0, "Transpose": 0, "Reshape": 0, "Cast": 0, "Identity": 0, "QuantizeLinear": 0,
+    "MatMulInteger": 1,
+}  # fmt: skip
 
 
 def stored_weights(path: str | Path) -> list[StoredWeight]:
@@ -89,7 +92,7 @@ def stored_weights(path: str | Path) -> list[StoredWeight]:
     def origin(name: str) -> tuple[str, onnx.NodeProto | None]:
         """The tensor that a tensor is laid out from, and the node that makes it, if any."""
         while name in makers and makers[name].op_type in _THROUGH:
-            name = makers[name].input[0]
+            name = makers[name].input[_THROUGH[makers[name].op_type]]
         return name, makers.get(name)
 
     for node in model.graph.node:
@@ -97,10 +100,8 @@ def stored_weights(path: str | Path) -> list[StoredWeight]:
         if at is None or len(node.input) <= at:
             continue
         name, maker = origin(node.input[at])
-        if node.op_type == "MatMulInteger":
-            read, made = origin(node.input[0])
-            if read in stored or (made is not None and made.domain == DOMAIN):  # lays codes out in blocks
-                continue
+        if node.op_type == "MatMulInteger" and node.input[0] in stored:  # lays codes out in blocks
+            continue
         if maker is not None and maker.domain == DOMAIN:
             found[name] = _packed_entry(node, maker, stored)
         elif name in stored and (stored[name].dims or node.op_type == "MatMulNBits"):

@@ -135,10 +135,12 @@ def _dynamic_linear(x: Any, codes: Any, scale: Any) -> Any:
 def _blockwise_linear(x: Any, codes: Any, scale: Any, columns: int, bits: int) -> Any:
     rows, count, length = codes.shape
     if codes.dtype == ir.DataType.INT8:
-        # what onnxruntime folds when it loads the file: code + 2^(bits-1), 8 / bits to a byte
-        places = [[1 << shift] for shift in range(0, 8, bits)]
-        parts = op.Reshape(codes, _constant([rows, count, -1, len(places)], np.int64))
-        sums = op.MatMulInteger(parts, _constant(places, np.uint8), _constant(-(1 << (bits - 1)), np.int8))
+        # what onnxruntime folds when it loads the file: code + 2^(bits-1), 8 / bits to a byte.  Old versions multiply
+        # nothing but uint8 by int8.
+        places = [[1 << shift for shift in range(0, 8, bits)]]
+        parts = op.Transpose(op.Reshape(codes, _constant([-1, len(places[0])], np.int64)), perm=[1, 0])
+        offset = _constant(-(1 << (bits - 1)), np.int8)
+        sums = op.MatMulInteger(_constant(places, np.uint8), parts, _constant(0, np.uint8), offset)
         packed = op.Reshape(op.Cast(sums, to=onnx.TensorProto.UINT8), _constant([rows, count, -1], np.int64))  # type: ignore[type-var]
         block = length
     else:

@@ -175,6 +175,7 @@ def test_the_same_functions_for_all_widths_and_no_traces_of_the_exporter(tmp_pat
         "hawqfx_plan",
         "hawqfx_packing",
         "hawqfx_target",
+        "hawqfx_runtime",
         "hawqfx_schemes",
     }
 
