@@ -82,9 +82,16 @@ def stored_weights(path: str | Path) -> list[StoredWeight]:
     """The weights of a file's layers, in the order of its graph; any ONNX file, quantized by whatever tool.
 
     Raises:
-        ExportError: if the file is no ONNX model.
+        ExportError: if the file is no ONNX model, or a damaged one.
     """
     model = read_model(path)
+    try:
+        return _stored_weights(model)
+    except (KeyError, IndexError, ValueError, TypeError) as error:  # operators without an attribute or input
+        raise ExportError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _stored_weights(model: onnx.ModelProto) -> list[StoredWeight]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     found = {}
