@@ -411,3 +411,14 @@ def test_weights_in_blocks_alone_have_no_other_formats() -> None:
     for wrong in ((), (16,), "32"):
         with pytest.raises(HawqfxError, match="block_sizes="):
             hawqfx.compile(Words().eval(), "weight_bits=4", words(), block_sizes=wrong)  # type: ignore[arg-type]
+
+
+def test_uniform_bits_are_a_rival_of_weight_only_networks_too() -> None:
+    """A table beside them has no blocks: as many bits stand for one format."""
+    compiled = compiled_by(("weight-only",), "weight_bits=4")
+    uniform = compiled.uniform(4)
+    formats = uniform.plan.formats
+    assert {str(formats[site.key]) for site in uniform.planned.weights} == {"4 bits", "4 bits in blocks of 128"}
+    assert {formats[site.key] for site in uniform.planned.activations} == {FLOAT}
+    assert compiled.rival is not None
+    assert compiled.rival.weights == "4/4 bits in blocks of 128"

@@ -40,7 +40,7 @@ from hawqfx.session.record import Calibrated, Trials, known_facts
 from hawqfx.session.refine import refined
 from hawqfx.session.saved import Saved
 from hawqfx.session.size_search import within_size
-from hawqfx.session.uniform import plan_or_uniform, uniform_formats
+from hawqfx.session.uniform import calibrated_uniform, plan_or_uniform
 
 log = logging.getLogger(__name__)
 
@@ -180,13 +180,14 @@ class Session:
         return Frontier(limit if budgets is None else "", tuple(curve))
 
     def uniform(self, weight_bits: int, activation_bits: int = 8) -> "Compiled":
-        """The network with one format for all weights and one for all activations, to compare with.
+        """The network with one format for all weights and one for all activations, to compare with; weights that were
+        calibrated in blocks alone take the longest, and activations are in float then.
 
         Raises:
             HawqfxError: if a site was not calibrated in these formats.
         """
         try:
-            chosen = uniform_formats(self.measured, format_of(weight_bits), format_of(activation_bits))
+            chosen = calibrated_uniform(self.measured, format_of(weight_bits), format_of(activation_bits))
         except ValueError as error:
             raise HawqfxError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
         self._require_measured()

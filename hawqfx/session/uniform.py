@@ -1,13 +1,14 @@
 """Uniform bits, one format for all weights and one for all activations: the rival of every plan."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from hawqfx.allocation.search_space import Formats
+from hawqfx.ir.facts import Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Site, WeightSite
-from hawqfx.maths.formats import FLOAT, Format
+from hawqfx.maths.formats import FLOAT, Format, format_of
 from hawqfx.passes.allocation import Allocation
 from hawqfx.session.planner import Candidate, Planner, Rival
 
@@ -17,6 +18,30 @@ log = logging.getLogger(__name__)
 def uniform_formats(program: Program, weight: Format, activation: Format) -> dict[str, Format]:
     """Site -> its format, when all weights have one and all activations have one."""
     return {site.key: weight if isinstance(site, WeightSite) else activation for site in program.sites}
+
+
+def calibrated_uniform(program: Program, weight: Format, activation: Format) -> dict[str, Format]:
+    """`uniform_formats` as far as they were calibrated: a weight that has such bits in blocks alone takes the longest,
+    and then activations stay in float, as in weight-only networks.
+
+    Args:
+        program: with Quantizers.
+        weight: a static format, or float.
+        activation: likewise.
+    """
+    in_blocks: dict[str, Format] = {}
+    for site in program.weights:
+        known = program.facts.get(site.key, Quantizers).by_format
+        if not weight.is_float and weight not in known:
+            in_blocks |= _in_blocks(site, known, weight.bits)
+    floats = dict.fromkeys((site.key for site in program.activations), FLOAT) if in_blocks else {}
+    return uniform_formats(program, weight, activation) | in_blocks | floats
+
+
+def _in_blocks(site: Site, known: Collection[Format], bits: int) -> dict[str, Format]:
+    """The longest blocks of so many bits, if there are any."""
+    blocks = [width for width in known if width.is_blockwise and width.bits == bits]
+    return {site.key: min(blocks)} if blocks else {}
 
 
 def plan_or_uniform(
@@ -80,6 +105,12 @@ def _widest(program: Program, allocation: Allocation) -> dict[str, Format] | Non
             chosen = uniform_formats(program, weight, activation) | fixed
             if allocation.task(program, chosen).admits(chosen):
                 return chosen
+    # tables have no blocks: where other weights have nothing else, one number of bits stands for one format
+    for bits in sorted({width.bits for site in program.weights for width in formats[site.key]}, reverse=True):
+        chosen = calibrated_uniform(program, format_of(bits), FLOAT) | fixed
+        allowed = all(chosen[key] in known for key, known in formats.items())
+        if allowed and allocation.task(program, chosen).admits(chosen):
+            return chosen
     return None
 
 

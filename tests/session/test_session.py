@@ -212,7 +212,7 @@ def test_no_expansion_no_refinement(trained: Compiled) -> None:
 
 
 def test_a_plan_explains_itself_also_from_json() -> None:
-    budget = "size=3000, bops=3%"
+    budget = "size=3100, bops=3%"
     compiled = quick(Residual, budget)
     session = compiled.session
     found = Plan.of(run([Allocation(Budget.parse(budget))], session.measured, session.context), budget)
