@@ -95,10 +95,10 @@ class MeasurementCache:
             tree = json.loads(path.read_bytes())
             if tree["sha256"] != _checksum(tree["content"]):
                 raise ValueError("its checksum is wrong")
-            return tree["content"]
+            return json.loads(tree["content"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s is damaged (%s): what it held is measured again", path, error)
             return None
 
@@ -107,7 +107,8 @@ class MeasurementCache:
             return
         try:
             with whole_file(self.folder / name) as temporary:
-                temporary.write_text(json.dumps({"sha256": _checksum(content), "content": content}))
+                text = json.dumps(content)
+                temporary.write_text(json.dumps({"sha256": _checksum(text), "content": text}))
         except ExportError as error:
             raise CacheError(f"the cache was not written: {error}") from error
 
@@ -116,8 +117,8 @@ def _name(batch: int) -> str:
     return f"batch-{batch:06d}.json"
 
 
-def _checksum(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(parts: Iterable[Any]) -> str:

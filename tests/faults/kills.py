@@ -12,6 +12,8 @@ from pathlib import Path
 from tests.faults.work import JOBS, MODEL, SAVED, STAGES, contents, fork, others, work
 
 OLD = {MODEL: b"an older model" * 1000, SAVED: b"an older saved file" * 1000}
+LAST = 20  # calls of export and save
+STEPS = 12  # from the opening of a file to its closing, and some more
 KINDS = ("moment", "stage", "call")  # half of the kills are at any moment
 
 
@@ -46,8 +48,8 @@ class Kill:
     """What a kill left.
 
     Args:
-        kind: "moment", after a random time; "stage", a random time after a random stage began; "call", before a random
-            call to the file system.
+        kind: "moment", after a random time; "stage", a random time after a random stage began; "call", at a random call
+            to the file system or a few steps of the interpreter after it.
         died: whether the process was killed before its end.
         kept: the files that were the older ones after the kill, and those that were the new ones.
         measured: files of the cache after the kill.
@@ -79,8 +81,10 @@ def killed(number: int, seed: int, clean: Mapping[str, Clean], room: Path) -> Ki
     for name, content in OLD.items():
         (room / name).write_bytes(content)
     begins = wanted.begins
-    calls = draw.randint(1, wanted.calls) if kind == "call" else 0
-    process = fork(partial(work, job, room, cache), room, dies_at=calls)
+    calls = steps = 0
+    if kind == "call":  # half of them in export and save
+        calls, steps = draw.randint(draw.choice((1, wanted.calls - LAST)), wanted.calls), draw.randint(0, STEPS)
+    process = fork(partial(work, job, room, cache), room, dies_at=calls, steps=steps)
     if kind != "call":
         stage = STAGES[0] if kind == "moment" else draw.choice(STAGES[:-1])
         last = STAGES[-1] if kind == "moment" else STAGES[STAGES.index(stage) + 1]

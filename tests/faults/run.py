@@ -58,7 +58,8 @@ def main(words: list[str] | None = None) -> int:
                 console.print(f"{condition}: {fault}", markup=False, soft_wrap=True)
             conditions.add_row(condition, str(trials), str(len(faults)))
             wrong |= bool(faults)
-        console.print(conditions)
+        if conditions.row_count:
+            console.print(conditions)
     console.print(f"{time.perf_counter() - start:.0f} s")
     return int(wrong)
 

@@ -150,13 +150,16 @@ class Process:
             os.close(self.stages)
 
 
-def fork(task: Callable[[Callable[[str], None]], None], room: Path, dies_at: int = 0, counts: bool = False) -> Process:
+def fork(
+    task: Callable[[Callable[[str], None]], None], room: Path, dies_at: int = 0, steps: int = 0, counts: bool = False
+) -> Process:
     """Run a task in a process of its own.
 
     Args:
         task: called with a function that tells its stages.
         room: a folder; the process has its temporary files in `room`/scratch, its output in `room`/log.
-        dies_at: kill it before this call to the file system on something in the room, counted from 1.
+        dies_at: kill it at this call to the file system on something in the room, counted from 1.
+        steps: of the interpreter, calls and returns, that it has left then; with none, it dies before the call.
         counts: write the number of such calls into `room`/calls at the end.
     """
     (room / "scratch").mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,7 @@ def fork(task: Callable[[Callable[[str], None]], None], room: Path, dies_at: int
         os.dup2(output, 2)
         logging.lastResort = logging.StreamHandler(os.fdopen(os.dup(2), "w", buffering=1))
         tempfile.tempdir = str(room / "scratch")
-        calls = _Calls(room, dies_at)
+        calls = _Calls(room, dies_at, steps)
         sys.addaudithook(calls)
         task(lambda stage: void(os.write(writes, f"{stage}\n".encode())))
         if counts:
@@ -194,8 +197,8 @@ def void(value: object) -> None:
 class _Calls:
     """Counts the calls that open, rename, delete or make something in a folder, as Python's audit events tell them."""
 
-    def __init__(self, room: Path, dies_at: int) -> None:
-        self.room, self.dies_at, self.seen = str(room), dies_at, 0
+    def __init__(self, room: Path, dies_at: int, steps: int) -> None:
+        self.room, self.dies_at, self.steps, self.seen = str(room), dies_at, steps, 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open" and not event.startswith(("os.", "shutil.", "tempfile.")):
@@ -204,4 +207,10 @@ class _Calls:
             return
         self.seen += 1
         if self.seen == self.dies_at:
+            self._step()
+            sys.setprofile(self._step)
+
+    def _step(self, *_: object) -> None:
+        self.steps -= 1
+        if self.steps < 0:
             os.kill(os.getpid(), signal.SIGKILL)
