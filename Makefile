@@ -1,6 +1,7 @@
 # make demo: set up and run the main job.  make test: set up, lint, type-check and test, on all cores.
 # make quick: lint, types and the tests that compile no network, in a minute.  make docs: the documentation, in site/.
 # make fuzz COUNT=2000 SEED=0: random networks, compiled and compared with onnxruntime.
+# make faults COUNT=200 SEED=0: kills at random moments, full disks, damaged caches.  make soak COUNT=300: does it grow?
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
@@ -9,8 +10,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint docs fuzz clean
-COUNT ?= 2000
+.PHONY: demo test quick units lint docs fuzz faults soak clean
+fuzz: COUNT ?= 2000
+faults: COUNT ?= 200
+soak: COUNT ?= 300
 SEED ?= 0
 
 demo: $(READY)
@@ -41,6 +44,12 @@ docs: $(READY)
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count $(COUNT) --seed $(SEED)
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run --count $(COUNT) --seed $(SEED)
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --count $(COUNT)
 
 clean:
 	rm -rf .venv demo site

@@ -1,14 +1,16 @@
 """Checks of single arguments: each refuses what it cannot use, with the argument's name and a way out."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hawqfx.errors import CaptureError, HawqfxError
+from hawqfx.errors import CacheError, CaptureError, HawqfxError
 from hawqfx.maths.formats import BLOCKS, FLOAT_BITS, STATIC_BITS
 
 
@@ -22,6 +24,26 @@ def whole(name: str, value: Any, least: float = -math.inf, why: str = "") -> Non
         raise HawqfxError(f"{name}={value!r}: give a whole number")
     if int(value) < least:
         raise HawqfxError(f"{name}={value}: {why}")
+
+
+def cache_folder(cache: str | Path | None) -> Path | None:
+    """The folder of a cache, which need not exist.
+
+    Raises:
+        CacheError: if it is no folder and none can be made there.
+    """
+    if cache is None:
+        return None
+    folder = Path(cache)
+    try:
+        existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+        if not existing.is_dir():
+            raise CacheError(f"the cache {folder} cannot be used: {existing} is no folder")
+        if existing != folder.absolute() and not os.access(existing, os.W_OK):
+            raise CacheError(f"the cache {folder} cannot be made: no permission in the folder {existing}")
+    except OSError as error:
+        raise CacheError(f"the cache {folder} cannot be used: {error}") from error
+    return folder
 
 
 def bits(name: str, wanted: Any) -> tuple[int, ...]:

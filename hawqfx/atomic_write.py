@@ -1,12 +1,25 @@
-"""Writes files whole or not at all."""
+"""Writes files whole or not at all.
+
+A process that is killed leaves its temporary files.  Their names say who made them, and the next process that writes
+into the same folder deletes those whose maker is dead.
+"""
 
 import os
+import platform
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+from safetensors import SafetensorError
+
 from hawqfx.errors import ExportError
+
+# .hawqfx-PID-RANDOM@HOST; the host, since folders are shared between machines
+TEMPORARY = re.compile(r"\.hawqfx-(\d+)-\w+@(.*)")
 
 
 def check_writable(path: Path) -> None:
@@ -18,10 +31,13 @@ def check_writable(path: Path) -> None:
     Raises:
         ExportError: if the path is a folder, or if its folder does not exist or is not writable.
     """
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder: give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ExportError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    try:
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder: give the name of a file in it")
+        if not path.parent.is_dir():
+            raise ExportError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    except OSError as error:  # such as a name that is too long
+        raise ExportError(f"{path} cannot be written: {error}") from error
     if not os.access(path.parent, os.W_OK):
         raise ExportError(f"{path} cannot be written: no permission in the folder {path.parent}")
 
@@ -41,16 +57,75 @@ def whole_file(path: Path) -> Iterator[Path]:
         ExportError: if the operating system refuses to write the file.
     """
     check_writable(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _refused_as_export_error(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(), suffix=_suffix())
         os.close(handle)
         temporary = Path(name)
         try:
+            _delete_abandoned(path.parent)
             yield temporary
             temporary.chmod(0o644)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise ExportError(f"{path} was not written: {error}") from error
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A context with a temporary folder, in the system's folder for such.
+
+    Raises:
+        ExportError: if the operating system refuses to write there.
+    """
+    with (
+        _refused_as_export_error("a temporary file"),
+        tempfile.TemporaryDirectory(prefix=_prefix(), suffix=_suffix()) as name,
+    ):
+        _delete_abandoned(Path(name).parent)
+        yield Path(name)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A context with a temporary folder in the folder of a file, from which files are renamed to their places.
+
+    Raises:
+        ExportError: if the operating system refuses to write there.
+    """
+    check_writable(path)
+    with (
+        _refused_as_export_error(path),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(), suffix=_suffix()) as name,
+    ):
+        _delete_abandoned(path.parent)
+        yield Path(name)
+
+
+@contextmanager
+def _refused_as_export_error(what: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise ExportError(f"{what} was not written: {error}") from error
+
+
+def _prefix() -> str:
+    return f".hawqfx-{os.getpid()}-"
+
+
+def _suffix() -> str:
+    return f"@{platform.node()}"
+
+
+def _delete_abandoned(folder: Path) -> None:
+    """Delete the temporary files that processes of this machine left in a folder when they were killed."""
+    for name in os.listdir(folder):
+        made = TEMPORARY.fullmatch(name)
+        if made and made[2] == platform.node() and not psutil.pid_exists(int(made[1])):
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):  # another process was faster, or the file is another user's
+                    path.unlink()

@@ -172,7 +172,7 @@ def validated(
     if rounding == "learned":
         learning = LearnedRounding()
     first = _first_rounding(rounding)
-    folder = None if cache is None else Path(cache)
+    folder = arguments.cache_folder(cache)
     return Options(
         budget=limits,
         plan=given,

@@ -29,7 +29,7 @@ LAW: dict[str, set[str]] = {
         "allocation", "analysis", "errors", "frontend", "ir", "learning", "maths", "pass_manager", "sensitivity",
     },
     "export": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager", "passes"},
-    "runtime": {"errors", "export", "frontend", "ir", "maths"},
+    "runtime": {"atomic_write", "errors", "export", "frontend", "ir", "maths"},
     "latency": {
         "analysis", "atomic_write", "errors", "export", "frontend", "ir", "maths", "pass_manager", "passes",
         "runtime",

@@ -1,6 +1,7 @@
 """Short cuts for tests: a program up to a given pass, and a quick compile."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,3 +57,16 @@ def tensor_at(program: Program, batch: Batch, node: str) -> Tensor:
 
     program.run(batch.args, batch.kwargs, look, at=[node])
     return seen[0]
+
+
+def damaged(path: Path, how: str) -> None:
+    """Damage a file: truncated, flipped (a bit of its last quarter), emptied, or a folder in its place."""
+    content = bytearray(path.read_bytes())
+    if how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "flipped":
+        content[-len(content) // 4] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: {"truncated": len(content) * 2 // 3, "emptied": 0}[how]])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hawqfx.atomic_write import whole_file
+from hawqfx.atomic_write import check_writable, whole_file
 from hawqfx.commands import specs
 from hawqfx.commands.compiling import folder
 from hawqfx.commands.output import Json, as_json, json_of, show
@@ -32,6 +32,8 @@ def bench(
     from hawqfx.benchmark import benchmark
     from hawqfx.runtime.backends import table
 
+    if out is not None:
+        check_writable(out)
     results = benchmark(
         file,
         backend or ["ort-cpu"],

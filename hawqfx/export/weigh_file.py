@@ -1,11 +1,10 @@
 """The pass that weighs the exported file, for limits on its size."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
+from hawqfx.atomic_write import scratch_folder
 from hawqfx.export.exporter import export, metadata
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, FileText, FloatNetwork, Quantizers, RoundedWeights
@@ -24,8 +23,8 @@ def exported_bytes(lowered: Program, context: Context, target: str) -> int:
 
 
 def _written(program: Program, context: Context, texts: Mapping[str, str]) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        return export(program, context.batches[0], Path(folder) / "model.onnx", "portable", texts)
+    with scratch_folder() as folder:
+        return export(program, context.batches[0], folder / "model.onnx", "portable", texts)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Writes a model to disk, whole or not at all."""
 
+import hashlib
 import math
-import tempfile
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from hawqfx.atomic_write import whole_file
+from hawqfx.atomic_write import folder_beside, whole_file
 from hawqfx.errors import ExportError, HawqfxError
 
 LARGEST_FILE = (1 << 31) - (1 << 26)  # bytes of tensors; protobuf takes files below 2 GiB
@@ -38,18 +40,42 @@ def write(model: ir.Model, path: Path, most: float = math.inf, check: Check | No
         return _write_in_two(model, path, most, check)
     with whole_file(path) as temporary:
         ir.save(model, temporary)
-        return _checked([temporary], path, most, check)
+        size = _checked([temporary], path, most, check)
+    _delete_other_tensors(path, "")
+    return size
 
 
 def _write_in_two(model: ir.Model, path: Path, most: float, check: Check | None) -> int:
-    name = f"{path.name}.data"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        whole = Path(folder) / path.name
+    """The graph names the file of its tensors, and that name their content: an older graph keeps its own tensors until
+    the new graph takes its place."""
+    name = f"{path.name}.{_digest(model)}.data"
+    with folder_beside(path) as folder:
+        whole = folder / path.name
         ir.save(model, whole, external_data=name, size_threshold_bytes=128)
-        size = _checked([whole, Path(folder) / name], path, most, check)
-        (Path(folder) / name).replace(path.with_name(name))
+        size = _checked([whole, folder / name], path, most, check)
+        (folder / name).replace(path.with_name(name))
         whole.replace(path)
+    _delete_other_tensors(path, name)
     return size
+
+
+def _digest(model: ir.Model) -> str:
+    """A name for the content of all tensors."""
+    state = hashlib.sha256()
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            state.update(f"{name} {value.const_value.nbytes};".encode())
+            state.update(value.const_value.tobytes())
+    return state.hexdigest()[:16]
+
+
+def _delete_other_tensors(path: Path, kept: str) -> None:
+    """Delete the tensors of older files at this path."""
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
+    for each in path.parent.iterdir():
+        if ours.fullmatch(each.name) and each.name != kept:
+            with suppress(OSError):
+                each.unlink()
 
 
 def _checked(written: Sequence[Path], path: Path, most: float, check: Check | None) -> int:

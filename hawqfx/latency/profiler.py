@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
+from hawqfx.atomic_write import scratch_folder
 from hawqfx.errors import HawqfxError
 from hawqfx.export.exporter import export
 from hawqfx.frontend.context import Progress, silent
@@ -91,10 +91,10 @@ def whole_networks(programs: Sequence[Program], example: Batch, threads: int = 1
         example: the data of a run.
         threads: of onnxruntime.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         paths, feeds = [], []
         for number, program in enumerate(programs):
-            paths.append(Path(folder) / f"{number}.onnx")
+            paths.append(folder / f"{number}.onnx")
             export(program, example, paths[-1])
             names = [name for name, *_ in ort.inputs(paths[-1])]
             feeds.append(dict(zip(names, (tensor.numpy() for tensor in example.tensors), strict=True)))

@@ -74,7 +74,7 @@ class TimingCache:
         Raises:
             CacheError: if the file cannot be written.
         """
-        if not self.new:
+        if not self.new or self.path.is_dir():  # of a folder, open() has warned
             return
         try:
             with whole_file(self.path) as temporary:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import fx
 
+from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Progress as Report
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Observer, Pass
@@ -43,13 +44,19 @@ class Dump(Observer):
 
     Args:
         folder: of the files; it is made if it does not exist.
+
+    Raises:
+        HawqfxError: from `after`, if a file cannot be written.
     """
 
     folder: Path
 
     def after(self, number: int, step: Pass, program: Program, seconds: float) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{number:02d}_{step.name}.txt").write_text(graph_text(program))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{number:02d}_{step.name}.txt").write_text(graph_text(program))
+        except OSError as error:
+            raise HawqfxError(f"the graph was not written into {self.folder}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from equal codes.  With optimizations on, integer kernels run, those that do not
 only outputs are compared.
 """
 
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hawqfx.atomic_write import scratch_folder
 from hawqfx.errors import ExportError
 from hawqfx.export.inspection import expose_codes, expose_sites, operators
 from hawqfx.frontend.data import Batch
@@ -130,8 +130,8 @@ def _followed(
 
 def kernels(path: str | Path) -> dict[str, int]:
     """Name of an operator -> its number of nodes in the graph that onnxruntime runs on this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "optimized.onnx"
+    with scratch_folder() as folder:
+        saved = folder / "optimized.onnx"
         ort.session(path, save=saved)
         return dict(operators(saved))
 

@@ -1,12 +1,14 @@
 """Keeps finished measurements on disk, batch by batch, so that a run that was killed continues where it stopped.
 
 The name of a measurement is a digest of everything that its numbers depend on: graph, tensors, data, loss, seed, metric
-and versions.  Files are JSON; a file is written as a whole or not at all.
+and versions.  Files are JSON with a checksum; a file is written as a whole or not at all, and one that is damaged all
+the same is measured again.
 """
 
 import functools
 import hashlib
 import json
+import logging
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from torch.utils import _pytree as pytree
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import CacheError, ExportError
 
-VERSION = 5  # of the files and of the digest: a new version does not read the files of an old one
+log = logging.getLogger(__name__)
+
+VERSION = 6  # of the files and of the digest: a new version does not read the files of an old one
 
 
 @dataclass(frozen=True)
@@ -55,45 +59,66 @@ class MeasurementCache:
         """The batch size, in samples, that the measurement was begun with; keeps `wanted` if it begins now.
 
         Raises:
-            CacheError: if the file is damaged or cannot be written.
+            CacheError: if the file cannot be written.
         """
         known = self._read("batch_size.json")
-        if known is None:
+        if not isinstance(known, int):
             self._write("batch_size.json", wanted)
             return wanted
-        return int(known)
+        return known
 
-    def get(self, batch: int) -> dict[str, list[float]] | None:
+    def get(self, batch: int, samples: range) -> dict[str, list[float]] | None:
         """The numbers of every quantity on a batch; None if the batch is not measured yet.
 
-        Raises:
-            CacheError: if the file is damaged.
+        Args:
+            batch: its number.
+            samples: which of all samples are in it.  Runs that know nothing of one another, or of a damaged batch size,
+                may take batches of other sizes: then these are not the same numbers.
         """
-        return self._read(f"batch-{batch:06d}.json")
+        known = self._read(_name(batch))
+        if known is None or known["samples"] != [samples.start, samples.stop]:
+            return None
+        return known["numbers"]
 
-    def put(self, batch: int, numbers: Mapping[str, Sequence[float]]) -> None:
+    def put(self, batch: int, samples: range, numbers: Mapping[str, Sequence[float]]) -> None:
         """Writes the numbers of every quantity on a batch.
 
         Raises:
             CacheError: if the file cannot be written.
         """
-        self._write(f"batch-{batch:06d}.json", dict(numbers))
+        self._write(_name(batch), {"samples": [samples.start, samples.stop], "numbers": dict(numbers)})
 
     def _read(self, name: str) -> Any:
+        """The content of a file; None if there is none, or if it is damaged."""
         path = self.folder / name
         try:
-            return json.loads(path.read_text())
+            tree = json.loads(path.read_bytes())
+            if tree["sha256"] != _checksum(tree["content"]):
+                raise ValueError("its checksum is wrong")
+            return json.loads(tree["content"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{path} is damaged ({error}): delete it, and that batch is measured again") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            log.warning("%s is damaged (%s): what it held is measured again", path, error)
+            return None
 
     def _write(self, name: str, content: Any) -> None:
+        if (self.folder / name).is_dir():  # of which _read has warned
+            return
         try:
             with whole_file(self.folder / name) as temporary:
-                temporary.write_text(json.dumps(content))
+                text = json.dumps(content)
+                temporary.write_text(json.dumps({"sha256": _checksum(text), "content": text}))
         except ExportError as error:
             raise CacheError(f"the cache was not written: {error}") from error
+
+
+def _name(batch: int) -> str:
+    return f"batch-{batch:06d}.json"
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(parts: Iterable[Any]) -> str:

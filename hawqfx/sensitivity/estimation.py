@@ -5,6 +5,7 @@ batch, probe, site), and each batch decides alone which quantities need more pro
 the order of batches, on restarts, or on the number of processes.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -88,13 +89,12 @@ def estimate(metric: Metric, program: Program, context: Context) -> dict[Quantit
     context = fit_into_memory(program, context, workers, cache, second_order=metric.second_order)
     if metric.shares_probes:
         context = parted(program, context, min(metric.probes, max(PARTS, context.samples // SAMPLES)))
-    cached = _cached_batches(cache, len(context.batches), workers)
+    known = _known_batches(cache, context, workers)
+    flags = workers.total(torch.tensor([int(index in known) for index in range(len(context.batches))]))
     table = _Table(metric.quantities(program), len(context.batches))
-    _measure_batches(metric, program, context, workers, cache, table, cached)
-    if cache is not None and workers.rank == 0:
-        for index in (index for index, known in enumerate(cached) if known):
-            numbers = cache.get(index) or {}
-            table.enter(index, {quantity: _Summary(*numbers[str(quantity)]) for quantity in table.quantities})
+    _measure_batches(metric, program, context, workers, cache, table, [bool(flag) for flag in flags])
+    for index, numbers in known.items():
+        table.enter(index, {quantity: _Summary(*numbers[str(quantity)]) for quantity in table.quantities})
     return _pooled(metric, context, table.of_all(workers))
 
 
@@ -158,12 +158,23 @@ def _identity(metric: Metric, program: Program, context: Context) -> list[object
     return parts
 
 
-def _cached_batches(cache: MeasurementCache | None, batches: int, workers: Workers) -> list[bool]:
-    """For each batch, whether the cache has it, as process 0 sees it."""
-    cached = torch.zeros(batches, dtype=torch.int64)
-    if cache is not None and workers.rank == 0:
-        cached = torch.tensor([int(cache.get(index) is not None) for index in range(batches)])
-    return [bool(flag) for flag in workers.total(cached)]
+def _known_batches(
+    cache: MeasurementCache | None, context: Context, workers: Workers
+) -> dict[int, dict[str, list[float]]]:
+    """The numbers of each batch that the cache has, in process 0; in the others none, since all are added up.
+
+    Each file is read once: another run may write it, or a disk fail, between two looks.
+    """
+    if cache is None or workers.rank != 0:
+        return {}
+    found = {index: cache.get(index, samples) for index, samples in enumerate(_ranges(context))}
+    return {index: numbers for index, numbers in found.items() if numbers is not None}
+
+
+def _ranges(context: Context) -> list[range]:
+    """Which of all samples are in each batch."""
+    ends = list(itertools.accumulate(batch.size for batch in context.batches))
+    return [range(end - batch.size, end) for end, batch in zip(ends, context.batches, strict=True)]
 
 
 def _measure_batches(
@@ -185,7 +196,11 @@ def _measure_batches(
             if team.member == 0:
                 table.enter(index, summaries)
                 if cache is not None:
-                    cache.put(index, {str(quantity): summary for quantity, summary in summaries.items()})
+                    cache.put(
+                        index,
+                        _ranges(context)[index],
+                        {str(quantity): summary for quantity, summary in summaries.items()},
+                    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.rules import Order, known_schemes
-from hawqfx.atomic_write import check_writable, whole_file
+from hawqfx.atomic_write import check_writable, scratch_folder, whole_file
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
@@ -392,8 +391,8 @@ class Compiled:
         sample = batch.first(1 if self.planned.dynamic_batch else batch.size)
         answer = self.session.measured.run(sample.args, sample.kwargs)
         reference = [leaf.detach().numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
+        with scratch_folder() as folder:
+            path = folder / "model.onnx"
             self.export(path, check=False)
             results = every(path, self.model, backends, sample, reference, threads=threads, rounds=rounds)
         return table(results)

@@ -91,10 +91,38 @@ def test_large_files_keep_their_tensors_beside_them(tmp_path: Path, monkeypatch:
     compiled.export(tmp_path / "one.onnx")
     monkeypatch.setattr(write, "LARGEST_FILE", 100)
     compiled.export(tmp_path / "two.onnx")
-    assert {path.name for path in tmp_path.iterdir()} == {"one.onnx", "two.onnx", "two.onnx.data"}
+    (tensors,) = tmp_path.glob("two.onnx.*.data")
+    assert {path.name for path in tmp_path.iterdir()} == {"one.onnx", "two.onnx", tensors.name}
     assert (tmp_path / "two.onnx").stat().st_size < (tmp_path / "one.onnx").stat().st_size
     x = [images()[0][0].numpy()]
     one, two = (ort.run(ort.session(tmp_path / f"{name}.onnx"), x)[0] for name in ("one", "two"))
     assert np.array_equal(one, two)
     with pytest.raises(ExportError, match="does not exist"):
         compiled.export(tmp_path / "no" / "two.onnx")
+
+
+def test_a_large_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of its files: a process that dies between them leaves the older graph with its own tensors."""
+    monkeypatch.setattr(write, "LARGEST_FILE", 100)
+    older, newer = (quick(Summing, f"weight_bits={bits}", fix={"head.weight": bits}) for bits in (8, 4))
+    path, x = tmp_path / "two.onnx", [images()[0][0].numpy()]
+    older.export(path)
+    before, (tensors,) = ort.run(ort.session(path), x)[0], tmp_path.glob("*.data")
+    replace = Path.replace
+
+    def dying(self: Path, target: Path) -> Path:
+        if target == path:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            newer.export(path)
+    assert np.array_equal(ort.run(ort.session(path), x)[0], before)
+    newer.export(path)
+    (others,) = tmp_path.glob("*.data")
+    assert others != tensors
+    assert not np.array_equal(ort.run(ort.session(path), x)[0], before)
+    newer.export(path)
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, others.name}
