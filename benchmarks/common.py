@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hawqfx.runtime.target import has_vnni
-
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "onnx", "onnxruntime", "ortools", "numpy")
 
@@ -36,6 +34,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions, as far as they bear on figures."""
+    from hawqfx.runtime.target import has_vnni  # compile_time.py measures releases that have it elsewhere
+
     return {
         "machine": platform.machine(),
         "cores": os.cpu_count(),
