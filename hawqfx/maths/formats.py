@@ -66,9 +66,8 @@ class Format:
         """The format in words, such as "4 bits", "4 bits in blocks of 128", "8 bits, dynamic" or "float"."""
         if self.is_float:
             return "float"
-        return f"{self.bits} bits" + {"weight-only": f" in blocks of {self.block}", "dynamic": ", dynamic"}.get(
-            self.scheme, ""
-        )
+        how = {"weight-only": f" in blocks of {self.block}", "dynamic": ", dynamic"}
+        return f"{self.bits} bits" + how.get(self.scheme, "")
 
 
 FLOAT = Format(FLOAT_BITS, "float")

@@ -1,7 +1,7 @@
 """Uniform bits, one format for all weights and one for all activations: the rival of every plan."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from hawqfx.allocation.search_space import Formats
@@ -32,16 +32,11 @@ def calibrated_uniform(program: Program, weight: Format, activation: Format) -> 
     in_blocks: dict[str, Format] = {}
     for site in program.weights:
         known = program.facts.get(site.key, Quantizers).by_format
-        if not weight.is_float and weight not in known:
-            in_blocks |= _in_blocks(site, known, weight.bits)
+        blocks = [width for width in known if width.is_blockwise and width.bits == weight.bits]
+        if blocks and weight not in known:
+            in_blocks[site.key] = min(blocks)
     floats = dict.fromkeys((site.key for site in program.activations), FLOAT) if in_blocks else {}
     return uniform_formats(program, weight, activation) | in_blocks | floats
-
-
-def _in_blocks(site: Site, known: Collection[Format], bits: int) -> dict[str, Format]:
-    """The longest blocks of so many bits, if there are any."""
-    blocks = [width for width in known if width.is_blockwise and width.bits == bits]
-    return {site.key: min(blocks)} if blocks else {}
 
 
 def plan_or_uniform(
