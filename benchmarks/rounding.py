@@ -1,5 +1,5 @@
 """What rounding is worth: the same formats, rounded to the nearest and compensated, each with its biases corrected too,
-and learned, biases with the codes.
+sequential, without its biases, without its scales and whole, and learned from there.
 
     python benchmarks/rounding.py [--quick] [--check] [--only SUBJECT ...] [--steps N] [--seeds N]
 
@@ -28,8 +28,10 @@ from subjects import SUBJECTS, Subject, divergences
 
 import hawqfx
 from hawqfx import Compiled
+from hawqfx.pass_manager.base import Analysis
 from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.learned_rounding import LearnedRounding
+from hawqfx.passes.sequential_rounding import SequentialRounding
 from hawqfx.session.session import Session
 
 # bits per weight on average, or of every weight
@@ -41,6 +43,12 @@ PLANS: dict[str, tuple[str, ...]] = {
 }
 SEEDS = (0, 1, 2)
 CORRECTED = ", biases corrected"
+SEQUENTIAL = {
+    "sequential, codes alone": SequentialRounding(biases=False, scales=False),
+    "sequential, codes and biases": SequentialRounding(scales=False),
+    "sequential, codes and scales": SequentialRounding(biases=False),
+    "sequential": SequentialRounding(),
+}
 
 
 def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, seeds: Sequence[int]) -> dict[str, Any]:
@@ -65,10 +73,15 @@ def examine(subject: Subject, plans: Sequence[str], learning: LearnedRounding, s
         chosen = planned(rounds["compensated"], plan)
         for name, network in (("nearest", rounded(rounds["nearest"], chosen)), ("compensated", chosen)):
             rows[name] = [answers(subject, network)]
-            rows[name + CORRECTED] = [answers(subject, corrected(network))]
+            rows[name + CORRECTED] = [answers(subject, finished(network, BiasCorrection()))]
+        for name, step in SEQUENTIAL.items():
+            start = time.perf_counter()
+            network = finished(chosen, step)
+            seconds = time.perf_counter() - start
+            rows[name] = [answers(subject, network) | {"seconds": seconds}]
         rows["learned"] = []
         for seed in seeds:
-            session = replace(rounds["compensated"], learning=learning)
+            session = replace(rounds["compensated"], finish=(SEQUENTIAL["sequential"],), learning=learning)
             session = replace(session, context=replace(session.context, seed=seed))
             start = time.perf_counter()
             network = rounded(session, chosen)
@@ -90,9 +103,9 @@ def rounded(session: Session, chosen: Compiled) -> Compiled:
     return session.lowered(session.planner.given(chosen.planned.formats()), chosen.budget)
 
 
-def corrected(network: Compiled) -> Compiled:
-    """The network with its biases corrected."""
-    session = replace(network.session, learning=None, finish=(BiasCorrection(),))
+def finished(network: Compiled, step: Analysis) -> Compiled:
+    """The network after one more pass."""
+    session = replace(network.session, learning=None, finish=(step,))
     return session.lowered(network.planned, network.budget)
 
 
@@ -152,6 +165,12 @@ def main() -> None:
         for plan, rows in found["plans"].items():
             learned = statistics.mean(run["divergence"] for run in rows["learned"])
             before = rows["compensated"][0]["divergence"]
+            corrected = rows["compensated" + CORRECTED][0]["divergence"]
+            sequential = rows["sequential"][0]["divergence"]
+            claims.add(
+                f"{name}, {plan}: sequential codes are nearer to float than compensated ones with corrected biases",
+                sequential < corrected, f"{sequential:.4g} against {corrected:.4g}",
+            )  # fmt: skip
             claims.add(
                 f"{name}, {plan}: learned codes are nearer to float than compensated ones", learned < before,
                 f"{learned:.4g} against {before:.4g}",

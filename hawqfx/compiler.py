@@ -48,7 +48,7 @@ def compile(
     activation_bits: Sequence[int] = (4, 6, 8),
     schemes: Sequence[Scheme] | None = None,
     block_sizes: Sequence[int] = BLOCKS,
-    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding = "compensated",
+    rounding: Literal["learned", "sequential", "compensated", "nearest"] | Rounding | LearnedRounding = "sequential",
     bias_correction: bool | None = None,
     keep_float: Sequence[str] = (),
     fix: Mapping[str, int] | None = None,
@@ -102,13 +102,15 @@ def compile(
             input taken in each run, or "weight-only", with 2, 3, 4 or 8 bits in blocks; see hawqfx.maths.formats.  By
             default all three under a budget on latency or weight_memory, else the static one.
         block_sizes: inputs that share a scale in weight-only layers, within 32, 64 and 128.
-        rounding: "compensated" by the layers' inputs, or to the "nearest" as in the paper; or "learned": compensated
-            while formats are chosen, and then fitted block by block to the float network, with the scales, for a few
-            minutes.  A LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of
-            the other two, such as Rounding(block=1024), the most columns of a weight that are compensated together;
-            by default 8,192, or fewer as free memory allows, and the summary says where.
+        rounding: "sequential": compensated by the layers' inputs while formats are chosen, and then anew, layer by
+            layer, from inputs that are quantized; "compensated" without the latter; to the "nearest" as in the paper;
+            or "learned": sequential, and then fitted block by block to the float network by gradient, for minutes.  A
+            LearnedRounding has its options, such as LearnedRounding(steps=1000), and a Rounding those of the others,
+            such as Rounding(block=1024), the most columns of a weight that are compensated together; by default 8,192,
+            or fewer as free memory allows, and the summary says where.
         bias_correction: whether the mean errors of output channels are taken out of the biases, by the calibration
-            data; None: with every rounding but "nearest", which is the paper's.  See hawqfx.passes.bias_correction.
+            data; None: with every rounding but "nearest", which is the paper's.  See hawqfx.passes.bias_correction and
+            sequential_rounding.
         keep_float: patterns of names of weights whose layers stay in float.
         fix: pattern of names of sites -> the bits that they have.
         rule: "exact", or "hawq-v2" for the paper's own: bits in the order of the average trace.

@@ -128,7 +128,7 @@ def _of(program: Program, options: Options) -> Forecast:
     name = "the plan that is followed" if options.plan else recipe.measure[0].name
     if metric is not None and options.plan is None:
         kind, seconds = _of_metric(metric, _widths(program, recipe.price), samples, once, gradient)
-    compensates = any(step == Rounding("compensated") for step in recipe.price)
+    compensates = any(isinstance(step, Rounding) and step.method != "nearest" for step in recipe.price)
     rounding = _FACTORS * _solving(program) if compensates else 0.0
     total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
     tensors = program.forward_bytes() * _largest(context) * PEAK_PER_FORWARD[metric is not None and metric.second_order]

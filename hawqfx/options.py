@@ -89,7 +89,7 @@ def validated(
     activation_bits: Sequence[int],
     schemes: Sequence[Scheme] | None,
     block_sizes: Sequence[int],
-    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
+    rounding: Literal["learned", "sequential", "compensated", "nearest"] | Rounding | LearnedRounding,
     bias_correction: bool | None,
     keep_float: Sequence[str],
     fix: Mapping[str, int] | None,
@@ -182,7 +182,8 @@ def validated(
             rounding=first,
             metric=predictor,
             interactions=interactions,
-            bias_correction=first != Rounding("nearest") if bias_correction is None else bias_correction,
+            bias_correction=first.method != "nearest" if bias_correction is None else bias_correction,
+            new_scales=given is None or reround,
         ),
         context=Context(
             batches,
@@ -218,7 +219,7 @@ def validated(
 
 
 def _first_rounding(
-    rounding: Literal["learned", "compensated", "nearest"] | Rounding | LearnedRounding,
+    rounding: Literal["learned", "sequential", "compensated", "nearest"] | Rounding | LearnedRounding,
 ) -> Rounding:
     """The rounding that plans are made with, and that learning begins with.
 
@@ -228,10 +229,11 @@ def _first_rounding(
     if isinstance(rounding, Rounding):
         return rounding
     if isinstance(rounding, LearnedRounding) or rounding == "learned":
-        return Rounding("compensated")
-    if rounding not in ("compensated", "nearest"):
+        return Rounding()
+    if rounding not in ("sequential", "compensated", "nearest"):
         raise HawqfxError(
-            f"rounding={rounding!r}: must be 'learned', 'compensated' or 'nearest', or a Rounding or LearnedRounding"
+            f"rounding={rounding!r}: must be 'learned', 'sequential', 'compensated' or 'nearest', or a Rounding or "
+            "LearnedRounding"
         )
     return Rounding(rounding)
 

@@ -42,6 +42,7 @@ from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
+from hawqfx.passes.sequential_rounding import SequentialRounding
 from hawqfx.passes.taylor import Taylor
 from hawqfx.sensitivity.metrics import SensitivityMetric
 
@@ -93,6 +94,7 @@ def recipe(
     interactions: bool = False,
     allocation: Allocation | None = None,
     bias_correction: bool = True,
+    new_scales: bool = True,
 ) -> Recipe:
     """The recipe, with default options where none are given.
 
@@ -104,7 +106,12 @@ def recipe(
         interactions: whether the errors of two weights together are measured too.
         allocation: Allocation with its options.
         bias_correction: whether mean errors are taken out of the biases.
+        new_scales: whether sequential rounding chooses the scales of weights; not where a plan has them.
     """
+    rounding = rounding or Rounding()
+    finish: list[Pass] = [BiasCorrection()] * bias_correction
+    if rounding.method == "sequential":
+        finish = [SequentialRounding(biases=bias_correction, scales=new_scales)]
     return Recipe(
         rewrite=[
             FoldConstants(),
@@ -118,13 +125,13 @@ def recipe(
         price=[
             Histograms(),
             quantizers or Calibration(),
-            rounding or Rounding(),
+            rounding,
             Perturbation(),
             Cost(),
         ],
         measure=[metric or GaussNewton(), *[Interactions()] * interactions],
         decide=[allocation or Allocation(Budget())],
-        finish=[BiasCorrection()] * bias_correction,
+        finish=finish,
         lower=[Lowering()],
         legalize=legalization(),
     )

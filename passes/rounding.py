@@ -2,7 +2,8 @@
 
 The method "nearest" is the paper's: every element goes to the nearest code, and the error is ||Q(W) - W||^2.  The
 method "compensated" moves each rounding error to elements that are not rounded yet, by the second moment of the layer's
-inputs, and weighs the error by this moment (hawqfx/analysis/compensation.py, hawqfx/maths/rounding.py).
+inputs, and weighs the error by this moment (hawqfx/analysis/compensation.py, hawqfx/maths/rounding.py).  The method
+"sequential" does so too here, and makes the codes of the chosen formats anew later (sequential_rounding.py).
 benchmarks/accuracy.py measures both.
 """
 
@@ -25,8 +26,10 @@ from hawqfx.pass_manager.base import Analysis, Kind, option
 class Rounding(Analysis):
     """The integer codes of every weight in every format."""
 
-    method: Literal["compensated", "nearest"] = option(
-        "compensated", "compensated: each rounding error moves to elements that are not rounded yet; nearest: it stays"
+    method: Literal["sequential", "compensated", "nearest"] = option(
+        "sequential",
+        "compensated: each rounding error moves to elements that are not rounded yet; nearest: it stays; sequential: "
+        "compensated, and anew from quantized inputs once the formats are chosen",
     )
     block: int | None = option(
         None, "the most columns that are compensated together; by default 8,192, or fewer as free memory allows"
@@ -35,14 +38,14 @@ class Rounding(Analysis):
     gives: ClassVar[tuple[Kind, ...]] = (RoundedWeights,)
 
     def __post_init__(self) -> None:
-        if self.method not in ("compensated", "nearest"):
-            raise HawqfxError(f"rounding={self.method!r}: must be 'compensated' or 'nearest'")
+        if self.method not in ("sequential", "compensated", "nearest"):
+            raise HawqfxError(f"rounding={self.method!r}: must be 'sequential', 'compensated' or 'nearest'")
         if self.block is not None and self.block < 1:
             raise HawqfxError(f"block={self.block}: at least one column is compensated at a time")
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:
-        if self.method == "compensated":
+        if self.method != "nearest":
             return compensated(program, context, self.block)
         known = {site.key: program.facts.get(site.key, Quantizers) for site in program.weights}
         return {key: nearest(program.tensor(key), widths) for key, widths in known.items()}

@@ -63,7 +63,7 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
     """The codes in all formats, some blocks of columns after others."""
     codes = {width: torch.empty(weight.shape, dtype=torch.int8, device=weight.device) for width in widths.by_format}
     fitted, held_out = dict.fromkeys(codes, 0.0), dict.fromkeys(codes, 0.0)
-    damping = 0.0
+    damping, asked = 0.0, []
     for own in moments:
         chosen = _best_damping(weight, own)
         # static quantizers, which have a scale per row, are rounded together, and then the others
@@ -73,7 +73,9 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
                 continue
             stack = _Stack(weight, quantizers, own)
             # twice the samples need half the damping
-            final = stack.rounded(own.whole, (chosen / len(own.halves)).clamp_min(rounding.DAMPING), own.whole)
+            needed = (chosen / len(own.halves)).clamp_min(rounding.DAMPING)
+            final = stack.rounded(own.whole, needed, own.whole)
+            asked.append(float(needed[0]))
             others = stack.held_out(chosen) if len(own.halves) > 1 else final.errors
             damping = max(damping, final.damping)
             for number, quantizer in enumerate(quantizers):
@@ -84,7 +86,9 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
     optimism = {width: max(1.0, held_out[width] / fitted[width]) if fitted[width] > 0 else 1.0 for width in codes}
     errors = {width: fitted[width] * optimism[width] for width in codes}
     blocks = sum(own.part.blocks for own in moments)
-    return RoundedWeights(codes, errors, optimism, compensation=Compensated(moments[0].part.width, blocks, damping))
+    return RoundedWeights(
+        codes, errors, optimism, compensation=Compensated(moments[0].part.width, blocks, damping, asked[0])
+    )
 
 
 def _best_damping(weight: Tensor, moments: InputMoments) -> Tensor:
@@ -170,7 +174,7 @@ class _Stack:
             for ends in zip(*self.ranges, strict=True)
         )
         scales = torch.cat([scale[:, some] for scale in self.scales], 1)
-        codes = compensation.round(rows.repeat(1, count, 1), scales, low[..., None], high[..., None])
+        codes, _ = compensation.round(rows.repeat(1, count, 1), scales, low[..., None], high[..., None])
         return codes.to(torch.int8).reshape(len(rows), count, size, -1)
 
     def held_out(self, damping: Tensor) -> Tensor:

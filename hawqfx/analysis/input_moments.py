@@ -97,7 +97,7 @@ class _Sums:
         self.moments: list[dict[int, Tensor]] = [{} for _ in parts]
         self.shares: dict[int, float] = {}
 
-    def add(self, half: int, share: float, rows: "_Rows") -> None:
+    def add(self, half: int, share: float, rows: "Rows") -> None:
         for part, known in zip(self.parts, self.moments, strict=True):
             moment = rows.moment(part).mul_(share)
             known[half] = known[half].add_(moment) if half in known else moment
@@ -150,21 +150,21 @@ def input_moments(program: Program, context: Context, widths: Mapping[str, int])
                     f"the input of {readers[name][0].weight!r} is not finite on batch {index}: the network overflows "
                     "on these data"
                 )
-            for half, part, samples in _halves(value, size, index):
+            for half, part, samples in halves(value, size, index):
                 for layer in readers[name]:
                     node, weight = nodes[layer.node], program.tensor(layer.weight)
                     if layer.weight not in sums:
                         groups = groups_of(node, layer)
                         sums[layer.weight] = _Sums(groups, parts_of(groups, weight[0].numel(), widths[layer.weight]))
                     share = samples / context.samples
-                    sums[layer.weight].add(half, share, _Rows(part, node, layer, weight, share))
+                    sums[layer.weight].add(half, share, Rows(part, node, layer, weight, share))
             return value
 
         program.run(batch.args, batch.kwargs, add, at=readers)
     return {key: sums.pop(key).finished() for key in list(sums)}
 
 
-def _halves(value: Tensor, size: int, index: int) -> Iterator[tuple[int, Tensor, int]]:
+def halves(value: Tensor, size: int, index: int) -> Iterator[tuple[int, Tensor, int]]:
     """The halves of a batch's samples in a tensor: number of the half, its part, its samples.  A single sample goes to
     one half, by the number of the batch."""
     axis = sample_axis(value, size)
@@ -177,8 +177,8 @@ def _halves(value: Tensor, size: int, index: int) -> Iterator[tuple[int, Tensor,
     yield 1, value.narrow(axis, first * each, (size - first) * each), size - first
 
 
-class _Rows:
-    """The vectors that a layer multiplies its weight by.
+class Rows:
+    """The vectors that a layer multiplies its weight by, in units of a power of two.
 
     Args:
         x: the input of the layer.
@@ -186,29 +186,46 @@ class _Rows:
         layer: the layer.
         weight: its weight.
         share: the part of all samples that is in x.
+        fewest: rows that moments of half of the samples are taken over, at least.
+        per_column: rows for each column, likewise.
+        exponent: of the unit; None: one that keeps the squares of x at home in float32.
     """
 
-    def __init__(self, x: Tensor, node: fx.Node, layer: Layer, weight: Tensor, share: float) -> None:
-        exponent = int(torch.frexp(x.abs().max()).exponent)
-        self.exponent = 0 if abs(exponent) < _SAFE else max(-_MOST, min(exponent, _MOST))
-        self.x = x * 2.0**-self.exponent if self.exponent else x
+    def __init__(
+        self,
+        x: Tensor,
+        node: fx.Node,
+        layer: Layer,
+        weight: Tensor,
+        share: float,
+        fewest: int = rounding.FEWEST_ROWS,
+        per_column: int = rounding.ROWS_PER_COLUMN,
+        exponent: int | None = None,
+    ) -> None:
+        if exponent is None:
+            exponent = int(torch.frexp(x.abs().max()).exponent)
+            exponent = 0 if abs(exponent) < _SAFE else max(-_MOST, min(exponent, _MOST))
+        self.exponent, self.fewest, self.per_column = exponent, fewest, per_column
+        self.x = x * 2.0**-exponent if exponent else x
         self.node, self.layer, self.kernel, self.share = node, layer, weight.shape[2:], share
 
     def moment(self, part: Part) -> Tensor:
         """(groups * blocks, K, K) in float64, of blocks of K columns."""
+        return rounding.second_moment(part.of(self.vectors(part))) * 4.0**self.exponent
+
+    def vectors(self, part: Part) -> Tensor:
+        """(groups, rows, columns) of the part."""
         # of all samples; each half has about half of them
-        rows_of_half = max(rounding.FEWEST_ROWS, rounding.ROWS_PER_COLUMN * part.width)
+        rows_of_half = max(self.fewest, self.per_column * part.width)
         most = math.ceil(2 * self.share * rows_of_half)
         if self.layer.operator == "linear":
             vectors = self.x.reshape(-1, self.x.shape[-1])
-            rows = vectors[rounding.spread(len(vectors), most, vectors.device), part.columns][None]
-        else:
-            stride, padding, dilation, groups = _geometry(self.node)
-            dims = len(self.kernel)
-            pads = padding if isinstance(padding, str) else _per_dimension(padding, dims)
-            strides, dilations = _per_dimension(stride, dims), _per_dimension(dilation, dims)
-            rows = rounding.patches(self.x, self.kernel, strides, pads, dilations, int(groups), part.columns, most)
-        return rounding.second_moment(part.of(rows)) * 4.0**self.exponent
+            return vectors[rounding.spread(len(vectors), most, vectors.device), part.columns][None]
+        stride, padding, dilation, groups = _geometry(self.node)
+        dims = len(self.kernel)
+        pads = padding if isinstance(padding, str) else _per_dimension(padding, dims)
+        strides, dilations = _per_dimension(stride, dims), _per_dimension(dilation, dims)
+        return rounding.patches(self.x, self.kernel, strides, pads, dilations, int(groups), part.columns, most)
 
 
 def _geometry(node: fx.Node) -> tuple[Any, Any, Any, Any]:

@@ -41,7 +41,7 @@ WeightBits = Annotated[str | None, typer.Option(help="widths such as 2-8 or 2,4,
 ActivationBits = Annotated[str | None, typer.Option(help="widths such as 4,6,8; 32 is float")]
 Schemes = Annotated[list[str] | None, typer.Option(help="static, dynamic or weight-only; may be repeated")]
 BlockSizes = Annotated[str | None, typer.Option(help="inputs that share a scale in weight-only layers: 32,64,128")]
-Rounding = Annotated[str, typer.Option(help="compensated, nearest or learned")]
+Rounding = Annotated[str, typer.Option(help="sequential, compensated, nearest or learned")]
 
 
 def compile(
@@ -65,7 +65,7 @@ def compile(
     activation_bits: ActivationBits = None,
     schemes: Schemes = None,
     block_sizes: BlockSizes = None,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "sequential",
     bias_correction: Annotated[bool | None, typer.Option(help="by default with all but nearest")] = None,
     keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, the width of the sites so named")] = None,
@@ -216,7 +216,7 @@ def pareto(
     probes: Probes = None,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
-    rounding: Rounding = "compensated",
+    rounding: Rounding = "sequential",
     keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
     dynamic: Dynamic = None,
     samples: Samples = None,

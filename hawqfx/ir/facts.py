@@ -98,11 +98,16 @@ class Compensated:
         blocks: parts of the columns that were compensated each by itself.
         damping: what was added to the second moment of the inputs, in units of the mean of its diagonal; the most, over
             blocks and groups.
+        chosen: the damping that few samples ask for, of the first block of columns; where a group's moment was still
+            not positive definite it got more.
+        sequential: whether the codes were made anew from quantized inputs.
     """
 
     width: int
     blocks: int
     damping: float
+    chosen: float = 0.0
+    sequential: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -147,7 +147,15 @@ class Compensation:
         """The columns of (groups, R, K), from the input with the most energy to the input with the least."""
         return x.gather(2, self.order[:, None, :].expand_as(x))
 
-    def round(self, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def unsorted(self, rows: Tensor) -> Tensor:
+        """Columns (groups, R, K) in the order of energy, back in their own."""
+        return rows.gather(2, self.order.argsort(1)[:, None, :].expand_as(rows))
+
+    def solved(self, rows: Tensor) -> Tensor:
+        """Rows (groups, R, K) times the inverse of the damped moment."""
+        return self.unsorted(self._sorted(rows) @ self.upper.transpose(1, 2) @ self.upper)
+
+    def round(self, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated rounding of a weight; all tensors are float64.
 
         Scales and ranges of codes are per row, so that the rows of several formats can be rounded together.
@@ -159,19 +167,20 @@ class Compensation:
             high: (groups, R, 1), the highest codes.
 
         Returns:
-            Integer codes (groups, R, K).
+            Integer codes (groups, R, K), and what they leave of each row's error by the damped moment, (groups, R).
         """
         # by columns: what is done to one column is done to a vector
         left = self._sorted(weight).transpose(1, 2).contiguous()
         steps = self._sorted(scale).transpose(1, 2).contiguous() if scale.shape[-1] > 1 else scale.transpose(1, 2)
         low, high = low.transpose(1, 2), high.transpose(1, 2)
-        codes = torch.empty_like(left)
+        codes, cost = torch.empty_like(left), torch.zeros_like(left[:, 0])
         for start in range(0, left.shape[1], COLUMNS):
             block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
             some = steps[:, block] if steps.shape[1] > 1 else steps
             codes[:, block], errors = self._round_block(left[:, block], some, low, high, start)
             left[:, rest] -= self.upper[:, block, rest].transpose(1, 2) @ errors
-        return codes.gather(1, self.order.argsort(1)[..., None].expand_as(codes)).transpose(1, 2)
+            cost += errors.square().sum(1)  # what no later column can take back (Hassibi, Stork 1992, equation 5)
+        return self.unsorted(codes.transpose(1, 2)), cost
 
     def _round_block(self, left: Tensor, steps: Tensor, low: Tensor, high: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The codes of the columns from `start`, and their errors by which later columns are corrected.

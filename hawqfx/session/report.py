@@ -101,18 +101,22 @@ def _roundings(planned: Program) -> list[str]:
     keys = [site.key for site in planned.weights if not formats[site.key].is_float]
     known = {key: planned.facts.get(key, RoundedWeights).compensation for key in keys}
     nearest = [key for key in keys if known[key] is None]
-    lines = [f"rounding: {len(keys) - len(nearest)} weights compensated by their inputs, {len(nearest)} to the nearest"]
+    anew = sum(own is not None and own.sequential for own in known.values())
+    how = f", {anew} of them layer by layer from quantized ones" if anew else ""
+    lines = [
+        f"rounding: {len(keys) - len(nearest)} weights compensated by their inputs{how}, {len(nearest)} to the nearest"
+    ]
     if 0 < len(nearest) < len(keys):
         lines[0] += f" ({', '.join(nearest)})"
-    for key, how in known.items():
-        if how is not None and how.blocks > 1:
+    for key, own in known.items():
+        if own is not None and own.blocks > 1:
             lines.append(
-                f"rounding: {key}: compensated in {how.blocks} blocks of {how.width:,} columns, each by itself; "
-                f"rounding=Rounding(block={how.width}) does so on any machine"
+                f"rounding: {key}: compensated in {own.blocks} blocks of {own.width:,} columns, each by itself; "
+                f"rounding=Rounding(block={own.width}) does so on any machine"
             )
-        if how is not None and how.damping > STRONGEST_DAMPING:
+        if own is not None and own.damping > STRONGEST_DAMPING:
             lines.append(
-                f"rounding: {key}: its inputs determine too little, so that {how.damping:.2g} times their mean square "
+                f"rounding: {key}: its inputs determine too little, so that {own.damping:.2g} times their mean square "
                 f"was added to their second moment, over the usual {STRONGEST_DAMPING} at most"
             )
     return lines

@@ -27,7 +27,7 @@ CORRECTED = BiasCorrection()
 def trained() -> Session:
     """A trained ResNet-20 whose plans are cheap."""
     data = [zoo.calibration()[0][0][:64]]
-    return hawqfx.compile(zoo.resnet20(), "weight_bits=3", data, sensitivity="mse").session
+    return hawqfx.compile(zoo.resnet20(), "weight_bits=3", data, sensitivity="mse", rounding="compensated").session
 
 
 def outputs(program: Program, compiled: Compiled) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def rectified(compiled: Compiled, node: str) -> bool:
 @pytest.mark.parametrize("make", [Plain, Depthwise, Residual])
 def test_biases_move_by_mean_errors_less_their_noise(make: type[torch.nn.Module]) -> None:
     """In the lowered network, layer by layer, by what passes a rectifier before or after the bias moved."""
-    compiled = quick(make, "weight_bits=8").uniform(3)
+    compiled = quick(make, "weight_bits=8", rounding="compensated").uniform(3)
     exact, found = (outputs(program, compiled) for program in (compiled.session.measured, compiled.program))
     moved = 0
     for layer in compiled.planned.layers:
@@ -135,6 +135,7 @@ def test_it_is_nearer_to_float_on_other_images(trained: Session) -> None:
     ("options", "expected"),
     [
         ({}, True),
+        ({"rounding": "compensated"}, True),
         ({"bias_correction": False}, False),
         ({"rounding": "nearest"}, False),  # the paper's recipe
         ({"rounding": "nearest", "bias_correction": True}, True),
@@ -161,7 +162,7 @@ def test_plans_are_compared_as_they_are_returned(trained: Session) -> None:
 
 @pytest.mark.parametrize("make", [Plain, Depthwise])
 def test_the_file_has_the_codes_of_the_corrected_graph(make: type[torch.nn.Module], tmp_path: Path) -> None:
-    compiled = quick(make, "weight_bits=4", bias_correction=True)
+    compiled = quick(make, "weight_bits=4", rounding="compensated", bias_correction=True)
     path = tmp_path / "model.onnx"
     compiled.export(path)
     found = parity.compare(compiled.program, path, compiled.session.context.batches[0])
@@ -171,7 +172,7 @@ def test_the_file_has_the_codes_of_the_corrected_graph(make: type[torch.nn.Modul
 
 
 def test_biases_of_layers_that_share_a_weight_or_meet_no_rectifier_stay() -> None:
-    compiled = quick(SharedLayer, bias_correction=True)
+    compiled = quick(SharedLayer, rounding="compensated", bias_correction=True)
     facts = {site.key: compiled.planned.facts.get(site.key, RoundedWeights) for site in compiled.planned.weights}
     assert facts["twice.weight"].biases == {}
     assert facts["head.weight"].biases == {}
@@ -180,7 +181,7 @@ def test_biases_of_layers_that_share_a_weight_or_meet_no_rectifier_stay() -> Non
 
 def test_learned_biases_are_where_it_begins() -> None:
     """A bias that the codes came with is corrected, not the float one: with nothing to correct, it stays."""
-    before = quick(Residual, "weight_bits=3", bias_correction=False)
+    before = quick(Residual, "weight_bits=3", rounding="compensated", bias_correction=False)
     once = run([CORRECTED], before.planned, before.session.context)
     twice = run([CORRECTED], once, before.session.context)
     moved = 0
