@@ -7,9 +7,9 @@ float network.  The errors of earlier blocks are thereby corrected too.  Half of
 stay in float in each step, drawn anew, so that few samples are not fitted at the cost of others (Wei et al., "QDrop",
 ICLR 2022).
 
-A quarter of the samples judge.  Learning begins with codes that are compensated by the others alone, and these are what
-a block must beat on the samples that judge: codes that are compensated by all samples fit the judges too, and would
-win where they are worse for everyone else.  A block that does not gain keeps the codes and scales that it had.  Codes
+A quarter of the samples judge.  Learning begins with codes that the others alone give, and these are what a block must
+beat on the samples that judge: codes that are made by all samples fit the judges too, and would win where they are
+worse for everyone else.  A block that does not gain keeps the codes and scales that it had.  Codes
 stay whole numbers all the time; those that come out are lowered and exported bit for bit.
 """
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hawqfx.analysis.compensation import compensated
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
@@ -35,6 +36,8 @@ from hawqfx.learning.walk import Values, Walk
 from hawqfx.maths.learned import chosen
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Analysis, Kind, option
+from hawqfx.passes.bias_correction import BiasCorrection
+from hawqfx.passes.sequential_rounding import SequentialRounding
 from hawqfx.sensitivity.cache import digest
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ ELEMENTS, FEWEST = 1 << 21, 4  # of the largest tensor of a step, unless that ar
 class LearnedRounding(Analysis):
     """The codes and scales of a plan, fitted block by block to the float network."""
 
-    steps: int = option(200, "steps of Adam for each block")
+    steps: int = option(100, "steps of Adam for each block")
     rate: float = option(0.01, "the rate of codes, in codes per step, that falls to zero along half a cosine")
     scale_rate: float = option(0.001, "the rate of the logarithms of scales, likewise")
     batch: int = option(32, "the most samples of a step")
@@ -62,7 +65,7 @@ class LearnedRounding(Analysis):
     def learn(self, program: Program, context: Context) -> Program:
         found = blocks(program)
         finished = self._finished(program, context)
-        walk = Walk.begin(program, context, self.held_out)
+        walk = Walk.begin(program, context, self.held_out, _rounded_anew)
         for block in context.track(found, self.name, len(found)):
             walk = self._through(walk, block, finished)
         return walk.program
@@ -145,6 +148,21 @@ class LearnedRounding(Analysis):
             _error(walk.part(wanted, rows), found, wanted, None).backward()
             optimizer.step()
             schedule.step()
+
+
+def _rounded_anew(program: Program, context: Context) -> Program:
+    """The program with codes of its plan's formats that these samples give, made in the way that its own were."""
+    formats, chosen = program.formats(), {}
+    for site in program.weights:
+        known = program.facts.get(site.key, Quantizers).by_format
+        chosen[site.key] = Quantizers({width: known[width] for width in known if width == formats[site.key]})
+    own = [program.facts.get(site.key, RoundedWeights) for site in program.weights]
+    biases = any(each.biases for each in own)
+    anew = program.learn(chosen)
+    anew = anew.learn(compensated(anew, context))
+    if any(each.compensation is not None and each.compensation.sequential for each in own):
+        return SequentialRounding(biases=biases).learn(anew, context)
+    return anew.learn(BiasCorrection().learn(anew, context)) if biases else anew
 
 
 def _step_size(most: int, block: Block) -> int:

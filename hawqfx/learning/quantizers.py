@@ -31,13 +31,14 @@ class PlannedQuantizers:
         self.program, self.plan = program, program.formats()
         self.site_of = {node: site.key for site in program.activations for node in site.nodes}
         self.weights = {key: weight_at(program, key, self.plan[key]) for key in block.weights if self._is_integer(key)}
+        self.biases = biases_at(program, block)
 
     def _is_integer(self, key: str) -> bool:
         return not self.plan[key].is_float
 
     def tensors(self) -> dict[str, Tensor]:
-        """The dequantized weights."""
-        return self.weights
+        """The dequantized weights, and the biases that came with their codes."""
+        return self.weights | self.biases
 
     def quantize(self, node: str, value: Tensor) -> Tensor:
         """The hook that quantizes activations; the gradient passes straight through."""
@@ -46,6 +47,17 @@ class PlannedQuantizers:
             return value
         quantized = activation_at(self.program, site, self.plan[site], value.detach())
         return value + (quantized - value).detach() if value.requires_grad else quantized
+
+
+def biases_at(program: Program, block: Block) -> dict[str, Tensor]:
+    """The biases of a block that came with the codes of their layers."""
+    plan, found = program.formats(), {}
+    for layer in program.layers:
+        if layer.weight in block.weights and layer.bias is not None:
+            known = program.facts.get(layer.weight, RoundedWeights).biases
+            if plan[layer.weight] in known:
+                found[layer.bias] = known[plan[layer.weight]]
+    return found
 
 
 class LearnedQuantizers(nn.Module):
@@ -59,12 +71,13 @@ class LearnedQuantizers(nn.Module):
     def __init__(self, walk: Walk, block: Block) -> None:
         super().__init__()
         self.program, self.planned = walk.program, PlannedQuantizers(walk.program, block)
+        self.start = {} if walk.start is None else biases_at(walk.start, block)
         self.weights = dict(self._weights(walk, block))
         self.activations = dict(self._activations(walk, block))
         self.biases: dict[str, LearnedBias] = {}
         self.bias_of: dict[str, str] = {}
         for layer, bias, unit in self._free_biases():
-            self.biases[layer.weight] = LearnedBias(self.program.tensor(bias), unit)
+            self.biases[layer.weight] = LearnedBias(self.start.get(bias, self.program.tensor(bias)), unit)
             self.bias_of[layer.weight] = bias
         self.parts = nn.ModuleList([*self.weights.values(), *self.biases.values(), *self.activations.values()])
 
@@ -73,11 +86,11 @@ class LearnedQuantizers(nn.Module):
         program, plan = self.program, self.planned.plan
         tables = {site.key for site in program.weights if site.kind == "embedding"}
         for key in block.weights:
-            if plan[key].is_static and key in walk.start and key not in walk.done and key not in tables:
-                quantizer = program.facts.get(key, Quantizers).by_format[plan[key]]
+            if walk.start is not None and plan[key].is_static and key not in walk.done and key not in tables:
+                quantizer = walk.start.facts.get(key, Quantizers).by_format[plan[key]]
                 weight = program.tensor(key).detach()
                 scale = affine.along_channels(scale_of(quantizer).to(weight.device), weight)
-                codes = walk.start[key].codes[plan[key]]
+                codes = walk.start.facts.get(key, RoundedWeights).codes[plan[key]]
                 yield key, LearnedWeight(weight, codes, scale, quantizer.low, quantizer.high)
 
     def _activations(self, walk: Walk, block: Block) -> Iterator[tuple[str, LearnedActivation]]:
@@ -136,7 +149,8 @@ class LearnedQuantizers(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The dequantized weights and the biases of the block."""
         biases = {self.bias_of[key]: bias() for key, bias in self.biases.items()}
-        return self.planned.weights | {key: weight() for key, weight in self.weights.items()} | biases
+        weights = {key: weight() for key, weight in self.weights.items()}
+        return self.planned.tensors() | weights | self.start | biases
 
     def quantize(self, node: str, value: Tensor) -> Tensor:
         """The hook that quantizes activations."""

@@ -1,15 +1,13 @@
 """How far the blocks of a network are fitted: what goes into the next one, in float and quantized so far."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from hawqfx.analysis.compensation import compensated
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import Quantizers, RoundedWeights
 from hawqfx.ir.program import Hook, Program
 from hawqfx.learning.blocks import Block
 from hawqfx.maths.seeding import generator
@@ -34,7 +32,7 @@ class Walk:
         unit: samples that are only run together: those of a fixed batch, else one.
         learning: numbers of the units that are fitted.
         judging: numbers of those that are not.
-        start: codes in the formats of the plan, compensated by the samples that are fitted.
+        start: the program with codes, scales and biases by the samples that are fitted; None if there are none.
         done: keys of the sites whose quantizers are final.
         number: of the next block.
     """
@@ -47,18 +45,21 @@ class Walk:
     unit: int
     learning: Tensor
     judging: Tensor
-    start: Mapping[str, RoundedWeights]
+    start: Program | None
     done: frozenset[str] = frozenset()
     number: int = 0
 
     @staticmethod
-    def begin(program: Program, context: Context, held_out: float) -> "Walk":
+    def begin(
+        program: Program, context: Context, held_out: float, anew: Callable[[Program, Context], Program]
+    ) -> "Walk":
         """Before the first block.
 
         Args:
             program: with a plan.
             context: the samples; as many as fit into memory are taken.
             held_out: the part of them that judges.
+            anew: rounds a program anew by the samples of a context.
         """
         context = with_room(program, context, _KEPT, "codes are learned from")
         batches = [program.flat_inputs(batch.args, batch.kwargs) for batch in context.batches]
@@ -70,7 +71,7 @@ class Walk:
         order = torch.randperm(units, generator=generator(context.seed, "judging", device=torch.device("cpu")))
         judges = max(1, round(units * held_out))
         learning, judging = order[judges:], order[:judges]
-        start = _compensated(program, context, _rows(learning, unit)) if len(learning) else {}
+        start = anew(program, _of(context, _rows(learning, unit))) if len(learning) else None
         return Walk(program, context, inputs, {}, {}, unit, learning, judging, start)
 
     @property
@@ -145,17 +146,12 @@ def _rows(units: Tensor, unit: int) -> Tensor:
     return (units[:, None] * unit + torch.arange(unit)).reshape(-1)
 
 
-def _compensated(program: Program, context: Context, rows: Tensor) -> dict[str, RoundedWeights]:
-    """The codes of all weights in the formats of the plan, compensated by some samples."""
-    formats = program.formats()
-    chosen = {}
-    for site in program.weights:
-        known = program.facts.get(site.key, Quantizers).by_format
-        chosen[site.key] = Quantizers({width: known[width] for width in known if width == formats[site.key]})
+def _of(context: Context, rows: Tensor) -> Context:
+    """The context with some of its samples, batch by batch."""
     batches, first = [], 0
     for batch in context.batches:
         inside = rows[(rows >= first) & (rows < first + batch.size)].sort().values - first
         if len(inside):
             batches.append(batch.rows(inside))
         first += batch.size
-    return compensated(program.learn(chosen), replace(context, batches=tuple(batches)))
+    return replace(context, batches=tuple(batches))

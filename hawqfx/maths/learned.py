@@ -2,17 +2,17 @@
 
 Gradients pass straight through the rounding (Bengio et al. 2013), also to the scale of an activation, as in LSQ (Esser
 et al. 2020, "Learned step size quantization", equation 3).  A weight's codes are rounded sums of the codes at the start
-and an offset; the offset begins at what the start has too little, so that a code moves towards the weight first, and
-moves only as far as the gradient keeps asking for.  In a few hundred steps that goes further than AdaRound's rectified
-sigmoids (Nagel et al. 2020), which begin between the codes and must come back to them.
+and an offset, which begins at zero: a code moves when the gradient has asked for it again and again, and until then
+biases and scales take what they can.  Offsets that begin at what the start has too little, within half a code, flip
+many codes in the first steps, and what they were compensated for is lost: 100 steps from uniform 2 bits of ResNet-20
+leave .021 nats so and .014 from zero (n = 1,024).  Most of that is biases and scales: in 100 steps few codes move, and
+300 steps, in which many do, leave .014 too.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
-
-EDGE = 0.49  # an offset begins within half a code, where it changes nothing
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class LearnedWeight(nn.Module):
     def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, low: int, high: int) -> None:
         super().__init__()
         self.start, self.low, self.high = codes.to(weight.dtype), low, high
-        self.offset = nn.Parameter((weight / scale - self.start).clamp(-EDGE, EDGE))
+        self.offset = nn.Parameter(torch.zeros_like(weight))
         self.log_scale = nn.Parameter(scale.to(weight.dtype).log())
 
     @property

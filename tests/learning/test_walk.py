@@ -19,7 +19,7 @@ def test_the_last_values_are_the_answers(make: Callable[[], nn.Module]) -> None:
     """Inputs of the network are quantized too: with codes of 4 bits, one that is not would show."""
     compiled = quick(make, "weight_bits=3", activation_bits=(4,))
     context = compiled.session.context
-    walk = Walk.begin(compiled.planned, context, held_out=0.25)
+    walk = Walk.begin(compiled.planned, context, 0.25, lambda program, _: program)
     weights: dict[str, torch.Tensor] = {}
     for block in blocks(walk.program):
         planned = PlannedQuantizers(walk.program, block)

@@ -22,13 +22,12 @@ def test_a_weight_begins_with_its_codes() -> None:
     torch.testing.assert_close(learned().detach(), codes * scale, rtol=1e-6, atol=0)  # exp(log(s)) in float32
 
 
-def test_a_code_moves_towards_its_weight_first() -> None:
+def test_a_code_moves_once_the_offset_is_half_of_one() -> None:
     values, codes, scale = weight()
-    learned = LearnedWeight(values, codes.to(torch.int8), scale, -4, 3)
-    lacks = values / scale - codes
-    assert bool((learned.offset.sign() == lacks.sign()).all())
-    near = lacks.abs() < 0.49
-    torch.testing.assert_close(learned.offset.detach()[near], lacks[near])
+    learned = LearnedWeight(values, codes.to(torch.int8), scale, -8, 7)
+    with torch.no_grad():
+        learned.offset.add_(torch.tensor([0.49, -0.49, 0.51, -0.51, 0.0]))
+    assert torch.equal(learned.codes.detach(), codes + torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0]))
 
 
 def test_codes_stay_in_their_range() -> None:
