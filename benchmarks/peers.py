@@ -1,12 +1,14 @@
 """hawqfx beside other tools: the same network, calibration data and bytes of weights, and one judge.
 
-    python benchmarks/peers.py [--quick] [--check] [--only CASE ...] [--minutes N]
+    python benchmarks/peers.py [--quick] [--check] [--only CASE ...] [--tools NAME ...] [--minutes N]
+        [--steps N] [--epochs N] [--light]
 
 Trained networks (subjects.py), with weights of so many bits on average and activations of 8:
 
 * hawqfx by default, and with rounding="learned";
 * Sony's Model Compression Toolkit: mixed precision by its budget of bytes, with 2, 4 and 8 bits, as its own targets
-  have them, and with all widths that hawqfx has; the latter with its gradient step too;
+  have them, and with all widths that hawqfx has; the latter with its gradient step too, which by default weighs each
+  sample by curvature, which takes most of its time, and with --light does not;
 * AIMET's AdaRound, with uniform bits, or where their average is no whole number with the bits that hawqfx chose.
 
 Each runs in a process of its own with one thread (others/), on the same calibration inputs without targets.  The others
@@ -18,7 +20,7 @@ scales and biases are not counted.  Files run in onnxruntime and are judged here
 agreement with the float network's argmax, and the mean divergence from its output (divergence.py) with its standard
 error.  Seconds are those of the processor, from the loaded network to the file, so other work does not count; memory is
 the most that the process had, with its imports.  Seed 0.
-Results are written after each case, so a run may be stopped and gone on with --only.
+Results are written after each tool, so a run may be stopped and gone on with --only and --tools.
 --quick: hawqfx alone on ResNet-20 at 2.5 bits, with its first 128 calibration images and 256 held-out ones.
 """
 
@@ -76,42 +78,49 @@ class Tool:
     options: Callable[[float, dict[str, int]], Options]
 
 
-def tools(steps: int, epochs: int) -> dict[str, Tool]:
+def tools(steps: int, epochs: int, attention: bool) -> dict[str, Tool]:
     """All of them by name, hawqfx's plan first: others take its bits."""
     return {
         "hawqfx": Tool("others.ours", (), lambda bits, plan: {}),
         "hawqfx, learned": Tool("others.ours", (), lambda bits, plan: {"rounding": "learned"}),
         "MCT, 2/4/8 bits": Tool("others.sony_mct", MCT, lambda bits, plan: {"widths": [2, 4, 8], "images": IMAGES}),
         "MCT": Tool("others.sony_mct", MCT, lambda bits, plan: {"widths": ALL_WIDTHS, "images": IMAGES}),
-        f"MCT, gradient step, {epochs} epochs": Tool(
-            "others.sony_mct", MCT, lambda bits, plan: {"widths": ALL_WIDTHS, "images": IMAGES, "epochs": epochs}
+        f"MCT, gradient step, {epochs} epochs{'' if attention else ', light'}": Tool(
+            "others.sony_mct", MCT,
+            lambda bits, plan: {"widths": ALL_WIDTHS, "images": IMAGES, "epochs": epochs, "attention": attention},
         ),
         f"AIMET AdaRound, {steps} steps": Tool(
             "others.aimet", AIMET,
-            lambda bits, plan: {"bits": dict.fromkeys(plan, int(bits)) if bits % 1 == 0 else plan, "steps": steps},
+            lambda bits, plan: {"bits": int(bits) if bits % 1 == 0 else plan, "steps": steps},
         ),
     }  # fmt: skip
 
 
-def examine(subject: Subject, bits: float, chosen: Mapping[str, Tool], minutes: float) -> dict[str, Any]:
-    """What every tool makes of a network."""
+def examine(
+    subject: Subject,
+    bits: float,
+    chosen: Mapping[str, Tool],
+    minutes: float,
+    earlier: Mapping[str, Row] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """What every tool makes of a network, beside what others made earlier; kept after each."""
     model = plain(subject.model)
     inputs = torch.cat([batch[0] if isinstance(batch, tuple) else batch for batch in subject.calibration])
     names = [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     budget = packed_bytes({name: (bits, model.get_parameter(name).numel()) for name in names})
+    rows: dict[str, Row] = dict(earlier or {})
     found: dict[str, Any] = {
         "metric": subject.metric, "n": subject.samples, "held out": len(subject.held_out_float),
-        "calibration": len(inputs), "float": subject.score(subject.model), "bytes": budget, "tools": {},
+        "calibration": len(inputs), "float": subject.score(subject.model), "bytes": budget, "tools": rows,
     }  # fmt: skip
-    plan: dict[str, int] = {}
     for name, tool in chosen.items():
+        options = tool.options(bits, rows.get("hawqfx", {}).get("bits", {}))
         with tempfile.TemporaryDirectory() as folder:
-            job = exchange.Job(model, inputs, names, budget, tool.options(bits, plan), Path(folder) / "model.onnx")
-            row = result(tool, job, subject, minutes)
-        if not plan and "bits" in row:
-            plan = row["bits"]
-        found["tools"][name] = row
-        shown = {key: value for key, value in row.items() if key != "bits"}
+            job = exchange.Job(model, inputs, names, budget, options, Path(folder) / "model.onnx")
+            rows[name] = result(tool, job, subject, minutes)
+        keep(found)
+        shown = {key: value for key, value in rows[name].items() if key != "bits"}
         console.print(f"{subject.name}, {bits:g} bits, {name}: {shown}")
     return found
 
@@ -251,21 +260,27 @@ def claim(results: Mapping[str, Any], claims: Claims) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    options.add_argument("--tools", nargs="+", default=[""], help="those whose names begin so")
     options.add_argument("--minutes", type=float, default=60, help="after which a tool is stopped")
     options.add_argument("--steps", type=int, default=1000, help="of AdaRound for each layer")
     options.add_argument("--epochs", type=int, default=30, help="of MCT's gradient step")
+    options.add_argument("--light", action="store_true", help="MCT's gradient step without its weights of samples")
     args = options.parse_args()
-    every = tools(args.steps, args.epochs)
+    every = tools(args.steps, args.epochs, not args.light)
+    chosen = {name: tool for name, tool in every.items() if name.startswith(tuple(args.tools))}
     if args.quick:
-        ours = {name: tool for name, tool in every.items() if not tool.packages}
+        ours = {name: tool for name, tool in chosen.items() if not tool.packages}
         results = {"resnet20, 2.5 bits": examine(quick(), 2.5, ours, args.minutes)}
     else:
+        results = each_network("peers", (), lambda case: {})
+        for case in args.only:
 
-        def found(case: str) -> dict[str, Any]:
+            def keep(found: dict[str, Any], case: str = case) -> None:
+                results.update(each_network("peers", [case], lambda _: found))
+
             name, bits = CASES[case]
-            return examine(SUBJECTS[name](), bits, every, args.minutes)
-
-        results = each_network("peers", args.only, found)
+            earlier = results.get(case, {}).get("tools")
+            examine(SUBJECTS[name](), bits, chosen, args.minutes, earlier, keep)
     show(results)
     claims = Claims()
     claim(results, claims)

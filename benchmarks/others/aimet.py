@@ -25,12 +25,14 @@ def quantize(job: exchange.Job) -> exchange.Weights:
     model = prepare_model(job.model)
     fold_all_batch_norms(model, tuple(batches[0].shape))
     layers = {f"{name}.weight": layer for name, layer in model.named_modules()}
+    given = job.options["bits"]  # of each weight, or of all
+    bits = given if isinstance(given, dict) else dict.fromkeys(job.weights, given)
     config = get_path_for_per_channel_config()
     rounded = Adaround.apply_adaround(
         model, batches[0],
         AdaroundParameters(batches, len(batches), default_num_iterations=job.options["steps"]),
         str(job.file.parent), "rounded", DEFAULT_BITS,
-        param_bw_override_list=[(layers[name], bits) for name, bits in job.options["bits"].items()],
+        param_bw_override_list=[(layers[name], bits[name]) for name in job.weights],
         default_quant_scheme=RANGES, default_config_file=config,
     )  # fmt: skip
     simulation = QuantizationSimModel(

@@ -32,7 +32,9 @@ def quantize(job: exchange.Job) -> exchange.Weights:
     }
     torch.manual_seed(0)
     if epochs := job.options.get("epochs"):
-        learning = mct.gptq.get_pytorch_gptq_config(n_epochs=epochs)
+        learning = mct.gptq.get_pytorch_gptq_config(
+            n_epochs=epochs, use_hessian_sample_attention=job.options["attention"]
+        )
         quantized, _ = mct.gptq.pytorch_gradient_post_training_quantization(
             job.model, batches, gptq_config=learning, **settings
         )

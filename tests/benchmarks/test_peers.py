@@ -89,8 +89,11 @@ def test_a_tool_that_changes_nothing_is_judged_as_the_float_network(tool: Callab
 def test_the_table_has_the_message_of_a_tool_that_fails(
     tool: Callable[[str], peers.Tool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = peers.examine(subject(), 4, {"broken": tool('raise ValueError("no such layer")')}, minutes=5)
-    assert found["tools"]["broken"] == {"failed": "RuntimeError: ValueError: no such layer"}
+    broken = {"broken": tool('raise ValueError("no such layer")')}
+    found = peers.examine(subject(), 4, broken, minutes=5, earlier={"other": {"failed": "no memory"}})
+    assert found["tools"] == {
+        "other": {"failed": "no memory"}, "broken": {"failed": "RuntimeError: ValueError: no such layer"},
+    }  # fmt: skip
     peers.show({"small": found})
     assert "no such layer" in capsys.readouterr().out
 
