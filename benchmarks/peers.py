@@ -84,7 +84,7 @@ def tools(steps: int, epochs: int, attention: bool) -> dict[str, Tool]:
         "hawqfx": Tool("others.ours", (), lambda bits, plan: {}),
         "hawqfx, learned": Tool("others.ours", (), lambda bits, plan: {"rounding": "learned"}),
         "MCT, 2/4/8 bits": Tool("others.sony_mct", MCT, lambda bits, plan: {"widths": [2, 4, 8], "images": IMAGES}),
-        "MCT": Tool("others.sony_mct", MCT, lambda bits, plan: {"widths": ALL_WIDTHS, "images": IMAGES}),
+        "MCT, 2 to 8 bits": Tool("others.sony_mct", MCT, lambda bits, plan: {"widths": ALL_WIDTHS, "images": IMAGES}),
         f"MCT, gradient step, {epochs} epochs{'' if attention else ', light'}": Tool(
             "others.sony_mct", MCT,
             lambda bits, plan: {"widths": ALL_WIDTHS, "images": IMAGES, "epochs": epochs, "attention": attention},
