@@ -2,6 +2,7 @@
 # make quick: lint, types and the tests that compile no network, in a minute.  make docs: the documentation, in site/.
 # make fuzz COUNT=2000 SEED=0: random networks, compiled and compared with onnxruntime.
 # make faults COUNT=200 SEED=0: kills at random moments, full disks, damaged caches.  make soak COUNT=300: does it grow?
+# make report: report pages of a few networks and screenshots of them, in build/report; needs Chromium.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
@@ -10,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint docs fuzz faults soak clean
+.PHONY: demo test quick units lint docs report fuzz faults soak clean
 fuzz: COUNT ?= 2000
 faults: COUNT ?= 200
 soak: COUNT ?= 300
@@ -41,6 +42,9 @@ $(READY): pyproject.toml constraints.txt
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+report: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.report.pictures
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count $(COUNT) --seed $(SEED)
