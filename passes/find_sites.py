@@ -22,6 +22,7 @@ from hawqfx.analysis.partition import Partition
 from hawqfx.errors import CaptureError, HawqfxError, NothingToQuantize
 from hawqfx.frontend.context import Context
 from hawqfx.ir.graph import batch_size, captured_shape
+from hawqfx.ir.names import activation_name, names_of, operator_name, original
 from hawqfx.ir.operators import (
     BATCH_NORM,
     EMBEDDING,
@@ -71,7 +72,7 @@ def _groups(graph: fx.Graph, parts: Partition) -> dict[fx.Node, set[fx.Node]]:
 
 def _activation_sites(graph: fx.Graph, parts: Partition) -> list[ActivationSite]:
     """The groups of tensors that an integer kernel reads or makes, in the order of the graph."""
-    groups = _groups(graph, parts)
+    groups, names = _groups(graph, parts), names_of(graph)
     order = {node: number for number, node in enumerate(graph.nodes)}
     sites = []
     for node in groups:
@@ -88,13 +89,14 @@ def _activation_sites(graph: fx.Graph, parts: Partition) -> list[ActivationSite]
         sites.append(
             ActivationSite(
                 key=node.name,
-                kind="input" if node.op == "placeholder" else str(node.target).split(".")[1],
+                kind=operator_name(original(node)),
                 shape=shapes[0],
                 numel=sum(torch.Size(shape).numel() for shape in shapes),
                 nodes=tuple(origin.name for origin in origins),
                 data_movement=tuple(member.name for member in group if member in parts.data_movement),
                 nonnegative=rectified,
                 ceiling=min(ceiling(origin) or math.inf for origin in origins),
+                name=activation_name(node, names),
             )
         )
     return sites
@@ -208,9 +210,10 @@ class FindSites(Analysis):
         site_of = {name: site.key for site in activations for name in site.tensors}
         layers = _layers(program, parts.kernels, site_of)
         if not layers:
+            names = {node.name: name for node, name in names_of(graph).items()}
             raise NothingToQuantize(
                 "the graph has no convolution or linear layer with constant weights to quantize"
-                + "".join(f"\n  {node}: {reason}" for node, reason in left_float.items())
+                + "".join(f"\n  {names[node]}: {reason}" for node, reason in left_float.items())
             )
         kinds = dict.fromkeys(_tables(graph, self.keep_float), "embedding")
         kinds |= {layer.weight: layer.operator for layer in layers}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Literal
 
 from hawqfx.allocation.budget import Budget
@@ -10,6 +9,7 @@ from hawqfx.allocation.search_space import SearchSpace
 from hawqfx.allocation.solver.problem import Nogood
 from hawqfx.errors import HawqfxError
 from hawqfx.ir.facts import LossIncrease
+from hawqfx.ir.names import matches
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Site, WeightSite
 from hawqfx.maths.formats import DYNAMIC, FLOAT, FLOAT_BITS, Format, Scheme
@@ -62,14 +62,16 @@ class Rules:
         """
         fixed: dict[str, tuple[int, str]] = {}
         for pattern, bits in self.fix:
-            matched = [site.key for site in program.sites if fnmatch(site.key, pattern)]
+            matched = [site for site in program.sites if matches(pattern, site.key, site.name)]
             if not matched:
-                names = ", ".join(site.key for site in program.sites[:5])
+                names = ", ".join(site.name for site in program.sites[:5])
                 raise HawqfxError(f"fix {pattern!r}: no site has such a name; sites are {names}, ...")
-            for key in matched:
-                before, by = fixed.setdefault(key, (bits, pattern))
+            for site in matched:
+                before, by = fixed.setdefault(site.key, (bits, pattern))
                 if before != bits:
-                    raise HawqfxError(f"fix: {key!r} is to have {before} bits by {by!r} and {bits} by {pattern!r}")
+                    raise HawqfxError(
+                        f"fix: {site.name!r} is to have {before} bits by {by!r} and {bits} by {pattern!r}"
+                    )
         return {key: FLOAT if bits == FLOAT_BITS else Format(bits) for key, (bits, _) in fixed.items()}
 
     def formats(self, program: Program) -> dict[str, list[Format]]:
@@ -93,7 +95,7 @@ class Rules:
                 allowed[site.key] = [*self._in_schemes(site, static, measured), *floats]
             if not allowed[site.key]:
                 raise HawqfxError(
-                    f"{site.key!r} may take {_listed(wanted)} bits, and was measured at {_listed(measured)}"
+                    f"{site.name!r} may take {_listed(wanted)} bits, and was measured at {_listed(measured)}"
                 )
         return allowed
 

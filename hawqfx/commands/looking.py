@@ -1,7 +1,6 @@
 """explain, report, inspect, passes and doctor: the commands that measure nothing."""
 
 from dataclasses import asdict
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,6 @@ from hawqfx.atomic_write import check_writable
 from hawqfx.commands import specs
 from hawqfx.commands.doctor import examined
 from hawqfx.commands.output import Json, as_json, in_bytes, show
-from hawqfx.errors import PlanError
 from hawqfx.pass_manager.base import Analysis, options_of
 from hawqfx.session.load import load
 from hawqfx.session.saved import read_plan
@@ -31,9 +29,7 @@ def explain(
         return
     tree = found.to_tree()
     if site is not None:
-        tree["sites"] = {key: entry for key, entry in tree["sites"].items() if key == site or fnmatch(key, site)}
-        if not tree["sites"]:
-            raise PlanError(f"the plan has no site {site!r}")
+        tree["sites"] = {key: tree["sites"][key] for key in found.matching(site)}
     as_json(tree)
 
 

@@ -22,6 +22,7 @@ from hawqfx.frontend.experts import dense_experts
 from hawqfx.frontend.inlining import inline_wrappers
 from hawqfx.frontend.outputs import without_objects
 from hawqfx.ir.graph import constants_of, first_input
+from hawqfx.ir.names import names_of
 from hawqfx.ir.operators import (
     ASSERTIONS,
     BATCH_NORM,
@@ -211,8 +212,8 @@ def _refuse_random_numbers(graph: fx.Graph) -> None:
             continue
         if not _DROPPING & {argument.name for argument in node.target._schema.arguments}:
             raise CaptureError(
-                f"{node.name}: {node.target} draws random numbers in every run, so that no two runs can be compared: "
-                "make them an input of the model, or a buffer"
+                f"{names_of(graph)[node]}: {node.target} draws random numbers in every run, so that no two runs can be "
+                "compared: make them an input of the model, or a buffer"
             )
 
 
@@ -224,9 +225,10 @@ def _refuse_sizes_by_values(graph: fx.Graph) -> None:
         sizes = [size for value in pytree.tree_leaves(node.meta.get("val")) for size in getattr(value, "shape", ())]
         if any(free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)):
             raise CaptureError(
-                f"{node.name}: {node.target} makes a tensor whose size depends on the values of its input: a graph of "
-                "integer kernels has sizes that follow from those of the inputs. In a mixture of experts, let each "
-                "expert compute all tokens, and weigh what they say by the router, with zeros for the others"
+                f"{names_of(graph)[node]}: {node.target} makes a tensor whose size depends on the values of its "
+                "input: a graph of integer kernels has sizes that follow from those of the inputs. In a mixture of "
+                "experts, let each expert compute all tokens, and weigh what they say by the router, with zeros for "
+                "the others"
             )
 
 

@@ -11,29 +11,39 @@ from torch._ops import OpOverload
 from torch.fx.node import Target
 
 from hawqfx.ir.graph import copy_graph, set_tensor, tensor_of
+from hawqfx.ir.names import PATHS
 from hawqfx.ir.program import Program
 
 
 class GraphRewriter:
     """A copy of a program's graph that shares its tensors.  New nodes go before or after the node that `before` or
-    `after` names.  A node records its value's shape (`meta["val"]`) where those of all its inputs are recorded."""
+    `after` names, and are said to be made by the module that made that node (hawqfx.ir.names).  A node records its
+    value's shape (`meta["val"]`) where those of all its inputs are recorded."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.module = copy_graph(program.graph)
         self.graph = self.module.graph
+        self._beside: fx.Node | None = None
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
         """New nodes go before this node, in the order in which they are made."""
-        with self.graph.inserting_before(node):
+        with self._at(node, node):
             yield
 
     @contextmanager
     def after(self, node: fx.Node) -> Iterator[None]:
         """New nodes go after this node, in the order in which they are made."""
-        with self.graph.inserting_before(node.next):
+        with self._at(node.next, node):
             yield
+
+    @contextmanager
+    def _at(self, place: fx.Node, beside: fx.Node) -> Iterator[None]:
+        outer, self._beside = self._beside, beside
+        with self.graph.inserting_before(place):
+            yield
+        self._beside = outer
 
     def calls(self, target: Target | None = None) -> list[fx.Node]:
         """The nodes that call a function, in the order of the graph; those that call `target`, if it is given."""
@@ -49,6 +59,8 @@ class GraphRewriter:
             kwargs: its keyword arguments.
         """
         node = self.graph.call_function(target, args, kwargs)
+        if self._beside is not None and PATHS in self._beside.meta:
+            node.meta[PATHS] = self._beside.meta[PATHS]
         if like is not None:
             node.meta["val"] = like.meta.get("val")
         elif all(source.meta.get("val") is not None for source in node.all_input_nodes):

@@ -1,7 +1,7 @@
 """The places of a graph where bits are chosen, and the nodes that multiply."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -46,6 +46,11 @@ class WeightSite:
     shape: tuple[int, ...]
 
     @property
+    def name(self) -> str:
+        """What users call it."""
+        return self.key
+
+    @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
@@ -64,6 +69,7 @@ class ActivationSite:
             same quantizer.
         nonnegative: whether rectifiers make all of the tensors.
         ceiling: the largest value that these rectifiers let pass.
+        name: what users call it (hawqfx.ir.names); no part of what the site is, so that measurements are found again.
     """
 
     key: str
@@ -74,6 +80,7 @@ class ActivationSite:
     data_movement: tuple[str, ...]
     nonnegative: bool
     ceiling: float = math.inf
+    name: str = field(default="", repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from hawqfx.analysis.liveness import schedule
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from hawqfx.ir.facts import ByteCost, ChosenFormat, Sensitivity
+from hawqfx.ir.names import operator_name
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT
 from hawqfx.maths.latency_model import LatencyModel
@@ -132,7 +132,7 @@ def node_rows(planned: Program) -> tuple[NodeRow, ...]:
     return tuple(
         NodeRow(
             node.name,
-            _operator(node),
+            operator_name(node),
             _shape(node, names),
             tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
             weight_of.get(node.name),
@@ -164,14 +164,6 @@ def kernel_rows(planned: Program) -> tuple[KernelRow, ...]:
         for each in planned.about(LatencyModel).timed
     )
     return tuple(sorted(rows, key=lambda row: -row.seconds))
-
-
-def _operator(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return "input" if node.op == "placeholder" else node.op
-    if isinstance(node.target, OpOverload):
-        return node.target._opname
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _varying(program: Program) -> dict[str, str]:

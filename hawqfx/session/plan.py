@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from hawqfx.atomic_write import whole_file
 from hawqfx.errors import PlanError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, ChosenFormat, Quantizers, QuantParams
+from hawqfx.ir.names import matches
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.maths.formats import Format
@@ -34,6 +34,7 @@ class Plan:
         chosen: site -> its format, the increase predicted for it, and the reason.
         account: the amounts that the plan takes of its limits; None where the formats were given and not chosen.
         pins: what it was made with; None where that is not known, as in plans of older versions.
+        names: activation -> what users call it (hawqfx.ir.names); none in plans of older versions.
     """
 
     budget: str
@@ -41,6 +42,7 @@ class Plan:
     chosen: Mapping[str, ChosenFormat]
     account: Account | None = None
     pins: Pins | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, budget: str, pins: Pins | None = None) -> "Plan":
@@ -50,7 +52,8 @@ class Plan:
             key: None if choice.format.is_float else program.facts.get(key, Quantizers).by_format[choice.format]
             for key, choice in chosen.items()
         }
-        return Plan(budget, quantizers, chosen, program.about(Account) if program.knows(Account) else None, pins)
+        account = program.about(Account) if program.knows(Account) else None
+        return Plan(budget, quantizers, chosen, account, pins, {site.key: site.name for site in program.activations})
 
     @property
     def bits(self) -> dict[str, int]:
@@ -77,6 +80,22 @@ class Plan:
         blocks = tuple(sorted({width.block for width in signed} - {0}))
         return Calibration(_bits(signed), _bits(unsigned), tuple(sorted(schemes)), blocks)
 
+    def name(self, key: str) -> str:
+        """What users call a site."""
+        return self.names.get(key, key)
+
+    def matching(self, site: str) -> list[str]:
+        """The keys of the site of this name, or of those whose name matches the pattern.
+
+        Raises:
+            PlanError: if there is none.
+        """
+        keys = [key for key in self.chosen if matches(site, key, self.name(key))]
+        if not keys:
+            some = ", ".join(self.name(key) for key in list(self.chosen)[:8])
+            raise PlanError(f"the plan has no site {site!r}; it has {some}, ...")
+        return keys
+
     def explain(self, site: str | None = None) -> str:
         """The reason for the bits of a site, or of every site whose name matches the pattern; without one, the amounts
         that the plan takes of its limits.
@@ -86,15 +105,14 @@ class Plan:
         """
         if site is None:
             return plan_text.whole(self.budget, self.account)
-        keys = [key for key in self.chosen if key == site or fnmatch(key, site)]
-        if not keys:
-            raise PlanError(f"the plan has no site {site!r}; it has {', '.join(list(self.chosen)[:8])}, ...")
-        return "\n".join(plan_text.explained(key, self.chosen[key], self.account) for key in keys)
+        found = ((self.name(key), self.chosen[key]) for key in self.matching(site))
+        return "\n".join(plan_text.explained(name, choice, self.account) for name, choice in found)
 
     def _repr_html_(self) -> str:
         """A short table for notebooks: the first sites, and how many there are."""
         rows = [
-            (key, str(choice.format), f"{choice.increase:.2g}") for key, choice in list(self.chosen.items())[:SHOWN]
+            (self.name(key), str(choice.format), f"{choice.increase:.2g}")
+            for key, choice in list(self.chosen.items())[:SHOWN]
         ]
         if len(self.chosen) > SHOWN:
             rows.append((f"and {len(self.chosen) - SHOWN} more", "", ""))
@@ -110,11 +128,11 @@ class Plan:
 
     def to_tree(self) -> dict[str, Any]:
         """The plan as dicts, lists, texts and finite numbers; see hawqfx.session.plan_json."""
-        return plan_json.to_tree(self.budget, self.quantizers, self.chosen, self.account, self.pins)
+        return plan_json.to_tree(self.budget, self.quantizers, self.chosen, self.account, self.pins, self.names)
 
     def to_json(self) -> str:
         """The plan as JSON text; see hawqfx.session.plan_json."""
-        return plan_json.dumps(self.budget, self.quantizers, self.chosen, self.account, self.pins)
+        return plan_json.dumps(self.budget, self.quantizers, self.chosen, self.account, self.pins, self.names)
 
     @staticmethod
     def from_json(text: str) -> "Plan":

@@ -1,6 +1,6 @@
 """A plan's JSON: {hawqfx_plan, budget, account, pins, sites}, with null for numbers that JSON has not (NaN, infinity).
 
-Format 3 had no pins.
+Format 3 had no pins, and format 4 no names of activations.
 """
 
 import json
@@ -16,11 +16,13 @@ from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT_BITS, Format, known_format
 from hawqfx.session.pins import Pins
 
-FORMAT = 4
-READ = (3, 4)
+FORMAT = 5
+READ = (3, 4, 5)
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
-Content = tuple[str, Mapping[str, QuantParams | None], Mapping[str, ChosenFormat], Account | None, Pins | None]
+Content = tuple[
+    str, Mapping[str, QuantParams | None], Mapping[str, ChosenFormat], Account | None, Pins | None, Mapping[str, str]
+]
 
 
 def dumps(
@@ -29,9 +31,10 @@ def dumps(
     chosen: Mapping[str, ChosenFormat],
     account: Account | None,
     pins: Pins | None,
+    names: Mapping[str, str],
 ) -> str:
     """The content of a plan as JSON text."""
-    content = to_tree(budget, quantizers, chosen, account, pins)
+    content = to_tree(budget, quantizers, chosen, account, pins, names)
     return json.dumps(content, indent=1, allow_nan=False)
 
 
@@ -41,12 +44,14 @@ def to_tree(
     chosen: Mapping[str, ChosenFormat],
     account: Account | None,
     pins: Pins | None,
+    names: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of a plan as dicts, lists, texts and finite numbers."""
     sites = {}
     for key, choice in chosen.items():
         quantizer = quantizers[key]
         sites[key] = {
+            **({"name": names[key]} if key in names else {}),
             **_format_entry(choice.format),
             "loss_increase": choice.increase,
             "quantizer": None if quantizer is None else asdict(quantizer),
@@ -86,7 +91,8 @@ def from_tree(data: Any) -> Content:
         key: ChosenFormat(_format(entry), number(entry["loss_increase"]), _reason(entry["why"]))
         for key, entry in sites.items()
     }
-    return str(data["budget"]), quantizers, chosen, _account(data["account"]), pins
+    names = {key: str(entry["name"]) for key, entry in sites.items() if "name" in entry}
+    return str(data["budget"]), quantizers, chosen, _account(data["account"]), pins, names
 
 
 def finite(value: Any) -> Any:

@@ -24,9 +24,9 @@ def whole(budget: str, account: Account | None) -> str:
     return "\n".join(lines)
 
 
-def explained(key: str, choice: ChosenFormat, account: Account | None) -> str:
+def explained(name: str, choice: ChosenFormat, account: Account | None) -> str:
     """The part of a site in a plan: its shares, and the moves to its next formats."""
-    lines = [f"{key}: {choice.format}, predicted loss increase {choice.increase:.4g}"]
+    lines = [f"{name}: {choice.format}, predicted loss increase {choice.increase:.4g}"]
     reason = choice.reason
     if reason is None or account is None:
         return lines[0]

@@ -5,10 +5,10 @@ import math
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.table import Table
-from torch import fx
+from rich.table import Column, Table
 
 from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, RoundedWeights, Sensitivity
+from hawqfx.ir.names import names_of
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import FLOAT_BITS
 from hawqfx.maths.rounding import STRONGEST_DAMPING
@@ -16,25 +16,10 @@ from hawqfx.session.plan import Plan
 from hawqfx.session.record import Calibrated, Trials
 
 
-def after_layers(program: Program) -> dict[str, str]:
-    """Activation -> the layer of the model that it comes out of, perhaps through operators without weights, by the path
-    of its module; none for what comes before the first layer."""
-    modules = {layer.node: layer.weight.rpartition(".")[0] or layer.weight for layer in program.layers}
-    nearest: dict[fx.Node, str] = {}
-    for node in program.graph.graph.nodes:
-        before = [nearest[source] for source in node.all_input_nodes if source in nearest]
-        known = modules.get(node.name) or (before[-1] if before else None)
-        if known is not None:
-            nearest[node] = known
-    named = {node.name: module for node, module in nearest.items()}
-    return {site.key: named[site.nodes[0]] for site in program.activations if site.nodes[0] in named}
-
-
 def site_table(planned: Program, budget: str) -> Table:
     """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
-    columns = ("site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
-    table = Table(*columns, title=f"budget {budget}")
-    after = after_layers(planned)
+    columns = ("kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
+    table = Table(Column("site", overflow="fold"), *columns, title=f"budget {budget}")
     for site in planned.sites:
         choice = planned.facts.get(site.key, ChosenFormat)
         trace = error = size = "-"
@@ -44,8 +29,7 @@ def site_table(planned: Program, budget: str) -> Table:
         if planned.facts.has(site.key, ByteCost):
             size = str(planned.facts.get(site.key, ByteCost).bytes[choice.format])
         shape, bits = "x".join(map(str, site.shape)), str(choice.format).removesuffix(" bits")
-        name = f"{site.key}, after {after[site.key]}" if site.key in after else site.key
-        table.add_row(name, site.kind, shape, trace, error, bits, size, f"{choice.increase:.1e}")
+        table.add_row(site.name, site.kind, shape, trace, error, bits, size, f"{choice.increase:.1e}")
     return table
 
 
@@ -177,11 +161,14 @@ def summary(
     for data, (float_score, score) in trials.scores.items():
         console.print(f"metric on the {data} {score:.4g}, float32 {float_score:.4g}")
     why = "chosen by the plan" if planned.knows(Account) else "given, not chosen"
-    for key in (key for key, width in planned.formats().items() if width.is_float):
-        console.print(f"in float: {key}: {why}")
+    formats = planned.formats()
+    for name in (site.name for site in planned.sites if formats[site.key].is_float):
+        console.print(f"in float: {name}: {why}", soft_wrap=True)
+    names = {node.name: name for node, name in names_of(planned.graph.graph).items()}
     for node, reason in planned.left_float.items():
         share = planned.share_in_float(node)
-        console.print(f"in float: {node}: {reason}" + f"; {share:.1%} of the bytes of weights" * bool(share))
+        part = f"; {share:.1%} of the bytes of weights" if share else ""
+        console.print(f"in float: {names[node]}: {reason}{part}", soft_wrap=True)
     for name, found in checks.items():
         console.print(f"file {name} in onnxruntime: {found}", soft_wrap=True)
     return text.getvalue()

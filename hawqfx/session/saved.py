@@ -75,7 +75,7 @@ class Saved:
         plan = self.plan
         tree = {
             "format": FORMAT,
-            "plan": plan_json.to_tree(plan.budget, quantizers, plan.chosen, plan.account, plan.pins),
+            "plan": plan_json.to_tree(plan.budget, quantizers, plan.chosen, plan.account, plan.pins, plan.names),
             "example": _stored((self.example.args, dict(self.example.kwargs)), tensors),
             "keep_float": self.keep_float,
             "target": self.target,

@@ -121,6 +121,19 @@ def test_plans_of_older_versions_give_their_bits_alone(file: tuple[hawqfx.Compil
     assert anew.plan.bits == file[0].plan.bits
 
 
+def test_plans_without_names_are_read_and_call_activations_by_their_keys(file: tuple[hawqfx.Compiled, Path]) -> None:
+    plan = file[0].plan
+    tree = json.loads(plan.to_json())
+    for entry in tree["sites"].values():
+        entry.pop("name", None)
+    old = hawqfx.Plan.from_json(json.dumps(tree | {"hawqfx_plan": 4}))
+    assert old.names == {}
+    key, name = next(iter(plan.names.items()))
+    assert plan.explain(key).replace(name, key) == old.explain(key)
+    anew = hawqfx.compile(build(Plain), None, images(), plan=old)
+    assert anew.plan.names == plan.names
+
+
 def test_a_damaged_file_is_refused(file: tuple[hawqfx.Compiled, Path], tmp_path: Path) -> None:
     """Any byte flipped, any length, and headers that promise more than there is: one clear error, in no time."""
     content, path, chance = file[1].read_bytes(), tmp_path / "bad.hawqfx", random.Random(0)

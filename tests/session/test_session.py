@@ -18,7 +18,6 @@ from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.session.planner import Candidate, Planner, Scoring
-from hawqfx.session.report import after_layers
 from hawqfx.session.session import Session
 from tests.nets import Plain, Residual, build, images
 from tests.tools import quick
@@ -287,7 +286,15 @@ def test_what_users_hold_shows_itself_in_a_line_and_in_a_notebook() -> None:
     assert frontier._repr_html_().count("<tr>") == 4
 
 
-def test_activations_are_named_by_the_layer_that_they_come_out_of() -> None:
+def test_activations_are_named_by_the_module_that_makes_them() -> None:
     compiled = quick(Residual, "weight_bits=5")
-    assert after_layers(compiled.planned) == {"relu": "stem", "conv2d_1": "inner", "relu_1": "inner", "mean": "inner"}
-    assert "relu_1, after inner" in " ".join(compiled.summary().split())
+    plan = hawqfx.Plan.from_json(compiled.plan.to_json())
+    assert plan.names == {
+        "x": "input x", "relu": "relu output", "conv2d_1": "inner output", "relu_1": "relu#2 output",
+        "mean": "mean output",
+    }  # fmt: skip
+    for text in (compiled.summary(), plan.explain("*")):
+        assert "inner output" in text
+        assert "conv2d_1" not in text
+    assert plan.explain("inner output") == plan.explain("conv2d_1")
+    assert compiled.at("weight_bits=5", fix={"inner output": 4}).plan.bits["conv2d_1"] == 4
