@@ -37,7 +37,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def names_of(graph: fx.Graph) -> dict[fx.Node, str]:
-    """The name of every value of a captured graph but those of constants."""
+    """The name of every value of a captured graph; those of constants are the model's own."""
     computed: defaultdict[str, int] = defaultdict(int)  # call of a module -> the tensors that its own code computes
     for node in graph.nodes:
         if _computes(node):
@@ -48,6 +48,7 @@ def names_of(graph: fx.Graph) -> dict[fx.Node, str]:
     seen: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == "get_attr":
+            names[node] = str(node.target)
             continue
         call, path = _call(node)
         if original(node) is not node:

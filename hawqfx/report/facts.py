@@ -49,6 +49,7 @@ class SiteRow:
 
     Args:
         key: of the site.
+        name: that users call it.
         kind: "weight" or "activation".
         operator: the layer of a weight, or what makes an activation.
         shape: of the tensor; of one sample, for an activation.
@@ -64,6 +65,7 @@ class SiteRow:
     """
 
     key: str
+    name: str
     kind: str
     operator: str
     shape: str
@@ -83,15 +85,17 @@ class NodeRow:
     """A node of the graph.
 
     Args:
-        name: of the fx node.
+        key: name of the fx node.
+        name: that users call its value.
         operator: that it calls.
         shape: of its value, as captured.
-        inputs: names of the nodes that it reads.
+        inputs: keys of the nodes that it reads.
         weight: key of the weight that it multiplies by, if there is one.
         site: key of the activation site of its value, if it has one.
         floating: why it multiplies in float; empty if it does not.
     """
 
+    key: str
     name: str
     operator: str
     shape: str
@@ -103,7 +107,8 @@ class NodeRow:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """The bytes of one sample's activations that are live at a node, in the chosen formats and in float32."""
+    """The bytes of one sample's activations that are live at a node, which has the name of its value: in the chosen
+    formats and in float32."""
 
     step: int
     node: str
@@ -113,7 +118,8 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A kernel of onnxruntime: its weight, how it runs in the chosen formats, its seconds, and those in float."""
+    """A kernel of onnxruntime: the name of its value, its weight, how it runs in the chosen formats, its seconds, and
+    those in float."""
 
     node: str
     weight: str | None
@@ -131,7 +137,7 @@ class Facts:
         headline: the figures at the top.
         curve: the frontier; None if it is not known.
         sites: in the order of the network.
-        nodes: of the float graph, in its order, without constants.
+        nodes: of the float graph, in its order, without constants and sizes.
         memory: along the schedule.
         kernels: with their latencies; empty if these were not measured.
         noise_data: the samples that the noise was computed on, in words.

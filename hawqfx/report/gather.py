@@ -1,6 +1,7 @@
 """From the programs of a compiled network to the rows of its page."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +12,7 @@ from hawqfx.analysis.liveness import schedule
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from hawqfx.ir.facts import ByteCost, ChosenFormat, Sensitivity
-from hawqfx.ir.names import operator_name
+from hawqfx.ir.names import names_of, operator_name
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT
 from hawqfx.maths.latency_model import LatencyModel
@@ -98,6 +99,7 @@ def site_rows(planned: Program, noise: Mapping[str, float], reasons: Mapping[str
         rows.append(
             SiteRow(
                 site.key,
+                site.name,
                 "weight" if site.key in weights else "activation",
                 site.kind,
                 _times(site.shape),
@@ -126,30 +128,32 @@ def _by_use(graph: fx.Graph) -> list[fx.Node]:
 
 
 def node_rows(planned: Program) -> tuple[NodeRow, ...]:
-    """The nodes of the float graph, without constants."""
+    """The nodes of the float graph, without constants and sizes."""
     weight_of = {layer.node: layer.weight for layer in planned.layers}
-    names = _varying(planned)
+    names, varying = names_of(planned.graph.graph), _varying(planned)
+    hidden = {node for node in names if node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt)}
+    shown = {node: name for node, name in names.items() if node not in hidden}
     return tuple(
         NodeRow(
             node.name,
+            name,
             operator_name(node),
-            _shape(node, names),
-            tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
+            _shape(node, varying),
+            tuple(source.name for source in node.all_input_nodes if source in shown),
             weight_of.get(node.name),
             planned.site_of.get(node.name),
             planned.left_float.get(node.name, ""),
         )
-        for node in planned.graph.graph.nodes
-        if node.op != "get_attr"
+        for node, name in shown.items()
     )
 
 
 def memory_rows(planned: Program) -> tuple[MemoryRow, ...]:
     """The activation memory of one sample, packed in the chosen formats, at every node that makes a storage."""
-    formats = planned.formats()
+    formats, names = planned.formats(), _by_key(planned)
     floating = dict.fromkeys(formats, FLOAT)
     return tuple(
-        MemoryRow(number, step.node, step.bytes(formats), step.bytes(floating))
+        MemoryRow(number, names[step.node], step.bytes(formats), step.bytes(floating))
         for number, step in enumerate(schedule(planned))
     )
 
@@ -158,12 +162,17 @@ def kernel_rows(planned: Program) -> tuple[KernelRow, ...]:
     """The kernels with their latencies, slowest first; none, where nothing was timed."""
     if not planned.knows(LatencyModel):
         return ()
-    formats = planned.formats()
+    formats, names = planned.formats(), _by_key(planned)
     rows = (
-        KernelRow(each.node, each.weight, each.kernel(formats), each.seconds(formats), each.floating)
+        KernelRow(names[each.node], each.weight, each.kernel(formats), each.seconds(formats), each.floating)
         for each in planned.about(LatencyModel).timed
     )
     return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+def _by_key(planned: Program) -> dict[str, str]:
+    """Name of an fx node -> what users call its value."""
+    return {node.name: name for node, name in names_of(planned.graph.graph).items()}
 
 
 def _varying(program: Program) -> dict[str, str]:
@@ -179,8 +188,8 @@ def _shape(node: fx.Node, names: Mapping[str, str]) -> str:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""
-    return _times([names.get(str(size), str(size)) for size in value.shape])
+    return _times(re.sub(r"\w+", lambda part: names.get(part[0], part[0]), str(size)) for size in value.shape)
 
 
 def _times(shape: Iterable[int | str]) -> str:
-    return "x".join(map(str, shape))
+    return " × ".join(map(str, shape))  # noqa: RUF001

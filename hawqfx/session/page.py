@@ -162,7 +162,7 @@ def _headline(planned: Program, plan: Plan, calibrated: Calibrated, trials: Tria
         shown.append(
             Figure(
                 "Loss against uniform bits",
-                str(rival.behind),
+                str(rival.behind).replace("+-", "±"),
                 f"this plan's less theirs, paired by {rival.unit}",
             )
         )

@@ -15,10 +15,10 @@ def chain(count: int, name: str = "layer") -> Facts:
             reason = f"{key}: because"
             width, increase, curvature = f"{bits} bits", 1e-3 * number, 1e-2 + number
             sites.append(
-                SiteRow(key, kind, "conv2d", "4x4", 16, bits, width, 16, increase, curvature, 1e-3, noise, reason)
+                SiteRow(key, key, kind, "conv2d", "4x4", 16, bits, width, 16, increase, curvature, 1e-3, noise, reason)
             )
     nodes = [
-        NodeRow(own, "conv2d", "4x4", tuple(names[max(0, number - 1) : number]), f"{own}.weight", own, "")
+        NodeRow(own, own, "conv2d", "4x4", tuple(names[max(0, number - 1) : number]), f"{own}.weight", own, "")
         for number, own in enumerate(names)
     ]
     points = (

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hawqfx
+from hawqfx.report.facts import NodeRow
 from hawqfx.report.page import page
 from tests.nets import Residual, build, images
 from tests.report.browser import CHROMIUM, Tab, chromium
@@ -59,6 +61,65 @@ def test_the_keyboard_searches_and_chooses(browser: Any, written: Path) -> None:
     assert "head.weight" in tab.page.locator("#chosen").inner_text()
     tab.page.select_option("#colour-by", "noise")
     assert "dB" in tab.page.locator(".key").inner_text()
+
+
+def test_arrows_move_in_the_graph_and_enter_shows_the_facts(browser: Any, written: Path) -> None:
+    """The stem is read by an addition and by the inner convolution, which the addition reads too."""
+    tab = Tab(browser, written)
+    said, chosen = tab.page.locator("#said"), tab.page.locator("#chosen")
+    tab.page.locator("#graph").focus()
+    for key, name in {
+        "ArrowDown": "input x",  # nothing is chosen: the first node
+        "End": "output",
+        "ArrowUp": "head",
+        "Home": "input x",
+    }.items():
+        tab.page.keyboard.press(key)
+        assert said.inner_text().startswith(name)
+    for name in ("stem, conv2d, ", "relu, relu, ", "inner, conv2d, "):
+        tab.page.keyboard.press("ArrowDown")
+        assert said.inner_text().startswith(name)
+    assert "inner.weight" not in chosen.inner_text()
+    tab.page.keyboard.press("Enter")
+    assert "inner.weight" in chosen.inner_text()
+    tab.page.keyboard.press("ArrowLeft")
+    assert said.inner_text() == "There is no node that way"
+    assert tab.said == []
+
+
+def test_arrows_reach_branches_beside(browser: Any, tmp_path: Path) -> None:
+    nodes = [NodeRow(key, key, "conv2d", "", inputs, None, None, "") for key, inputs in {
+        "top": (), "one": ("top",), "two": ("top",), "three": ("top",), "sum": ("one", "two", "three"),
+    }.items()]  # fmt: skip
+    path = tmp_path / "report.html"
+    path.write_text(page(replace(chain(2), nodes=tuple(nodes))), encoding="utf-8")
+    tab = Tab(browser, path)
+    tab.page.locator("#graph").focus()
+    met = []
+    for key in ("Home", "ArrowDown", *["ArrowLeft"] * 2, *["ArrowRight"] * 2, "ArrowDown", "ArrowUp"):
+        tab.page.keyboard.press(key)
+        met.append(tab.page.evaluate("graph.cy.nodes(':selected').map(node => node.id()).join()"))
+    assert met[0] == "top"
+    assert met[1] in ("one", "two", "three")
+    assert set(met[1:6]) == {"one", "two", "three"}
+    assert met[6] == "sum"
+    assert met[7] in ("one", "two", "three")
+    assert tab.said == []
+
+
+def test_paper_has_all_of_every_chart_and_the_graph(browser: Any, written: Path) -> None:
+    """As wide as A4 without margins; the charts were drawn for a wider window."""
+    tab = Tab(browser, written)
+    tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    tab.page.emulate_media(media="print")
+    tab.page.set_viewport_size({"width": 688, "height": 900})
+    tab.page.locator("#graph img").wait_for()
+    ends = "all => all.map(each => each.getBoundingClientRect().right)"
+    assert max(tab.page.locator(".chart svg, #graph img").evaluate_all(ends)) <= 688
+    assert tab.page.locator("#graph img").evaluate("picture => picture.naturalWidth") > 0
+    tab.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.page.locator("#graph img").count() == 0
+    assert tab.said == []
 
 
 def test_a_table_sorts_both_ways_and_copies_as_csv(browser: Any, written: Path) -> None:
