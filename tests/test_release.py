@@ -1,7 +1,10 @@
 """The wheel: what is in it, and that it works where only it is."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -43,6 +46,21 @@ def test_the_wheel_has_all_and_only_the_package(wheel: Path) -> None:
     assert sources <= set(names)
     assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"hawqfx"}
     assert wheel.stat().st_size < 4e6  # the network with its images 2.4 MB, the report's libraries .4
+
+
+def test_what_is_imported_is_declared() -> None:
+    """typer took click along, until one day it did not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for extra in ("hf", "notebook") for name in project["optional-dependencies"][extra]]
+    declared = {re.split(r"[^\w-]", name)[0] for name in (*project["dependencies"], *extras)}
+    imported = set()
+    for path in [*(ROOT / "hawqfx").rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names - {"hawqfx"} == declared
 
 
 def test_it_compiles_where_it_is_installed_alone(wheel: Path, tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import click
+from typer.core import TyperGroup
 
 from hawqfx.errors import HawqfxError
 
 FILE = Path("hawqfx.toml")
 
 
-def defaults(path: Path | None, group: click.Group) -> dict[str, Any]:
-    """The options of a file, as click takes them: command -> parameter -> value.
+def defaults(path: Path | None, group: TyperGroup) -> dict[str, Any]:
+    """The options of a file, as typer takes them: command -> parameter -> value.
 
     Args:
         path: of the file; None: hawqfx.toml in the working folder, if there is one.
