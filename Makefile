@@ -2,6 +2,8 @@
 # make quick: lint, types and the tests that compile no network, in a minute.  make docs: the documentation, in site/.
 # make fuzz COUNT=2000 SEED=0: random networks, compiled and compared with onnxruntime.
 # make faults COUNT=200 SEED=0: kills at random moments, full disks, damaged caches.  make soak COUNT=300: does it grow?
+# make install-test: the release in empty environments with the lowest and the newest versions, and the code of the pages
+# on deployment in a browser and in C++; it installs packages.
 # make report: report pages of a few networks and screenshots of them, in build/report; needs Chromium.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -11,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint docs report fuzz faults soak clean
+.PHONY: demo test quick units lint docs report install-test fuzz faults soak clean
 fuzz: COUNT ?= 2000
 faults: COUNT ?= 200
 soak: COUNT ?= 300
@@ -42,6 +44,10 @@ $(READY): pyproject.toml constraints.txt
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+install-test: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/installs/environments.py tests/installs/deployed.py
 
 report: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.report.pictures
