@@ -54,9 +54,12 @@ def main() -> None:
     try:
         app()
     except HawqfxError as error:
+        if isinstance(error, InfeasibleBudget):  # which pass found it out is nothing to a user
+            print(f"hawqfx: {error}", file=sys.stderr)
+            sys.exit(INFEASIBLE)
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         print(f"hawqfx: {error}{notes}", file=sys.stderr)
-        sys.exit(INFEASIBLE if isinstance(error, InfeasibleBudget) else FAILED)
+        sys.exit(FAILED)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("hawqfx: interrupted; with --cache FOLDER the same command goes on where it was", file=sys.stderr)

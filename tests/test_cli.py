@@ -193,6 +193,9 @@ def test_exit_codes_tell_a_budget_that_cannot_be_met_and_an_interrupt(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("hawqfx: weight_bits=1 cannot be met")
 
     def interrupted() -> None:
         raise KeyboardInterrupt

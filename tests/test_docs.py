@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from hawqfx import errors
+from hawqfx import cli, errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,6 +36,16 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
         line = text.count("\n", 0, block.start(1))
         code = compile("\n" * line + block[1], str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         exec(code, names)
+
+
+def test_the_commands_of_the_readme_run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    hawqfx (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["compile", "explain", "report", "bench"]
+    for command in commands:
+        done = CliRunner().invoke(cli.app, command.split())
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "net.hawqfx", "report.html"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
