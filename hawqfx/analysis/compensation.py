@@ -66,16 +66,16 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
     damping, asked = 0.0, []
     for own in moments:
         chosen = _best_damping(weight, own)
+        # twice the samples need half the damping
+        needed = (chosen / len(own.halves)).clamp_min(rounding.DAMPING)
+        asked.append(float(needed[0]))
         # static quantizers, which have a scale per row, are rounded together, and then the others
         for static in (True, False):
             quantizers = [quantizer for width, quantizer in widths.by_format.items() if width.is_static is static]
             if not quantizers:
                 continue
             stack = _Stack(weight, quantizers, own)
-            # twice the samples need half the damping
-            needed = (chosen / len(own.halves)).clamp_min(rounding.DAMPING)
             final = stack.rounded(own.whole, needed, own.whole)
-            asked.append(float(needed[0]))
             others = stack.held_out(chosen) if len(own.halves) > 1 else final.errors
             damping = max(damping, final.damping)
             for number, quantizer in enumerate(quantizers):
