@@ -7,6 +7,9 @@
 * Errors: ||Q(W) - W||^2 / ||W||^2 of MiniLM's first linear layers, rounded to the nearest, with a positive scale for
   each block, a scale of either sign as hawqfx has it, and a positive scale and a zero-point; beside them the bits of an
   element with those of its block: scales of 16 bits, and zero-points of as many bits as a code.
+* Tables: one row and 64 of a table of 4,096 x 1,024, looked up in the codes that MatMulNBits reads, by the function of
+  hawqfx's files and by onnxruntime's GatherBlockQuantized; beside them rows of codes that are unpacked when the file is
+  loaded, with a scale per row, as static tables have it.  All make the same values, bit for bit.
 
 --quick: one block size, one layer.
 """
@@ -16,6 +19,7 @@ from typing import Any
 import data
 import numpy as np
 import onnx  # noqa: TID251  (kernels alone, in files that hawqfx does not write)
+import onnx_ir
 import sentences
 import torch
 from common import Claims, arguments, console
@@ -23,6 +27,7 @@ from onnx import TensorProto, helper  # noqa: TID251
 from rich.table import Table
 from torch import Tensor, nn
 
+from hawqfx.export import packed_weights
 from hawqfx.maths import affine, formats
 from hawqfx.runtime import ort
 
@@ -79,6 +84,68 @@ def kernels(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def _table(bits: int, block: int, how: str) -> bytes:
+    """A lookup of rows: "function", "operator", or "unpacked" with the block's scale for the whole row."""
+    random, blocks = np.random.default_rng(0), COLUMNS // block
+    codes = random.integers(0, 256, (ROWS, blocks, block * bits // 8)).astype(np.uint8)
+    scale = random.random((ROWS, blocks)).astype(np.float32)
+    # all kinds of scales have bfloat16 numbers, so that their values are equal
+    halves = (scale.view(np.uint32) >> 16).astype(np.uint16)
+    scale = (halves.astype(np.uint32) << 16).view(np.float32)
+    merged = onnx.numpy_helper.from_array(np.array([0, -1]), "M")
+    tensors = [onnx.numpy_helper.from_array(codes, "B"), merged]
+    if how == "function":
+        tensors.append(helper.make_tensor("S", TensorProto.BFLOAT16, [ROWS * blocks], halves.tobytes(), raw=True))
+        nodes = [helper.make_node(packed_weights.ROWS, ["B", "S", "R"], ["P"], domain=packed_weights.DOMAIN,
+                                  bits=bits, shape=[ROWS, COLUMNS]),
+                 helper.make_node("Reshape", ["P", "M"], ["Y"])]  # fmt: skip
+    elif how == "operator":
+        tensors.append(onnx.numpy_helper.from_array(scale[..., None], "S"))
+        nodes = [helper.make_node("GatherBlockQuantized", ["B", "R", "S"], ["P"], domain="com.microsoft", bits=bits,
+                                  block_size=block, gather_axis=0, quantize_axis=2),
+                 helper.make_node("Reshape", ["P", "M"], ["Y"])]  # fmt: skip
+    else:
+        parts = (codes[..., None] >> np.arange(0, 8, bits)) & ((1 << bits) - 1)
+        unpacked = (parts.reshape(ROWS, COLUMNS).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+        tensors = [
+            onnx.numpy_helper.from_array(unpacked, "B"), onnx.numpy_helper.from_array(scale[:, 0].copy(), "S"),
+            onnx.numpy_helper.from_array(np.array([-1]), "M"),
+        ]  # fmt: skip
+        nodes = [
+            helper.make_node("Gather", ["B", "R"], ["C"]), helper.make_node("Cast", ["C"], ["F"], to=TensorProto.FLOAT),
+            helper.make_node("Gather", ["S", "R"], ["T"]), helper.make_node("Unsqueeze", ["T", "M"], ["U"]),
+            helper.make_node("Mul", ["F", "U"], ["Y"]),
+        ]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "lookup",
+        [helper.make_tensor_value_info("R", TensorProto.INT64, ["N"])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["N", COLUMNS])], tensors,
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    opsets.append(helper.make_opsetid(packed_weights.DOMAIN, 1))
+    model = onnx_ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    packed_weights.define_rows(model, "portable")
+    return onnx_ir.to_proto(model).SerializeToString()
+
+
+def tables(quick: bool) -> list[dict[str, Any]]:
+    draw = np.random.default_rng(1)
+    feeds = [{"R": draw.integers(0, ROWS, samples)} for samples in SAMPLES]
+    rows = []
+    for bits in BITS:
+        for block in (64,) if quick else (32, 64, 128):
+            contents = {how: _table(bits, block, how) for how in ("function", "operator", "unpacked")}
+            one, other = (ort.run(ort.session(contents[how]), [feeds[1]["R"]])[0] for how in ("function", "operator"))
+            timed = [
+                ort.steady([*contents.values()], [feed] * len(contents), threads=1, budget=SECONDS) for feed in feeds
+            ]
+            rows.append({
+                "bits": bits, "block": block, "equal": bool((one == other).all()),
+                "microseconds": {how: [1e6 * each[at] for each in timed] for at, how in enumerate(contents)},
+            })  # fmt: skip
+    return rows
+
+
 def _errors(rows: Tensor, scale: Tensor, zero: Tensor | int, bits: int) -> Tensor:
     low, high = affine.signed_range(bits)
     codes = (rows / scale).round_().add_(zero).clamp_(low, high)
@@ -127,7 +194,7 @@ def errors(quick: bool) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    timed, lost = kernels(options.quick), errors(options.quick)
+    timed, lost, looked_up = kernels(options.quick), errors(options.quick), tables(options.quick)
     table = Table(title=f"microseconds, {ROWS} x {COLUMNS}, {SAMPLES[0]} and {SAMPLES[1]} samples")
     for title in ("bits", "block", "zero-points", "accuracy_level", *map(str, SAMPLES)):
         table.add_column(title, justify="right")
@@ -140,6 +207,13 @@ def main() -> None:
         table.add_column(title, justify="right")
     for row in lost:
         cells = (f"{row['error'][name]:.4f} ({row['bits of an element'][name]:.3f})" for name in row["error"])
+        table.add_row(str(row["bits"]), str(row["block"]), *cells)
+    console.print(table)
+    table = Table(title=f"microseconds to look up {SAMPLES[0]} and {SAMPLES[1]} rows, {ROWS} x {COLUMNS}")
+    for title in ("bits", "block", *looked_up[0]["microseconds"]):
+        table.add_column(title, justify="right")
+    for row in looked_up:
+        cells = (", ".join(f"{value:.0f}" for value in values) for values in row["microseconds"].values())
         table.add_row(str(row["bits"]), str(row["block"]), *cells)
     console.print(table)
 
@@ -155,7 +229,14 @@ def main() -> None:
     )
     least = min(row["error"]["one sign"] / row["error"]["either sign"] for row in lost)
     claims.add("scales of either sign lose less than positive ones", least > 1, f"{least:.3f} times less, or better")
-    claims.finish("weight_only", options, {"kernels": timed, "errors": lost})
+    claims.add(
+        "rows of a table in blocks are those of onnxruntime's own operator, bit for bit",
+        all(row["equal"] for row in looked_up),
+        f"{sum(row['equal'] for row in looked_up)} of {len(looked_up)}",
+    )
+    slowest = max(row["microseconds"]["function"][0] for row in looked_up)
+    claims.add("a row is looked up in 20 microseconds", slowest < 20, f"{slowest:.1f} us")
+    claims.finish("weight_only", options, {"kernels": timed, "errors": lost, "tables": looked_up})
 
 
 if __name__ == "__main__":

@@ -99,9 +99,9 @@ def compile(
         activation_bits: bits that activations may have, likewise.  Fewer than 8 are chosen only where a limit asks for
             it.
         schemes: how layers may compute: "static" in integers, and linear layers "dynamic", with the range of their
-            input taken in each run, or "weight-only", with 2, 3, 4 or 8 bits in blocks; see hawqfx.maths.formats.  By
-            default all three under a budget on latency or weight_memory, else the static one.
-        block_sizes: inputs that share a scale in weight-only layers, within 32, 64 and 128.
+            input taken in each run, or "weight-only", with 2, 3, 4 or 8 bits in blocks, as tables may have too; see
+            hawqfx.maths.formats.  By default all three under a budget on latency or weight_memory, else the static one.
+        block_sizes: inputs that share a scale in weight-only layers and tables, within 32, 64 and 128.
         rounding: "sequential": compensated by the layers' inputs while formats are chosen, and then anew, layer by
             layer, from inputs that are quantized; "compensated" without the latter; to the "nearest" as in the paper;
             or "learned": sequential, and then fitted block by block to the float network by gradient, for minutes.  A

@@ -3,11 +3,12 @@
 The quantizers of weights are signed and symmetric, with one scale per output channel.  The quantizers of activations
 are unsigned, with one scale and zero-point per tensor, from the histogram of the float network's values.  Linear layers
 may have other schemes than the static one (hawqfx.maths.formats): weights with a scale per block, and inputs whose
-range is taken in each run.
+range is taken in each run.  So may tables whose rows are looked up, but for those whose rows are shorter than a block,
+which have a scale per row anyway.
 """
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from hawqfx.analysis.pointwise import Function, function_of
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ActivationHistogram, Quantizers, QuantParams
+from hawqfx.ir.operators import EMBEDDING
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.maths import affine, formats
@@ -95,11 +97,18 @@ def _activation_quantizer(
     return QuantParams(bits, (scale,), zero_point, low, high, per_channel=False)
 
 
-def _read_by(program: Program, readers: Set[str]) -> list[str]:
-    """The weights that only these nodes read; the lookup of a table is another reader."""
-    nodes = [node for node in program.graph.graph.find_nodes(op="get_attr") if node.users]
-    others = {str(node.target) for node in nodes if not {user.name for user in node.users} <= readers}
-    return [site.key for site in program.weights if site.key not in others]
+def _longest_blocks(program: Program) -> dict[str, int]:
+    """The most inputs that a block of each weight may have that may have blocks: where linear layers alone multiply by
+    it, or its rows are looked up."""
+    linear = {layer.node for layer in program.layers if layer.operator == "linear"}
+    longest: dict[str, int] = {}
+    for node in program.graph.graph.find_nodes(op="get_attr"):
+        looked_up = {user for user in node.users if user.target is EMBEDDING}
+        others = {user.name for user in node.users if user not in looked_up}
+        if others <= linear:
+            key = str(node.target)
+            longest[key] = program.tensor(key).shape[-1] if looked_up else max(BLOCKS)
+    return longest
 
 
 @dataclass(frozen=True)
@@ -118,30 +127,29 @@ class Calibration(Analysis):
         activations = self._of_activations(program)
         return self._of_weights(program, _least_scales(program, activations)) | activations
 
-    def _blockwise(self) -> list[Format]:
+    def _blockwise(self, longest: int) -> list[Format]:
         """The weight-only formats: of the bits that weights may have, those that there is a kernel for."""
         return [
             formats.blockwise(bits, block)
             for bits in BLOCKWISE_BITS
             if bits in self.weight_bits
             for block in self.blocks
+            if block <= longest
         ]
 
     def _of_weights(self, program: Program, least: Mapping[str, Tensor]) -> dict[str, Quantizers]:
-        linear = {layer.node for layer in program.layers if layer.operator == "linear"}
-        blockwise = self._blockwise() if "weight-only" in self.schemes else []
-        in_blocks = _read_by(program, linear) if blockwise else []
+        longest = _longest_blocks(program) if "weight-only" in self.schemes else {}
         others = bool({"static", "dynamic"} & set(self.schemes))
         facts, widened = {}, {}
         for site in program.weights:
             weight = program.tensor(site.key)
             needed = least[site.key].to(weight.device)
             by_format: dict[Format, QuantParams] = {}
-            if others or site.key not in in_blocks:
+            in_blocks = self._blockwise(longest.get(site.key, 0))
+            if others or not in_blocks:
                 by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
                 widened[site.key] = _widened(by_format, needed)
-            if site.key in in_blocks:
-                by_format |= {width: _blockwise_quantizer(weight, width) for width in blockwise}
+            by_format |= {width: _blockwise_quantizer(weight, width) for width in in_blocks}
             facts[site.key] = Quantizers(by_format)
         _warn_of_biases({key: count for key, count in widened.items() if count})
         return facts

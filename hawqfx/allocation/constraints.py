@@ -194,7 +194,7 @@ def _activation_memory(program: Program, space: SearchSpace) -> Resource:
 
 def _weight_memory(program: Program, space: SearchSpace) -> Resource:
     """Bytes of the weights in memory: 1 byte for an element of a static weight or table, however the file stores it, 4
-    bytes in float, and the bytes of the file for weight-only layers, whose kernels read the packed bits."""
+    bytes in float, and the bytes of the file for those in blocks, whose kernels read the packed bits."""
 
     def taken(site: WeightSite, width: Format) -> int:
         if width.is_blockwise:  # 3 bits in those of the kernel

@@ -137,13 +137,22 @@ class _Stack:
         self.groups = len(moments.energy) // part.blocks
         whole = weight.detach().reshape(self.groups, -1, weight[0].numel())
         self.rows = part.of(whole[:, :, part.columns]).double()
-        self.ranges = [(quantizer.low, quantizer.high) for quantizer in quantizers]
-        self.scales = []
-        for quantizer in quantizers:
-            scale = _scale_of_rows(quantizer, weight).reshape(*whole.shape[:2], -1).double()
-            per_row = scale.shape[-1] == 1
-            scale = scale.repeat_interleave(part.blocks, 0) if per_row else part.of(scale[:, :, part.columns])
-            self.scales.append(scale)
+        self.quantizers = quantizers
+        self.scales = [
+            scale_of(quantizer).to(weight.device).double().reshape(*whole.shape[:2], -1) for quantizer in quantizers
+        ]
+
+    def _scales_of(self, some: slice) -> list[Tensor]:
+        """The scales of some rows in each quantizer, (groups * blocks, R, 1) or (groups * blocks, R, K): those of all
+        rows of a large table, one per element, would be many times its size."""
+        part, found = self.moments.part, []
+        for quantizer, scale in zip(self.quantizers, self.scales, strict=True):
+            if quantizer.block:
+                each = scale[:, some].repeat_interleave(quantizer.block, 2)
+                found.append(part.of(each[:, :, part.columns]))
+            else:
+                found.append(scale[:, some].repeat_interleave(part.blocks, 0))
+        return found
 
     def put(self, codes: Tensor, whole: Tensor) -> None:
         """Write the codes (groups * blocks, R, K) of one quantizer into those of the weight, (C, ...)."""
@@ -159,22 +168,22 @@ class _Stack:
         codes, errors = [], moment.new_zeros(blocks, count)
         for start in range(0, rows, at_once):
             some = slice(start, start + at_once)
-            codes.append(self._codes(compensation, some))
-            for number, scale in enumerate(self.scales):
-                difference = codes[-1][:, number] * scale[:, some] - self.rows[:, some]
+            scales = self._scales_of(some)
+            codes.append(self._codes(compensation, some, scales))
+            for number, scale in enumerate(scales):
+                difference = codes[-1][:, number] * scale - self.rows[:, some]
                 errors[:, number] += self.moments.energy * rounding.weighted_error(difference, judge)
         return _Rounded(torch.cat(codes, 2), errors, float(compensation.damping.max()))
 
-    def _codes(self, compensation: rounding.Compensation, some: slice) -> Tensor:
-        """Codes (groups * blocks, q, R, K) of some rows."""
+    def _codes(self, compensation: rounding.Compensation, some: slice, scales: list[Tensor]) -> Tensor:
+        """Codes (groups * blocks, q, R, K) of some rows, with their scales."""
         rows = self.rows[:, some]
-        count, size = len(self.scales), rows.shape[1]
+        count, size = len(scales), rows.shape[1]
         low, high = (
             torch.tensor(ends, dtype=rows.dtype, device=rows.device).repeat_interleave(size).expand(len(rows), -1)
-            for ends in zip(*self.ranges, strict=True)
+            for ends in zip(*((quantizer.low, quantizer.high) for quantizer in self.quantizers), strict=True)
         )
-        scales = torch.cat([scale[:, some] for scale in self.scales], 1)
-        codes, _ = compensation.round(rows.repeat(1, count, 1), scales, low[..., None], high[..., None])
+        codes, _ = compensation.round(rows.repeat(1, count, 1), torch.cat(scales, 1), low[..., None], high[..., None])
         return codes.to(torch.int8).reshape(len(rows), count, size, -1)
 
     def held_out(self, damping: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Inputs, outputs and float parameters keep their names; all other values have short ones, since each stands several times
 in a file.  What belongs to a site is found by the names of nodes: the calls that unpack a weight, and the
-DequantizeLinear of an activation, have the site's key, with a number behind where it comes again (`site_of`).
+DequantizeLinear of an activation, have the site's key, with a number behind where it comes again (`site_of`).  So has
+the call that looks up rows of a table in blocks.
 
 OutputFixPass of onnx_ir does not fit here: it gives an input that is returned another name.
 """
@@ -17,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from hawqfx.export.packed_weights import DOMAIN
+from hawqfx.export.packed_weights import DOMAIN, ROWS
 from hawqfx.ir.program import SCALE
 
 _AGAIN = "#"
@@ -64,7 +65,7 @@ def _name_by_sites(graph: ir.Graph) -> None:
     seen: Counter[str] = Counter()
     for node in graph:
         key = str(node.name) if node.domain == DOMAIN else ""
-        scale = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+        scale = node.inputs[1] if node.op_type in ("DequantizeLinear", ROWS) else None
         # a zero-point tells activations from constants
         if scale is not None and str(scale.name).endswith(SCALE) and len(node.inputs) == 3:
             key = str(scale.name).removesuffix(SCALE)

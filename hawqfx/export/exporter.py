@@ -69,6 +69,7 @@ def export(
     model = translations.translate(capture.export_again(legal.graph, example), OPSET[packing])
     for name, bits in legal.about(StoredBits).bits.items():
         packed_weights.pack(model, name, bits, packing)
+    packed_weights.define_rows(model, packing)
     cleanup.clean(model, output_names(legal.graph), legal.dimensions)
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None

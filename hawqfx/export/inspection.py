@@ -10,7 +10,7 @@ import onnx
 
 from hawqfx.errors import ExportError
 from hawqfx.export.cleanup import site_of
-from hawqfx.export.packed_weights import DOMAIN
+from hawqfx.export.packed_weights import DOMAIN, ROWS
 
 
 def operators(path: str | Path) -> Counter[str]:
@@ -33,7 +33,7 @@ def packed_weights(path: str | Path) -> dict[str, PackedWeight]:
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     found = {}
     for node in model.graph.node:
-        if node.domain == DOMAIN:
+        if node.domain == DOMAIN and node.op_type != ROWS:
             attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
             codes = tuple(name for name in node.input if stored[name] != onnx.TensorProto.FLOAT)
             found[site_of(node.name)] = PackedWeight(attributes["bits"], tuple(attributes["shape"]), codes)
@@ -69,7 +69,7 @@ _BITS: dict[int, int] = {
 # operator -> the input that is its weight
 _WEIGHT_AT = {
     "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "MatMulInteger": 1, "ConvInteger": 1, "QLinearConv": 3,
-    "QLinearMatMul": 3, "MatMulNBits": 1, "Gather": 0,
+    "QLinearMatMul": 3, "MatMulNBits": 1, "Gather": 0, ROWS: 0,
 }  # fmt: skip
 # operators between a tensor and the layer that reads it -> the input that is the tensor
 _THROUGH = {
@@ -112,7 +112,7 @@ def _stored_weights(model: onnx.ModelProto) -> list[StoredWeight]:
         if maker is not None and maker.domain == DOMAIN:
             found[name] = _packed_entry(node, maker, stored)
         elif name in stored and (stored[name].dims or node.op_type == "MatMulNBits"):
-            found[name] = _plain_entry(node, stored[name])
+            found.setdefault(name, _plain_entry(node, stored[name]))  # a table that a head multiplies by keeps its name
     return list(found.values())
 
 
@@ -130,10 +130,13 @@ def _packed_entry(layer: onnx.NodeProto, call: onnx.NodeProto, stored: Mapping[s
 def _plain_entry(layer: onnx.NodeProto, tensor: onnx.TensorProto) -> StoredWeight:
     bits, shape = _BITS.get(tensor.data_type, 0), tuple(tensor.dims)
     kind = _TYPES.Name(tensor.data_type)
+    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in layer.attribute}
     if layer.op_type == "MatMulNBits":
-        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in layer.attribute}
         bits, shape = attributes["bits"], (attributes["N"], attributes["K"])
         kind = f"blocks of {attributes['block_size']}"
+    if layer.op_type == ROWS:
+        bits, shape = attributes["bits"], tuple(attributes["shape"])
+        kind = f"blocks of {tensor.dims[2] * 8 // bits}"
     return StoredWeight(layer.op_type, site_of(layer.name) or tensor.name, shape, bits, _bytes(tensor), kind)
 
 

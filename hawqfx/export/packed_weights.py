@@ -9,6 +9,7 @@ on the widths of its weights:
 
     Weight  packed tensors ..., scale -> float32 weight
     Codes   packed tensors ... -> int8 codes
+    Rows    codes in blocks, their scales, numbers of rows -> float32 values of these rows of a table
 
 In the portable packing whole bytes have functions of their own, Weight8 and Codes8: they need no unpacking, and as
 bit-planes they would take twenty times as long to load.  A file has the functions of both kinds, called or not.  In the
@@ -26,6 +27,7 @@ from hawqfx.export.opsets import OPSET, Packing
 from hawqfx.maths import packing
 
 DOMAIN = "hawqfx"
+ROWS = "Rows"
 WHOLE_BYTES = 8
 
 
@@ -69,6 +71,14 @@ def pack(model: ir.Model, name: str, bits: int, layout: Packing) -> None:
         if unpacked is None:
             unpacked = call(use.node, "Codes", packed, f"{name}_codes")
         use.node.replace_input_with(use.idx, unpacked)
+
+
+def define_rows(model: ir.Model, layout: Packing) -> None:
+    """Give a model whose graph looks up rows of tables in blocks the function that does so."""
+    if any(node.op_type == ROWS and node.domain == DOMAIN for node in model.graph):
+        model.graph.opset_imports[DOMAIN] = 1
+        function = _rows_function(layout)
+        model.functions[function.identifier()] = function
 
 
 def _kind(bits: int, layout: Packing) -> str:
@@ -145,12 +155,30 @@ class _Body:
         ones = self("BitwiseAnd", shifted, self.constant(1, np.uint8))
         return self("Slice", self("Reshape", ones, self.constant([-1])), self.constant([0]), count)
 
+    def values_of_bytes(self) -> ir.Value:
+        """(256, 8 / bits) in float32: the codes in every byte, as hawqfx.maths.packing.pack_blocks packs them."""
+        zero, width = self.constant(0.0, np.float32), self("Cast", self.attribute("bits"), to=ir.DataType.FLOAT)
+        shifts = self("Range", zero, self.constant(8.0, np.float32), width)
+        octets = self("Range", zero, self.constant(256.0, np.float32), self.constant(1.0, np.float32))
+        two, column = self.constant(2.0, np.float32), self("Unsqueeze", octets, self.constant([-1]))
+        shifted, count = self("Floor", self("Div", column, self("Pow", two, shifts))), self("Pow", two, width)
+        return self("Sub", self("Mod", shifted, count, fmod=1), self("Div", count, two))
+
+    def finished(self, name: str, inputs: Sequence[ir.Value], result: ir.Value, layout: Packing) -> ir.Function:
+        """The function of these nodes."""
+        graph = ir.Graph(inputs, [result], nodes=self.nodes, opset_imports={"": OPSET[layout]}, name="")
+        for node in self.nodes:
+            node.name = None  # a graph gives names
+        attributes = [ir.Attr(name, kind, None) for name, kind in _ATTRIBUTES.items()]
+        return ir.Function(DOMAIN, name, "", graph=graph, attributes=attributes)
+
     def dequantized(self, codes: ir.Value, scale: ir.Value) -> ir.Value:
         # not ConstantOfShape of Shape: onnxruntime 1.32 has no kernel for the Shape of opset 25
         zeros = self("Cast", self("Sub", scale, scale), to=ir.DataType.INT8)
         return self("DequantizeLinear", codes, scale, zeros, axis=0)
 
 
+_INT32 = ir.DataType.INT32
 _ATTRIBUTES = {"bits": ir.AttributeType.INT, "shape": ir.AttributeType.INTS}
 
 
@@ -168,12 +196,24 @@ def _function(bits: int, layout: Packing, *, dequantizes: bool) -> ir.Function:
     if dequantizes:
         inputs.append(ir.Value(name="scale"))
         result = body.dequantized(result, inputs[-1])
-    graph = ir.Graph(inputs, [result], nodes=body.nodes, opset_imports={"": OPSET[layout]}, name="")
-    for node in body.nodes:
-        node.name = None  # a graph gives names
-    attributes = [ir.Attr(name, kind, None) for name, kind in _ATTRIBUTES.items()]
-    name = f"{'Weight' if dequantizes else 'Codes'}{_kind(bits, layout)}"
-    return ir.Function(DOMAIN, name, "", graph=graph, attributes=attributes)
+    return body.finished(f"{'Weight' if dequantizes else 'Codes'}{_kind(bits, layout)}", inputs, result, layout)
+
+
+def _rows_function(layout: Packing) -> ir.Function:
+    """(codes (V, blocks, bytes), scales (V * blocks,), rows (...)) -> float32 (..., blocks, bytes, codes of a byte).
+
+    The values of all codes of a byte are looked up by the byte.  onnxruntime's GatherBlockQuantized takes less time in
+    1.32, but in 1.24 more, and no 2 bits, and 1.20 does not take these codes (benchmarks/weight_only.py).
+    """
+    body = _Body()
+    inputs = [ir.Value(name=name) for name in ("codes", "scale", "rows")]
+    codes, scale, rows = inputs
+    of_each_byte = body("Gather", body.values_of_bytes(), body("Cast", body("Gather", codes, rows), to=_INT32))
+    count = body("Slice", body.attribute("shape"), body.constant([0]), body.constant([1]))
+    by_row = body("Reshape", scale, body("Concat", count, body.constant([-1]), axis=0))
+    steps = body("Cast", body("Gather", by_row, rows), to=ir.DataType.FLOAT)
+    result = body("Mul", of_each_byte, body("Unsqueeze", steps, body.constant([-1, -2])))
+    return body.finished(ROWS, inputs, result, layout)
 
 
 def _whole_bytes(body: _Body, packed: ir.Value) -> ir.Value:

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,16 @@ from onnxscript import opset18 as op
 from onnxscript.values import Op, Opset
 
 from hawqfx.errors import ExportError
+from hawqfx.export.packed_weights import DOMAIN, ROWS
 from hawqfx.ir.custom_ops import (
     BLOCKWISE_LINEAR,
+    BLOCKWISE_ROWS,
     DEQUANTIZE,
     DEQUANTIZE_ROWS,
     DYNAMIC_LINEAR,
     FAKE_QUANTIZE,
     GLOBAL_AVERAGE,
+    PACK_BLOCKS,
     SPACE_TO_DEPTH,
 )
 
@@ -101,29 +104,41 @@ def _space_to_depth(x: Any, pads: Sequence[int], block: int) -> Any:
     return op.SpaceToDepth(x, blocksize=block)
 
 
-def _matmul_nbits() -> Op:
-    """The operator that onnxruntime adds to ONNX for weight-only layers, as far as it is used here."""
+def _operator(domain: str, name: str, inputs: Mapping[str, str], attributes: Sequence[str]) -> Op:
+    """An operator with an output of floats that ONNX itself has not, as far as it is used here.
+
+    Args:
+        domain: of the operator.
+        name: of the operator.
+        inputs: name of an input -> its type.
+        attributes: names of attributes; "shape" is a list of integers, others are integers.
+    """
     schema = onnx.defs.OpSchema
-    kinds = {"T1": "tensor(float)", "T2": "tensor(uint8)"}
+    kinds = {kind: f"T{number}" for number, kind in enumerate(dict.fromkeys([*inputs.values(), "float"]))}
+    types = {"shape": schema.AttrType.INTS}
     return Op(
-        Opset("com.microsoft", 1),
-        "MatMulNBits",
+        Opset(domain, 1),
+        name,
         schema(
-            "MatMulNBits",
-            "com.microsoft",
+            name,
+            domain,
             1,
-            inputs=[schema.FormalParameter(name, kind) for name, kind in (("A", "T1"), ("B", "T2"), ("scales", "T1"))],
-            outputs=[schema.FormalParameter("Y", "T1")],
-            type_constraints=[(name, [kind], "") for name, kind in kinds.items()],
-            attributes=[
-                schema.Attribute(name, schema.AttrType.INT, "")
-                for name in ("K", "N", "bits", "block_size", "accuracy_level")
-            ],
+            inputs=[schema.FormalParameter(name, kinds[kind]) for name, kind in inputs.items()],
+            outputs=[schema.FormalParameter("Y", kinds["float"])],
+            type_constraints=[(symbol, [f"tensor({kind})"], "") for kind, symbol in kinds.items()],
+            attributes=[schema.Attribute(name, types.get(name, schema.AttrType.INT), "") for name in attributes],
         ),
     )
 
 
-_MATMUL_NBITS = _matmul_nbits()
+# onnxruntime adds it to ONNX for weight-only layers
+_MATMUL_NBITS = _operator(
+    "com.microsoft",
+    "MatMulNBits",
+    {"A": "float", "B": "uint8", "scales": "float"},
+    ("K", "N", "bits", "block_size", "accuracy_level"),
+)
+_ROWS = _operator(DOMAIN, ROWS, {"codes": "uint8", "scale": "bfloat16", "rows": "int64"}, ("bits", "shape"))
 
 
 def _dynamic_linear(x: Any, codes: Any, scale: Any) -> Any:
@@ -132,21 +147,29 @@ def _dynamic_linear(x: Any, codes: Any, scale: Any) -> Any:
     return op.Mul(op.Cast(sums, to=onnx.TensorProto.FLOAT), op.Mul(step, scale))
 
 
+def _pack_blocks(codes: Any, bits: int) -> Any:
+    """What onnxruntime folds when it loads the file: code + 2^(bits-1), 8 / bits to a byte.  Old versions multiply
+    nothing but uint8 by int8."""
+    places = [[1 << shift for shift in range(0, 8, bits)]]
+    parts = op.Transpose(op.Reshape(codes, _constant([-1, len(places[0])], np.int64)), perm=[1, 0])
+    offset = _constant(-(1 << (bits - 1)), np.int8)
+    sums = op.MatMulInteger(_constant(places, np.uint8), parts, _constant(0, np.uint8), offset)
+    return op.Reshape(op.Cast(sums, to=onnx.TensorProto.UINT8), _constant([*codes.shape[:2], -1], np.int64))  # type: ignore[type-var]
+
+
 def _blockwise_linear(x: Any, codes: Any, scale: Any, columns: int, bits: int) -> Any:
-    rows, count, length = codes.shape
-    if codes.dtype == ir.DataType.INT8:
-        # what onnxruntime folds when it loads the file: code + 2^(bits-1), 8 / bits to a byte.  Old versions multiply
-        # nothing but uint8 by int8.
-        places = [[1 << shift for shift in range(0, 8, bits)]]
-        parts = op.Transpose(op.Reshape(codes, _constant([-1, len(places[0])], np.int64)), perm=[1, 0])
-        offset = _constant(-(1 << (bits - 1)), np.int8)
-        sums = op.MatMulInteger(_constant(places, np.uint8), parts, _constant(0, np.uint8), offset)
-        packed = op.Reshape(op.Cast(sums, to=onnx.TensorProto.UINT8), _constant([rows, count, -1], np.int64))  # type: ignore[type-var]
-        block = length
-    else:
-        packed, block = codes, length * 8 // bits
-    steps = op.Cast(scale, to=onnx.TensorProto.FLOAT)
-    return _MATMUL_NBITS(x, packed, steps, K=columns, N=rows, bits=bits, block_size=block, accuracy_level=IN_8_BITS)
+    rows, _, length = codes.shape
+    steps, block = op.Cast(scale, to=onnx.TensorProto.FLOAT), length * 8 // bits
+    return _MATMUL_NBITS(x, codes, steps, K=columns, N=rows, bits=bits, block_size=block, accuracy_level=IN_8_BITS)
+
+
+def _blockwise_rows(codes: Any, scale: Any, rows: Any, columns: int, bits: int) -> Any:
+    count, blocks, length = codes.shape
+    parts = _ROWS(codes, scale, rows, bits=bits, shape=[count, columns])
+    values = op.Reshape(parts, _constant([0] * len(rows.shape) + [-1], np.int64))
+    if columns == blocks * length * 8 // bits:
+        return values
+    return op.Slice(values, *(_constant([number], np.int64) for number in (0, columns, -1)))
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -156,5 +179,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     GLOBAL_AVERAGE: _average,
     SPACE_TO_DEPTH: _space_to_depth,
     DYNAMIC_LINEAR: _dynamic_linear,
+    PACK_BLOCKS: _pack_blocks,
     BLOCKWISE_LINEAR: _blockwise_linear,
+    BLOCKWISE_ROWS: _blockwise_rows,
 }

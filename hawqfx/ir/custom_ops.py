@@ -13,10 +13,12 @@ In the graph that is exported, other operators replace them and some of ATen's:
 
     dequantize             values of constant codes
     dequantize_rows        rows of a table of codes
+    blockwise_rows         rows of a table in blocks
     global_average         the average over all pixels; onnxruntime has an integer kernel under this name only
     space_to_depth         an image whose channels are the pixels of a block
     dynamic_linear         a linear layer in the scheme "dynamic"
     blockwise_linear       a linear layer in the scheme "weight-only"
+    pack_blocks            codes of 3 bits as these two read them
 """
 
 from typing import Any
@@ -184,14 +186,35 @@ def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return affine.fake_quantize_dynamic(x) @ (codes.to(scale.dtype) * scale[:, None]).T
 
 
+@torch.library.custom_op("hawqfx::pack_blocks", mutates_args=())
+def pack_blocks(codes: Tensor, bits: int) -> Tensor:
+    """Codes as hawqfx.maths.packing.pack_blocks packs them.
+
+    Args:
+        codes: int8 (N, blocks, block), of at most so many bits.
+        bits: of a packed code: 2, 4 or 8.
+
+    Returns:
+        uint8 (N, blocks, bits * block / 8).
+    """
+    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).unflatten(2, (-1, 8 // bits))
+    return (unsigned << torch.arange(0, 8, bits, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def _unpack_blocks(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
+    """The values (N, K) of packed codes (N, blocks, bytes) of so many bits, with scales (N, blocks, 1)."""
+    parts = [(codes >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    signed = torch.stack(parts, -1).flatten(2).to(torch.int16) - (1 << (bits - 1))
+    return (signed * scale).flatten(1)[:, :columns]
+
+
 @torch.library.custom_op("hawqfx::blockwise_linear", mutates_args=())
 def blockwise_linear(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """A linear layer without bias in the scheme "weight-only".
 
     Args:
         x: (..., K); it goes through fake_quantize_blocks.
-        codes: of the weight: uint8 (N, blocks, bytes) as hawqfx.maths.packing.pack_blocks packs them, or int8
-            (N, blocks, block), not packed yet.
+        codes: of the weight, uint8 (N, blocks, bytes), as hawqfx.maths.packing.pack_blocks packs them.
         scale: (N * blocks,), the scale of every block, in bfloat16.
         columns: K, which leaves out the zeros that fill up the last block.
         bits: in which the kernel reads a code: 2, 4 or 8.
@@ -199,11 +222,26 @@ def blockwise_linear(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits
     Returns:
         (..., N).
     """
-    if codes.dtype == torch.uint8:
-        parts = [(codes >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-        codes = torch.stack(parts, -1).flatten(2).to(torch.int16) - (1 << (bits - 1))
-    weight = (codes * scale.float().reshape(*codes.shape[:2], 1)).flatten(1)[:, :columns]
-    return affine.fake_quantize_blocks(x, codes.shape[2]) @ weight.T
+    weight = _unpack_blocks(codes, scale.float().reshape(*codes.shape[:2], 1), columns, bits)
+    return affine.fake_quantize_blocks(x, codes.shape[2] * 8 // bits) @ weight.T
+
+
+@torch.library.custom_op("hawqfx::blockwise_rows", mutates_args=())
+def blockwise_rows(codes: Tensor, scale: Tensor, rows: Tensor, columns: int, bits: int) -> Tensor:
+    """The values of some rows of a table in blocks.
+
+    Args:
+        codes: of the table, as in blockwise_linear, which may multiply by it too.
+        scale: likewise.
+        rows: numbers of rows, of any shape.
+        columns: K, likewise.
+        bits: likewise.
+
+    Returns:
+        (*rows.shape, K) in float32.
+    """
+    flat, steps = rows.flatten(), scale.float().reshape(*codes.shape[:2], 1)
+    return _unpack_blocks(codes[flat], steps[flat], columns, bits).reshape(*rows.shape, columns)
 
 
 @dynamic_linear.register_fake
@@ -211,10 +249,22 @@ def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+@pack_blocks.register_fake
+def _(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:2], codes.shape[2] * bits // 8), dtype=torch.uint8)
+
+
 @blockwise_linear.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+@blockwise_rows.register_fake
+def _(codes: Tensor, scale: Tensor, rows: Tensor, columns: int, bits: int) -> Tensor:
+    return scale.new_empty((*rows.shape, columns), dtype=torch.float32)
+
+
 DYNAMIC_LINEAR = torch.ops.hawqfx.dynamic_linear.default
+PACK_BLOCKS = torch.ops.hawqfx.pack_blocks.default
 BLOCKWISE_LINEAR = torch.ops.hawqfx.blockwise_linear.default
+BLOCKWISE_ROWS = torch.ops.hawqfx.blockwise_rows.default

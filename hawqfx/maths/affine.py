@@ -277,11 +277,11 @@ def errors_on_histogram(
 def along_channels(scale: Tensor, x: Tensor) -> Tensor:
     """A scale, see the module, in a shape that broadcasts over `x`."""
     if scale.ndim == 2:
-        return scale.repeat_interleave(_block(x.shape[1], scale.shape[1]), 1)[:, : x.shape[1]]
+        return scale.repeat_interleave(block_of(x.shape[1], scale.shape[1]), 1)[:, : x.shape[1]]
     return scale if scale.ndim == 0 else scale.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _block(columns: int, count: int) -> int:
+def block_of(columns: int, count: int) -> int:
     """The inputs of a block, a power of two, where so many blocks hold so many columns.
 
     There is only one, but for a single block, whose size does not matter.

@@ -3,7 +3,8 @@
     scheme        bits      tensor
     static        2 to 8    calibration fixes the quantizer; layers run on integer kernels
     weight-only   2, 3,     a weight with a scale for each block of 32, 64 or 128 inputs of an output channel; a kernel
-                  4, 8      reads packed bits, and rounds the activations that it multiplies them by to 8 bits in blocks
+                  4, 8      reads packed bits, and rounds the activations that it multiplies them by to 8 bits in
+                            blocks; rows of a table are looked up in the same bits
     dynamic       8         an activation whose range is taken from its values in each run
     float         32        not quantized
 

@@ -100,7 +100,7 @@ def _widest(program: Program, allocation: Allocation) -> dict[str, Format] | Non
             chosen = uniform_formats(program, weight, activation) | fixed
             if allocation.task(program, chosen).admits(chosen):
                 return chosen
-    # tables have no blocks: where other weights have nothing else, one number of bits stands for one format
+    # convolutions have no blocks: where other weights have nothing else, one number of bits stands for one format
     for bits in sorted({width.bits for site in program.weights for width in formats[site.key]}, reverse=True):
         chosen = calibrated_uniform(program, format_of(bits), FLOAT) | fixed
         allowed = all(chosen[key] in known for key, known in formats.items())

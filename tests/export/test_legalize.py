@@ -22,6 +22,7 @@ from hawqfx.export.legalize.runtime_operators import FloatWeights, GlobalAverage
 from hawqfx.export.legalize.space_to_depth import SpaceToDepth
 from hawqfx.ir.custom_ops import (
     BLOCKWISE_LINEAR,
+    BLOCKWISE_ROWS,
     DEQUANTIZE,
     DEQUANTIZE_ROWS,
     DYNAMIC_LINEAR,
@@ -176,10 +177,11 @@ def test_blockwise_weights_are_packed_once_and_no_integer_constants_any_more() -
     assert count(program, FAKE_QUANTIZE_BLOCKS) > 0
     layers = sum(scheme == "weight-only" for scheme in program.schemes().values())
     assert count(packed, BLOCKWISE_LINEAR) == layers == 4
-    assert set(before.about(StoredBits).bits) - set(packed.about(StoredBits).bits) == {
-        layer.weight for layer in program.layers if program.schemes()[layer.node] == "weight-only"
-    }
-    assert packed.tensor("twice.weight").dtype == torch.uint8
+    assert set(packed.about(StoredBits).bits) == set()
+    assert {packed.tensor(site.key).dtype for site in program.weights} == {torch.uint8}
+    assert "table.weight" in before.about(StoredBits).bits
+    assert (count(packed, EMBEDDING), count(packed, BLOCKWISE_ROWS)) == (0, 1)
+    assert next(node.name for node in packed.graph.graph.nodes if node.target is BLOCKWISE_ROWS) == "embedding"
 
 
 def test_a_strided_layer_reads_blocks_and_sites_forget_its_padding() -> None:
