@@ -448,6 +448,16 @@ def test_the_choice_of_schemes_equals_brute_force(seed: int, floats: bool) -> No
     assert sum(planned.facts.get(s.key, ChosenFormat).increase for s in planned.sites) == pytest.approx(best, rel=1e-12)
 
 
+def test_a_head_that_multiplies_by_its_table_is_timed_in_blocks() -> None:
+    torch.manual_seed(0)
+    options = {"sensitivity": "mse", "rounding": "nearest", "weight_bits": (4, 8), "block_sizes": (64,)}
+    compiled = hawqfx.compile(Words().eval(), "latency=100%", words(), schemes=EVERY, **options)  # type: ignore[arg-type]
+    timed = {kernel.weight: dict(kernel.blockwise) for kernel in compiled.planned.about(LatencyModel).timed}
+    assert set(timed["table.weight"]) == {blockwise(4, 64), blockwise(8, 64)}
+    with pytest.raises(HawqfxError, match="has formats in blocks alone: let schemes= have 'static'"):
+        hawqfx.compile(Words().eval(), "latency=100%", words(), schemes=("weight-only",), **options)  # type: ignore[arg-type]
+
+
 def test_schemes_that_there_are_not_are_refused() -> None:
     for schemes in (("quick",), ()):
         with pytest.raises(HawqfxError, match="must be some of static, dynamic, weight-only"):

@@ -27,7 +27,8 @@ class ProfileLatency(Analysis):
         """The latency model, as a fact about the whole network.
 
         Raises:
-            HawqfxError: if an activation has no quantizer at 8 bits, or if the batch has too few samples.
+            HawqfxError: if an activation has no quantizer at 8 bits, a weight has no static one, or the batch has too
+                few samples.
             CacheError: if timings cannot be kept.
         """
         model = profiler.profile(

@@ -66,7 +66,8 @@ def profile(
         The latency model of the network, in seconds.
 
     Raises:
-        HawqfxError: if an activation has no quantizer at 8 bits, or if the example has fewer samples than `batch`.
+        HawqfxError: if an activation has no quantizer at 8 bits, a weight has no static one, or the example has fewer
+            samples than `batch`.
         CacheError: if timings cannot be kept.
     """
     _check_formats(program)
@@ -108,6 +109,12 @@ def _check_formats(program: Program) -> None:
     missing += [site.key for site in program.weights if not formats[site.key]]
     if missing:
         raise HawqfxError(f"latency is timed at 8 bits, and {missing[0]!r} was not measured there: let it have 8")
+    alone = [site.key for site in program.weights if not any(width.is_static for width in formats[site.key])]
+    if alone:
+        raise HawqfxError(
+            f"latency is timed in integers too, and {alone[0]!r} has formats in blocks alone: let schemes= have "
+            "'static'"
+        )
 
 
 def _machine() -> str:
