@@ -38,7 +38,7 @@ from hawqfx.frontend.decoders import MASK, TOKENS
 from hawqfx.passes.gauss_newton import GaussNewton
 from hawqfx.runtime import ort
 
-PAST = "past_key_values_"
+PAST = "past_key_values."
 CALIBRATION, SCORED = (16, 256), (16, 512)  # windows, and tokens of each
 WIDTHS = (4, 3)
 PROBES = 32  # backward passes, a quarter of the default: each has as many draws as tokens

@@ -3,7 +3,7 @@
     python examples/generate.py model.onnx "Once upon a time" --tokenizer FOLDER [--new 40]
 
 The file is made by `hawqfx.compile(model, budget, texts, tokens="causal").export("model.onnx")`.  One file serves the
-prompt and single tokens: what it returns as present_0_key is the past_key_values_0_key of the next call.
+prompt and single tokens: what it returns as present.0.key is the past_key_values.0.key of the next call.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-PAST = "past_key_values_"
+PAST, PRESENT = "past_key_values.", "present."
 
 
 def empty_past(session: onnxruntime.InferenceSession, batch: int) -> dict[str, NDArray[np.float32]]:
@@ -32,7 +32,7 @@ def step(
     """The logits (batch, words) after the last token, and the next past."""
     names = [output.name for output in session.get_outputs()]
     answers = dict(zip(names, session.run(names, {"input_ids": tokens, "attention_mask": mask, **past}), strict=True))
-    return answers["logits"][:, -1], {name: answers[name.replace(PAST, "present_")] for name in past}
+    return answers["logits"][:, -1], {name: answers[name.replace(PAST, PRESENT)] for name in past}
 
 
 def greedy(

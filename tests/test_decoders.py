@@ -19,6 +19,7 @@ from hawqfx.errors import CaptureError, DataError, HawqfxError
 from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.data import gather
+from hawqfx.maths.formats import Scheme
 from tests.nets import Plain, build
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ SIZES = {
     "vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64,
 }  # fmt: skip
+BLOCKS = "tied head in blocks"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped-query": ("Llama", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64}),
     "tied head": ("Qwen3", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8,
@@ -40,6 +42,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned positions": ("GPT2", {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
                                    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}),
 }  # fmt: skip
+KINDS[BLOCKS] = KINDS["tied head"]
 
 
 @cache
@@ -60,7 +63,10 @@ def texts(count: int = 6, length: int = 12) -> Tensor:
 
 @cache
 def compiled(kind: str) -> hawqfx.Compiled:
-    return hawqfx.compile(model(kind), "weight_bits=6", texts(), tokens="causal", sensitivity="mse")
+    schemes: tuple[Scheme, ...] | None = ("weight-only",) if kind == BLOCKS else None
+    return hawqfx.compile(
+        model(kind), "weight_bits=6", texts(), tokens="causal", sensitivity="mse", schemes=schemes, block_sizes=(32,)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,7 @@ def test_tokens_one_by_one_are_those_of_the_whole(kind: str, files: Any) -> None
         logits, past = generate.step(session, tokens[:, at : at + 1], mask, past)
         # a code at a tie may flip where sums are taken in another order
         assert np.abs(logits - whole[:, at]).mean() < 1e-2 * np.abs(whole[:, at]).mean()
-    graph = compiled(kind).model(**{name: torch.from_numpy(value) for name, value in feed.items()})
+    graph = compiled(kind).model(**{name.replace(".", "_"): torch.from_numpy(value) for name, value in feed.items()})
     assert float((graph["logits"] - torch.from_numpy(whole)).abs().mean()) < 1e-2 * float(graph["logits"].abs().mean())
 
 
@@ -153,9 +159,9 @@ def test_the_file_has_named_dimensions(files: Any) -> None:
     shapes = {each.name: each.shape for each in session.get_inputs()}
     assert shapes["input_ids"] == ["batch", "sequence"]
     assert shapes["attention_mask"] == ["batch", "total"]
-    assert shapes["past_key_values_0_key"] == ["batch", 2, "past", 8]
+    assert shapes["past_key_values.0.key"] == ["batch", 2, "past", 8]
     outputs = [each.name for each in session.get_outputs()]
-    assert outputs[:3] == ["logits", "present_0_key", "present_0_value"]
+    assert outputs[:3] == ["logits", "present.0.key", "present.0.value"]
 
 
 def test_names_of_weights_are_the_models_own() -> None:

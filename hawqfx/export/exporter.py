@@ -21,7 +21,7 @@ from hawqfx.export import cleanup, packed_weights, translations
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.export.opsets import IR_VERSION, OPSET, Packing
 from hawqfx.export.write import write
-from hawqfx.frontend import capture
+from hawqfx.frontend import capture, decoders
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.losses import cross_entropy
@@ -71,6 +71,8 @@ def export(
         packed_weights.pack(model, name, bits, packing)
     packed_weights.define_rows(model, packing)
     cleanup.clean(model, output_names(legal.graph), legal.dimensions)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.name = decoders.name_in_file(str(value.name))
     model.ir_version = IR_VERSION[packing]
     model.producer_name, model.producer_version = "hawqfx", None
     model.metadata_props.update(metadata)

@@ -1,7 +1,8 @@
 """Causal language models of transformers with their cache as inputs and outputs, so that one graph generates text.
 
 A decoder of transformers takes an object that holds the keys and values of past tokens, and returns it longer.  Here
-the object's tensors are inputs and outputs of the network, named past_key_values_0_key, present_0_key and so on:
+the object's tensors are inputs and outputs of the network, named past_key_values_0_key, present_0_key and so on, and in
+a file with points, as transformers.js and optimum have them (past_key_values.0.key):
 
     input_ids        (batch, sequence) int64, the new tokens
     attention_mask   (batch, past + sequence) int64, zero where a text is padded on the left
@@ -16,6 +17,7 @@ nothing.
 
 import copy
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,11 @@ def past_name(layer: int, part: str) -> str:
 def present_name(layer: int, part: str) -> str:
     """The output that is the next past of a layer."""
     return f"present_{layer}_{part}"
+
+
+def name_in_file(name: str) -> str:
+    """The name that an input or output of a network has in a file: of a past and a present, that of transformers."""
+    return re.sub(r"^(past_key_values|present)_(\d+)_(key|value)$", r"\1.\2.\3", name)
 
 
 class _Decoder:
