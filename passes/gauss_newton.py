@@ -35,11 +35,15 @@ from hawqfx.sensitivity.forward import Forward, check_gradient, forward
 from hawqfx.sensitivity.metrics import WidthMetric
 from hawqfx.sensitivity.quantity import Estimate, Measurement, Quantity
 
+_MOST_KEPT = 1 << 30  # bytes of errors
+
 
 class _Slopes(Measurement):
     """The graph of one forward pass, for any number of backward passes.
 
-    The errors of all formats are kept from one pass to the next, if they take at most a quarter of the free memory.
+    The errors of all formats are kept from one pass to the next, if they take at most a quarter of the free memory, and
+    a gigabyte: those of a language model are as large as the model in each format, and take little time beside the
+    backward passes.
     """
 
     def __init__(self, program: Program, context: Context, index: int, run: Forward) -> None:
@@ -51,7 +55,7 @@ class _Slopes(Measurement):
             for key, tensors in run.tensors.items()
             for tensor in tensors
         )
-        self.keeps = needed < free_memory(context.device) // 4
+        self.keeps = needed < min(_MOST_KEPT, free_memory(context.device) // 4)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         random = generator(self.context.seed, "drawn", self.index, probe, device=self.context.device)

@@ -16,13 +16,15 @@ _NEVER_TRIM = 2**31 - 1
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Keeps freed blocks below 32 MB in the process until the end of the context.  Without glibc it does nothing."""
+    """Keeps blocks below 32 MB that are freed in the context in the process until its end, and gives those back that
+    were freed before.  Without glibc it does nothing."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt, trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):
         yield
         return
+    trim(0)  # what was freed before: rounding of a language model leaves gigabytes
     mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)
     try:

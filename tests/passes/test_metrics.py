@@ -336,6 +336,26 @@ def test_gauss_newton_shares_its_passes_out_over_the_samples(monkeypatch: pytest
     assert sorted(drawn) == sorted([*range(12)] * 3)
 
 
+def test_errors_that_would_take_too_much_memory_are_computed_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, work = double_program(Mlp), double_context()
+    computed: list[object] = []
+
+    def counted(*given: Any) -> list[Tensor]:
+        computed.append(given)
+        return errors_at(*given)
+
+    monkeypatch.setattr(gauss_newton, "errors_at", counted)
+    facts, counts = [], []
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(gauss_newton, "_MOST_KEPT", most)
+        facts.append(run([GaussNewton(30)], program, work).facts)
+        counts.append(len(computed))
+    assert counts[1] - counts[0] > 2 * counts[0]
+    for site in program.sites:
+        one, other = (fact.get(site.key, LossIncrease) for fact in facts)
+        assert one == other
+
+
 def test_gauss_newton_refuses_a_loss_whose_distribution_it_does_not_know() -> None:
     work = replace(double_context(), loss=lambda output, target: output.square().mean())
     with pytest.raises(LossError, match="gauss_newton draws targets"):
