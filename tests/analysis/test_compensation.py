@@ -213,7 +213,10 @@ def doubled() -> Program:
 
 def test_the_summary_tells_damping_beyond_the_usual_and_weights_to_the_nearest() -> None:
     compiled = quick(lambda: Wide(64, 3))
-    assert "rounding: 1 weights compensated by their inputs, 0 to the nearest\n" in compiled.summary()
+    how = "compensated by their inputs, 1 of them layer by layer from quantized ones"
+    assert f"rounding: 1 weights {how}, 0 to the nearest\n" in compiled.summary()
+    before = quick(lambda: Wide(64, 3), rounding="compensated")
+    assert "rounding: 1 weights compensated by their inputs, 0 to the nearest\n" in before.summary()
     assert "was added to their second moment" not in compiled.summary()
     fact = compiled.planned.facts.get("head.weight", RoundedWeights)
     assert fact.compensation is not None
