@@ -201,6 +201,7 @@ def every_pass() -> list[Pass]:
         *(make() for make in METRICS.values()),
         Interactions(),
         AtPlan(),
+        BiasCorrection(),
         LearnedRounding(),
         *weighing(),
         *profiling(),

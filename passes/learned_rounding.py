@@ -31,13 +31,13 @@ from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.learning.blocks import Block, blocks
 from hawqfx.learning.finished import FinishedBlocks
+from hawqfx.learning.mean_error import corrected
 from hawqfx.learning.quantizers import LearnedQuantizers
+from hawqfx.learning.sequential import coded_anew
 from hawqfx.learning.walk import Values, Walk
 from hawqfx.maths.learned import chosen
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Analysis, Kind, option
-from hawqfx.passes.bias_correction import BiasCorrection
-from hawqfx.passes.sequential_rounding import SequentialRounding
 from hawqfx.sensitivity.cache import digest
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,7 @@ class LearnedRounding(Analysis):
             schedule.step()
 
 
+@torch.no_grad()
 def _rounded_anew(program: Program, context: Context) -> Program:
     """The program with codes of its plan's formats that these samples give, made in the way that its own were."""
     formats, chosen = program.formats(), {}
@@ -161,8 +162,8 @@ def _rounded_anew(program: Program, context: Context) -> Program:
     anew = program.learn(chosen)
     anew = anew.learn(compensated(anew, context))
     if any(each.compensation is not None and each.compensation.sequential for each in own):
-        return SequentialRounding(biases=biases).learn(anew, context)
-    return anew.learn(BiasCorrection().learn(anew, context)) if biases else anew
+        return coded_anew(anew, context, "learned_rounding", biases=biases)
+    return anew.learn(corrected(anew, context, "learned_rounding")) if biases else anew
 
 
 def _step_size(most: int, block: Block) -> int:

@@ -1,8 +1,10 @@
 """The pass that weighs the exported file, for limits on its size."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
+
+import torch
 
 from hawqfx.atomic_write import scratch_folder
 from hawqfx.export.exporter import export, metadata
@@ -10,6 +12,7 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, FileText, FloatNetwork, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT, Format
+from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Analysis, Kind, option
 from hawqfx.passes.lowering import Lowering
 
@@ -44,10 +47,41 @@ class WeighFile(Analysis):
         """
         formats = {site.key: _widest(program.facts.get(site.key, Quantizers)) for site in program.sites}
         planned = program.learn({key: ChosenFormat(width, 0.0) for key, width in formats.items()})
-        whole = exported_bytes(Lowering().rewrite(planned), context, self.target)
+        whole = exported_bytes(Lowering().rewrite(_all_different(planned)), context, self.target)
         graph = program.about(FloatNetwork).graph
         float_bytes = _written(program.with_graph(graph), context, {})
         return {NETWORK: FileText(whole - planned.weight_bytes(), formats, float_bytes)}
+
+
+def _all_different(planned: Program) -> Program:
+    """The program with codes, scales and biases that no two weights share.
+
+    A file has equal tensors once.  Those that are equal before a plan is finished may part when codes are made anew and
+    biases move, and the file may not grow by that.
+    """
+    random = generator("weighing", device=torch.device("cpu"))
+    own, formats = planned.with_own_bias, planned.formats()
+    quantizers: dict[str, Quantizers] = {}
+    rounded: dict[str, RoundedWeights] = {}
+    for number, site in enumerate(planned.weights, 1):
+        width, known = formats[site.key], planned.facts.get(site.key, Quantizers).by_format
+        if width.is_float:
+            continue
+        quantizer, fact = known[width], planned.facts.get(site.key, RoundedWeights)
+        if width.is_static:
+            scale = tuple(each * (1 + number / 1024) for each in quantizer.scale)
+            quantizers[site.key] = Quantizers({**known, width: replace(quantizer, scale=scale)})
+        codes = torch.randint(quantizer.low, quantizer.high + 1, site.shape, generator=random, dtype=torch.int8).to(
+            fact.codes[width].device
+        )
+        biases = dict(fact.biases)
+        for layer in planned.layers:
+            if layer.weight == site.key and layer.node in own and layer.bias is not None:
+                bias = planned.tensor(layer.bias).detach()
+                noise = torch.randint(1, 1024, bias.shape, generator=random).to(bias)
+                biases[width] = bias + noise * max(map(abs, quantizer.scale))
+        rounded[site.key] = replace(fact, codes={**fact.codes, width: codes}, biases=biases)
+    return planned.learn(quantizers).learn(rounded)
 
 
 def _widest(quantizers: Quantizers) -> Format:

@@ -1,5 +1,6 @@
 """The value that flows through the passes: a graph, its sites, and the facts known about them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -218,6 +219,13 @@ class Program:
             if node in needed:
                 interpreter.env[node] = interpreter.run_node(node)
         return {node: interpreter.env[node] for node in wanted}
+
+    @property
+    def with_own_bias(self) -> set[str]:
+        """The nodes of the layers that have a bias, and share neither it nor the weight with another."""
+        weights, biases = (Counter(getattr(layer, part) for layer in self.layers) for part in ("weight", "bias"))
+        own = (layer for layer in self.layers if layer.bias is not None)
+        return {layer.node for layer in own if weights[layer.weight] == biases[layer.bias] == 1}
 
     def flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The values of the graph's placeholders, in their order."""

@@ -1,1 +1,2 @@
-"""What learned rounding is made of: blocks of the network, how far they are fitted, and their quantizers."""
+"""What follows from the formats together: codes, scales and biases that are fitted to the float network, layer by layer
+and block by block."""

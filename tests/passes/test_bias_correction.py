@@ -13,8 +13,9 @@ from hawqfx import Compiled, zoo
 from hawqfx.errors import PassError
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
+from hawqfx.learning.mean_error import shrunk_mean
 from hawqfx.pass_manager.manager import run
-from hawqfx.passes.bias_correction import BiasCorrection, _shrunk_mean
+from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.runtime import parity
 from hawqfx.session.session import Session
 from tests.nets import Depthwise, Plain, Residual, SharedLayer
@@ -105,14 +106,14 @@ def test_a_mean_is_shrunk_by_the_noise_in_it() -> None:
         (3.0, 1.1),
     ):  # the mean, and squared errors in units of 1/n
         values = size + torch.randn(n, channels, dtype=torch.float64, generator=random)
-        found = _shrunk_mean(values, torch.ones(n, channels, dtype=torch.float64))
+        found = shrunk_mean(values, torch.ones(n, channels, dtype=torch.float64))
         # the mean of 20,000 squares has an error of about 1%
         assert float((found - size).square().mean()) * n < most
 
 
 def test_one_sample_has_no_noise_to_tell() -> None:
     totals, counts = torch.tensor([[6.0, 0.0]]).double(), torch.tensor([[3.0, 0.0]]).double()
-    assert _shrunk_mean(totals, counts).tolist() == [2.0, 0.0]
+    assert shrunk_mean(totals, counts).tolist() == [2.0, 0.0]
 
 
 def test_it_is_nearer_to_float_on_other_images(trained: Session) -> None:

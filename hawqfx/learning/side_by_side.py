@@ -1,6 +1,5 @@
 """The float network and the quantized one, walked through side by side: what each layer reads and gives in both."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,13 +24,6 @@ def quantized_layers(program: Program) -> list[Layer]:
     formats = program.formats()
     layers = {layer.node: layer for layer in program.layers if not formats[layer.weight].is_float}
     return [layers[node.name] for node in program.graph.graph.nodes if node.name in layers]
-
-
-def with_own_bias(program: Program) -> set[str]:
-    """The nodes of the layers that have a bias, and share neither it nor the weight with another."""
-    weights, biases = (Counter(getattr(layer, part) for layer in program.layers) for part in ("weight", "bias"))
-    own = (each for each in program.layers if each.bias is not None)
-    return {layer.node for layer in own if weights[layer.weight] == biases[layer.bias] == 1}
 
 
 def passes(node: fx.Node) -> float | None:
