@@ -32,7 +32,7 @@ from hawqfx.maths import rounding
 ROWS_PER_COLUMN, FEWEST_ROWS, FEWEST_OF_MANY = 16, 4096, 1024
 # Times the calibrated scale.  It is at most 1 / 0.7 below it: half a step of the bias's headroom, see Calibration.
 SCALES = (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
-ELEMENTS = 1 << 22  # of codes that are rounded at once, in all scales
+ELEMENTS = 1 << 22  # of vectors that are multiplied at once, and of codes that are rounded at once, in all scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,15 +97,18 @@ def _moments(
     fewest = FEWEST_ROWS if groups_of(node, layer) == 1 else FEWEST_OF_MANY
     read = Rows(z, node, layer, weight, share, fewest, ROWS_PER_COLUMN)
     wanted = Rows(x, node, layer, weight, share, fewest, ROWS_PER_COLUMN, read.exponent)
-    vectors = read.vectors(part)
-    gap = wanted.vectors(part) - vectors
-    both, unit = torch.cat([vectors, gap], 2), 2.0**read.exponent
-    products = (both.transpose(1, 2) @ vectors).double() * (unit**2 / vectors.shape[1])
-    # as a product, which is ten times faster than a mean along the rows
-    means = (torch.ones_like(both[:, :1, :1]).expand(-1, 1, both.shape[1]) @ both)[:, 0].double() * (
-        unit / both.shape[1]
-    )
-    return PairMoments(*products.chunk(2, 1), *means.chunk(2, 1))
+    found, given, unit = read.vectors(part), wanted.vectors(part), 2.0**read.exponent
+    groups, count, columns = found.shape
+    products, sums = (found.new_zeros(groups, 2 * columns, *more, dtype=torch.float64) for more in ((columns,), ()))
+    # so many rows at once that their differences take little memory
+    at_once = max(1, ELEMENTS // (groups * columns))
+    for vectors, exact in zip(found.split(at_once, 1), given.split(at_once, 1), strict=True):
+        both = torch.cat([vectors, exact - vectors], 2)
+        products += both.transpose(1, 2) @ vectors
+        # as a product, which is ten times faster than a sum along the rows
+        sums += (torch.ones_like(both[:, :1, :1]).expand(-1, 1, both.shape[1]) @ both)[:, 0]
+    second, cross = (products * (unit**2 / count)).chunk(2, 1)
+    return PairMoments(second, cross, *(sums * (unit / count)).chunk(2, 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,8 @@ from hawqfx.learning.mean_error import correct, rectified_layers
 from hawqfx.learning.side_by_side import SideBySide, quantized_layers
 from hawqfx.maths import affine
 
+MOST_COLUMNS = 6144  # whose moments, and what is made of them, take 4 GB
+
 
 def coded_anew(program: Program, context: Context, name: str, *, biases: bool = True, scales: bool = True) -> Program:
     """The program with codes, scales and biases that are fitted to the float network.
@@ -60,13 +62,15 @@ def _recode(walk: SideBySide, moments: "_Moments", layer: Layer, bias: bool, sca
 
 
 def _fitted(program: Program) -> set[str]:
-    """The weights whose codes are made anew: those of a single reader, compensated in all their columns at once."""
+    """The weights whose codes are made anew: those of a single reader and of at most MOST_COLUMNS, compensated in all
+    columns at once."""
     nodes = program.graph.graph.find_nodes(op="get_attr")
     readers = Counter(str(node.target) for node in nodes for _ in node.users)
     found = set()
     for layer in quantized_layers(program):
         how = program.facts.get(layer.weight, RoundedWeights).compensation
-        whole = how is not None and how.width == program.tensor(layer.weight)[0].numel()
+        columns = program.tensor(layer.weight)[0].numel()
+        whole = how is not None and how.width == columns <= MOST_COLUMNS
         if whole and readers[layer.weight] == 1:
             found.add(layer.weight)
     return found

@@ -11,6 +11,7 @@ import hawqfx
 from hawqfx import Compiled, zoo
 from hawqfx.errors import PassError
 from hawqfx.ir.facts import Quantizers, RoundedWeights
+from hawqfx.learning import sequential
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.rounding import Rounding
@@ -127,6 +128,14 @@ def test_weights_of_several_readers_and_in_blocks_of_columns_keep_their_codes() 
         one, two = codes_of(plain), codes_of(anew)
         assert all(torch.equal(one[key], two[key]) for key in kept)
         assert any(not torch.equal(one[key], two[key]) for key in one.keys() - kept)
+
+
+def test_weights_of_very_many_columns_keep_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequential, "MOST_COLUMNS", 9)
+    compiled = quick(Plain, "weight_bits=3")
+    how = {site.key: compiled.planned.facts.get(site.key, RoundedWeights) for site in compiled.planned.weights}
+    anew = {key for key, each in how.items() if each.compensation is not None and each.compensation.sequential}
+    assert anew == {"conv1.weight", "head.weight"}  # of 9 and 6 columns; conv2 has 36
 
 
 def test_blocks_of_weight_only_layers_keep_their_scales() -> None:
