@@ -16,7 +16,6 @@ from typing import Any
 import data
 import divergence
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -206,6 +205,8 @@ def minilm() -> Subject:
     words = [encoded(list(column), 100) for column in ([one for one, *_ in pairs], [other for _, other, _ in pairs])]
 
     def more(model: Callable[..., Any]) -> dict[str, float]:
+        from scipy.stats import spearmanr  # of the extra `bench`
+
         """Against what people find alike: Pearson's correlation over pairs of documents, Spearman's over words."""
         documents = F.normalize(outputs(model, lee).double())
         upper = np.triu_indices(len(documents), 1)
@@ -213,7 +214,7 @@ def minilm() -> Subject:
         said = [alike for *_, alike in pairs]
         return {
             "Lee": float(np.corrcoef((documents @ documents.T).numpy()[upper], data.lee_similarities()[upper])[0, 1]),
-            "WordSim": float(scipy.stats.spearmanr((one * other).sum(1).numpy(), said).statistic),
+            "WordSim": float(spearmanr((one * other).sum(1).numpy(), said).statistic),
         }
 
     return Subject(

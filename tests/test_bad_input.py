@@ -227,7 +227,7 @@ def test_less_than_one_sample_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounding": "neares"}, r"rounding='neares': must be 'learned', 'compensated' or 'nearest'"),
+        ({"rounding": "neares"}, r"rounding='neares': must be 'learned', 'sequential', 'compensated' or 'nearest'"),
         ({"threads": 0}, "threads=0: onnxruntime needs at least one"),
         ({"keep_float": "head.*"}, r"keep_float='head\.\*': give a list of patterns"),
         ({"keep_float": ["nothing*"]}, r"keep_float 'nothing\*': no weight has such a name"),

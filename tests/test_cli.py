@@ -125,7 +125,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "cost",
         "gauss_newton",
         "allocation",
-        "bias_correction",
+        "sequential_rounding",
         "lowering",
         "integer_constants",
         "linear_kernels",
@@ -134,7 +134,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "global_average",
         "table_rows",
     ]
-    names += ["hawq_v2", "fisher", "taylor", "measured", "mse", "hawq_v1", "interactions", "at_plan"]
+    names += ["hawq_v2", "fisher", "taylor", "measured", "mse", "hawq_v1", "interactions", "at_plan", "bias_correction"]
     names += ["learned_rounding"]
     names += ["weigh_file", "profile_latency"]
     assert re.findall(r"(\w+) +│ (?:analysis|rewrite)", output) == names

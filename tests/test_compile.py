@@ -172,7 +172,7 @@ def test_observers(tmp_path: Path) -> None:
         "fold_constants", "fold_batchnorm", "float_reference", "decompose", "equalize", "insert_copies", "find_sites",
         "histograms", "calibration", "rounding",
         "perturbation", "cost", "hawq_v2", "allocation",
-        "bias_correction", "lowering",
+        "sequential_rounding", "lowering",
     ]  # fmt: skip
     assert list(timing.seconds) == names
     assert all(seconds >= 0 for seconds in timing.seconds.values())
