@@ -205,9 +205,9 @@ def minilm() -> Subject:
     words = [encoded(list(column), 100) for column in ([one for one, *_ in pairs], [other for _, other, _ in pairs])]
 
     def more(model: Callable[..., Any]) -> dict[str, float]:
+        """Against what people find alike: Pearson's correlation over pairs of documents, Spearman's over words."""
         from scipy.stats import spearmanr  # of the extra `bench`
 
-        """Against what people find alike: Pearson's correlation over pairs of documents, Spearman's over words."""
         documents = F.normalize(outputs(model, lee).double())
         upper = np.triu_indices(len(documents), 1)
         one, other = (F.normalize(outputs(model, batches).double()) for batches in words)
