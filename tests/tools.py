@@ -17,6 +17,7 @@ from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Pass
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.runtime import parity
 from tests.nets import build, images
 
 
@@ -70,3 +71,13 @@ def damaged(path: Path, how: str) -> None:
         path.write_bytes(content)
     else:
         path.write_bytes(content[: {"truncated": len(content) * 2 // 3, "emptied": 0}[how]])
+
+
+def assert_file_has_the_codes(compiled: hawqfx.Compiled, folder: Path) -> None:
+    """The exported file computes with the codes of the lowered graph."""
+    path = folder / "model.onnx"
+    compiled.export(path)
+    found = parity.compare(compiled.program, path, compiled.session.context.batches[0])
+    assert found.codes > 0
+    assert found.flips == 0
+    assert found.worst < 1e-6  # float32 sums in another order

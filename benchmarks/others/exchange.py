@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.library import Library
 
 Weights = dict[str, tuple[int, int]]  # weight -> its bits, and how many elements it has
 
-_torchvision = torch.library.Library("torchvision", "FRAGMENT")
+_torchvision = Library("torchvision", "FRAGMENT")
 
 
 @dataclass(frozen=True)
