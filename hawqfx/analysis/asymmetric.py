@@ -58,10 +58,10 @@ class PairMoments:
         cross = self.cross - self.gap[:, :, None] * self.mean[:, None]
         return PairMoments(second, cross, self.mean, self.gap)
 
-    def plus(self, other: "PairMoments", own: float, others: float) -> "PairMoments":
-        """The weighted sum of both."""
+    def mixed(self, other: "PairMoments", part: float) -> "PairMoments":
+        """The mean of both, of which `other` is such a part."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
-        return PairMoments(*(own * one + others * two for one, two in pairs))
+        return PairMoments(*(torch.lerp(own, others, part) for own, others in pairs))
 
 
 def pair_moments(
@@ -83,11 +83,11 @@ def pair_moments(
         for (half, x, samples), (_, z, _) in pieces:
             share = samples / sum(sizes)
             moments = _moments(x, z, node, layer, weight, share, part)
-            before = found.get(half)
-            total = share + (before[0] if before else 0.0)
-            if before is not None:
-                moments = before[1].plus(moments, before[0] / total, share / total)
-            found[half] = (total, moments)
+            if half in found:
+                total, before = found[half]
+                found[half] = (total + share, before.mixed(moments, share / (total + share)))
+            else:
+                found[half] = (share, moments)
     return list(found.values())
 
 
@@ -159,7 +159,7 @@ def recoded(
     moments = [(share, each.about_means if bias else each) for share, each in known]
     whole = moments[0][1]
     for share, each in moments[1:]:
-        whole = whole.plus(each, moments[0][0], share)
+        whole = whole.mixed(each, share)
     compensation = rounding.Compensation(whole.second, damping)
     part = _part(rows, [each for _, each in moments], damping) if len(moments) > 1 else 0.0
     aim = rows + part * compensation.solved(rows @ whole.cross) if part else rows

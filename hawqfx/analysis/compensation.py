@@ -45,8 +45,8 @@ class _Size:
         return 2 * 8 * self.groups * self.columns * width
 
     def work(self, width: int) -> int:
-        """Bytes of what is made of the moments that are worked on at once, at the peak: seven tensors of their size."""
-        return 7 * 8 * self.groups * width**2 * max(part.blocks for part in parts_of(self.groups, self.columns, width))
+        """Bytes of what is made of the moments that are worked on at once, at the peak: eight tensors of their size."""
+        return 8 * 8 * self.groups * width**2 * max(part.blocks for part in parts_of(self.groups, self.columns, width))
 
     def width_within(self, memory: int) -> int:
         """The most columns of a block that fit into so many bytes."""
@@ -69,18 +69,20 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
         # twice the samples need half the damping
         needed = (chosen / len(own.halves)).clamp_min(rounding.DAMPING)
         asked.append(float(needed[0]))
+        whole = rounding.Compensation(own.whole, needed)
+        halves = [rounding.Compensation(half, chosen) for half in own.halves] if len(own.halves) > 1 else []
+        damping = max(damping, float(whole.damping.max()))
         # static quantizers, which have a scale per row, are rounded together, and then the others
         for static in (True, False):
             quantizers = [quantizer for width, quantizer in widths.by_format.items() if width.is_static is static]
             if not quantizers:
                 continue
             stack = _Stack(weight, quantizers, own)
-            final = stack.rounded(own.whole, needed, own.whole)
-            others = stack.held_out(chosen) if len(own.halves) > 1 else final.errors
-            damping = max(damping, final.damping)
+            final, left = stack.rounded(whole, own.whole)
+            others = stack.held_out(halves) if halves else left
             for number, quantizer in enumerate(quantizers):
-                stack.put(final.codes[:, number], codes[quantizer.format])
-                fitted[quantizer.format] += float(final.errors[:, number].sum())
+                stack.put(final[:, number], codes[quantizer.format])
+                fitted[quantizer.format] += float(left[:, number].sum())
                 held_out[quantizer.format] += float(others[:, number].sum())
     # an optimism below one is by chance alone
     optimism = {width: max(1.0, held_out[width] / fitted[width]) if fitted[width] > 0 else 1.0 for width in codes}
@@ -103,24 +105,14 @@ def _best_damping(weight: Tensor, moments: InputMoments) -> Tensor:
     low, high = affine.signed_range(4)
     scale = tuple(affine.symmetric_scales(weight, 4).tolist())
     stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments)
-    errors = [stack.held_out(least.new_tensor(damping)).reshape(-1, moments.part.blocks).sum(0) for damping in DAMPINGS]
+    errors = [
+        stack.held_out([rounding.Compensation(half, damping) for half in moments.halves])
+        .reshape(-1, moments.part.blocks)
+        .sum(0)
+        for damping in DAMPINGS
+    ]
     best = least.new_tensor(DAMPINGS)[torch.stack(errors).argmin(0)]
     return best.repeat(len(least) // len(best))
-
-
-@dataclass(frozen=True, eq=False)
-class _Rounded:
-    """Rows rounded in several quantizers.
-
-    Args:
-        codes: (groups * blocks, q, R, K), int8.
-        errors: (groups * blocks, q), weighted by the moment of the samples that judge.
-        damping: the most of a block.
-    """
-
-    codes: Tensor
-    errors: Tensor
-    damping: float
 
 
 class _Stack:
@@ -160,12 +152,15 @@ class _Stack:
         columns = codes.reshape(self.groups, -1, rows, width).transpose(1, 2).reshape(self.groups, rows, -1)
         whole.view(self.groups, rows, -1)[:, :, self.moments.part.columns] = columns
 
-    def rounded(self, moment: Tensor, damping: Tensor, judge: Tensor) -> _Rounded:
-        """Compensated by one moment (groups * blocks, K, K) and judged by another, some rows at a time."""
-        compensation = rounding.Compensation(moment, damping)
+    def rounded(self, compensation: rounding.Compensation, judge: Tensor) -> tuple[Tensor, Tensor]:
+        """Compensated by one moment and judged by another (groups * blocks, K, K), some rows at a time.
+
+        Returns:
+            Codes (groups * blocks, q, R, K), int8, and their errors by the judge, (groups * blocks, q).
+        """
         (blocks, rows, columns), count = self.rows.shape, len(self.scales)
         at_once = max(1, ELEMENTS // (blocks * count * columns))
-        codes, errors = [], moment.new_zeros(blocks, count)
+        codes, errors = [], judge.new_zeros(blocks, count)
         for start in range(0, rows, at_once):
             some = slice(start, start + at_once)
             scales = self._scales_of(some)
@@ -173,7 +168,7 @@ class _Stack:
             for number, scale in enumerate(scales):
                 difference = codes[-1][:, number] * scale - self.rows[:, some]
                 errors[:, number] += self.moments.energy * rounding.weighted_error(difference, judge)
-        return _Rounded(torch.cat(codes, 2), errors, float(compensation.damping.max()))
+        return torch.cat(codes, 2), errors
 
     def _codes(self, compensation: rounding.Compensation, some: slice, scales: list[Tensor]) -> Tensor:
         """Codes (groups * blocks, q, R, K) of some rows, with their scales."""
@@ -186,11 +181,11 @@ class _Stack:
         codes, _ = compensation.round(rows.repeat(1, count, 1), torch.cat(scales, 1), low[..., None], high[..., None])
         return codes.to(torch.int8).reshape(len(rows), count, size, -1)
 
-    def held_out(self, damping: Tensor) -> Tensor:
+    def held_out(self, fitted: Sequence[rounding.Compensation]) -> Tensor:
         """The errors (groups * blocks, q) that codes fitted to one half of the samples leave on the other, the mean of
         both ways."""
-        halves = self.moments.halves
-        return torch.stack([self.rounded(halves[own], damping, halves[1 - own]).errors for own in (0, 1)]).mean(0)
+        judges = reversed(self.moments.halves)
+        return torch.stack([self.rounded(own, judge)[1] for own, judge in zip(fitted, judges, strict=True)]).mean(0)
 
 
 def _scale_of_rows(quantizer: QuantParams, weight: Tensor) -> Tensor:

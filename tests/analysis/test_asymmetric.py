@@ -106,7 +106,7 @@ def test_moments_are_those_of_all_patches(groups: int, stride: int, padding: int
     batches = [(exact[:4], quantized[:4]), (exact[4:], quantized[4:])]
     moments = pair_moments(node, use, layer.weight, batches, [4, 2])
     assert sum(share for share, _ in moments) == pytest.approx(1)
-    whole = moments[0][1].plus(moments[1][1], moments[0][0], moments[1][0])
+    whole = moments[0][1].mixed(moments[1][1], moments[1][0])
     x, z = (
         F.unfold(each.double(), 3, padding=padding, stride=stride).unflatten(1, (groups, -1)).transpose(0, 1)
         for each in (exact, quantized)
