@@ -29,10 +29,11 @@ from hawqfx.pass_manager.observers import progress_bars
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
+from hawqfx.session.compiled import Compiled
 from hawqfx.session.frontier import Frontier, checked
 from hawqfx.session.plan import Plan, check_codes, check_sites
 from hawqfx.session.planner import Planner, Score
-from hawqfx.session.session import Compiled, Session
+from hawqfx.session.session import Session
 
 
 def compile(

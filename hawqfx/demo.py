@@ -13,7 +13,7 @@ from hawqfx import zoo
 from hawqfx.compiler import compile
 from hawqfx.pass_manager.observers import TimePasses
 from hawqfx.runtime import ort
-from hawqfx.session.session import Compiled
+from hawqfx.session.compiled import Compiled
 
 ROUNDS = 100
 

@@ -86,11 +86,18 @@ def module(path: Path) -> str:
     return name.removesuffix("/__init__").replace("/", ".")
 
 
+def for_annotations_alone(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 @cache
-def imports(path: Path) -> frozenset[str]:
-    """Dotted names that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, annotations: bool = True) -> frozenset[str]:
+    """Dotted names that a file imports, wherever in the file; with or without those for annotations alone."""
+    tree, found = ast.parse(path.read_text()), set()
+    unrun = {inner for node in ast.walk(tree) if for_annotations_alone(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in unrun and not annotations:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -99,12 +106,12 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def arrows() -> "networkx.DiGraph[str]":
-    """An arrow from every file to each file of hawqfx that it imports."""
+    """An arrow from every file to each file of hawqfx that it imports when it runs."""
     files = {module(path) for path in sources()}
     graph: networkx.DiGraph[str] = networkx.DiGraph()
     graph.add_nodes_from(files)
     for path in sources():
-        for name in imports(path):
+        for name in imports(path, annotations=False):
             inside = name.removeprefix("hawqfx.").split(".")
             if name.startswith("hawqfx."):
                 ends = (".".join(inside[:length]) for length in range(len(inside), 0, -1))

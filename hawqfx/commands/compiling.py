@@ -20,7 +20,7 @@ from hawqfx.forecast import forecast
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.sensitivity.distributed import launched
-from hawqfx.session.session import Compiled
+from hawqfx.session.compiled import Compiled
 
 Model = Annotated[
     str,

@@ -22,11 +22,12 @@ from hawqfx.pass_manager.base import Analysis, Kind, option
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.session import saved
+from hawqfx.session.compiled import Compiled
 from hawqfx.session.pins import of_graph, of_network
 from hawqfx.session.plan import FollowPlan
 from hawqfx.session.planner import Planner
 from hawqfx.session.record import with_facts
-from hawqfx.session.session import Compiled, Session
+from hawqfx.session.session import Session
 
 
 @dataclass(frozen=True)
