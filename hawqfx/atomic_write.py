@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 from safetensors import SafetensorError
 
 from hawqfx.errors import ExportError
@@ -120,6 +119,8 @@ def _suffix() -> str:
 
 def _delete_abandoned(folder: Path) -> None:
     """Delete the temporary files that processes of this machine left in a folder when they were killed."""
+    import psutil  # `import hawqfx` does without
+
     for name in os.listdir(folder):
         made = TEMPORARY.fullmatch(name)
         if made and made[2] == platform.node() and not psutil.pid_exists(int(made[1])):

@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
@@ -34,6 +33,9 @@ from hawqfx.session.frontier import Frontier, checked
 from hawqfx.session.plan import Plan, check_codes, check_sites
 from hawqfx.session.planner import Planner, Score
 from hawqfx.session.session import Session
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def compile(
@@ -69,7 +71,7 @@ def compile(
     threads: int = 1,
     seed: int = 0,
     observers: Sequence[Observer] = (),
-    console: Console | None = None,
+    console: "Console | None" = None,
 ) -> Compiled:
     """The best mixed-precision integer model of a given size.
 
@@ -153,7 +155,7 @@ def compile(
     if tokens is not None:
         decoding = decoders.inputs(model, data, holdout, tokens, samples, dynamic_shapes)
         model, data, holdout, dynamic_shapes, samples = *decoding, None
-    with torch.enable_grad(), progress_bars(console or Console(stderr=True)) as progress:
+    with torch.enable_grad(), progress_bars(console) as progress:
         options = validated(
             model, budget, data, loss=loss, metric=metric, holdout=holdout, sensitivity=sensitivity,
             weight_bits=weight_bits, activation_bits=activation_bits, schemes=schemes,
@@ -264,7 +266,7 @@ def measure_latency(
     batch: int | None = None,
     keep_float: Sequence[str] = (),
     cache: str | Path | None = None,
-    console: Console | None = None,
+    console: "Console | None" = None,
 ) -> LatencyModel:
     """Times the parts of a model in onnxruntime on this machine; `seconds` of the result adds them up for any formats.
 
@@ -283,7 +285,7 @@ def measure_latency(
     recipe = pipeline.recipe(
         keep_float=tuple(keep_float), quantizers=Calibration((8,), (8,)), rounding=Rounding("nearest")
     )
-    with progress_bars(console or Console(stderr=True)) as progress:
+    with progress_bars(console) as progress:
         context = Context(batches[:1], cross_entropy, progress=progress)
         steps = [*recipe.prepare, *pipeline.profiling(threads, batch, None if cache is None else Path(cache))]
         return run(steps, in_single_precision(capture(model, batches[0])), context).about(LatencyModel)

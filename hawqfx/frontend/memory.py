@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import psutil
 import torch
 
 _GROUPS = Path("/sys/fs/cgroup")
@@ -14,6 +13,8 @@ def free_memory(device: torch.device) -> int:
     the shell allows."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil  # `import hawqfx` does without
+
     free = min(psutil.virtual_memory().available, _free_in_group(), _free_address_space())
     return max(0, int(free)) // local_count()
 
@@ -46,6 +47,8 @@ def _free_in_group() -> int | float:
 
 def _free_address_space() -> int | float:
     """What `ulimit -v` leaves."""
+    import psutil
+
     if not hasattr(psutil, "RLIMIT_AS"):  # on Linux alone
         return float("inf")
     process = psutil.Process()

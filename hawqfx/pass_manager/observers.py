@@ -5,18 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import fx
 
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Progress as Report
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Observer, Pass
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def graph_text(program: Program) -> str:
@@ -89,8 +90,10 @@ class TimePasses(Observer):
     def after(self, number: int, step: Pass, program: Program, seconds: float) -> None:
         self.seconds[step.name] = self.seconds.get(step.name, 0.0) + seconds
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """The seconds, a row for every pass."""
+        from rich.table import Table  # `import hawqfx` does without
+
         table = Table("pass", "seconds", title="time per pass")
         for name, seconds in self.seconds.items():
             table.add_row(name, f"{seconds:.2f}")
@@ -98,15 +101,19 @@ class TimePasses(Observer):
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Report]:
+def progress_bars(console: "Console | None" = None) -> Iterator[Report]:
     """A context with progress bars.
 
     Args:
-        console: shows the bars, if it is a terminal; else nothing is shown.
+        console: shows the bars, if it is a terminal; else nothing is shown.  None: that of stderr.
 
     Yields:
         A function for Context.progress, which shows a bar for every label.
     """
+    from rich.console import Console  # `import hawqfx` does without
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = console or Console(stderr=True)
     note = TextColumn("{task.fields[note]}")
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:

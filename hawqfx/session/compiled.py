@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
-from rich.table import Table
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -28,6 +27,7 @@ from hawqfx.session.saved import Saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from rich.table import Table
 
     from hawqfx.export.opsets import Packing
     from hawqfx.report.facts import Facts
@@ -168,7 +168,7 @@ class Compiled:
         example, observers = self.session.example, self.session.observers
         export(self.program, example, path, packing, texts, observers, most, checked if check else None)
 
-    def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> Table:
+    def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> "Table":
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration
         data; see hawqfx.runtime.backends.
 
@@ -198,7 +198,7 @@ class Compiled:
         graph = self.planned.about(FloatNetwork).graph
         export(self.planned.with_graph(graph), self.session.example, path)
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
         return report.site_table(self.planned, self.budget)
 

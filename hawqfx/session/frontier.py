@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from hawqfx import arguments
 from hawqfx.allocation.budget import Budget
 from hawqfx.errors import HawqfxError
@@ -18,6 +16,7 @@ from hawqfx.session.planner import Planner, for_budget
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from rich.table import Table
 
 LIMITS = ("size", "weight_bits", "bops", "activation_memory")  # that a frontier goes along
 
@@ -126,8 +125,10 @@ class Frontier:
         figures.curve(axes, limit, uses[0].unit, [_taken(use) for use in uses], predicted, run)
         return axes
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """A row per plan: budget, amounts of its limits, predicted loss increase with its proof, measured loss."""
+        from rich.table import Table  # `import hawqfx` does without
+
         table = Table("budget", "takes", "of float32", "predicted", "proven", "loss", "score", title="frontier")
         for point in self.points:
             uses = point.account.limits.values()

@@ -3,9 +3,7 @@
 import io
 import math
 from collections.abc import Mapping
-
-from rich.console import Console
-from rich.table import Column, Table
+from typing import TYPE_CHECKING
 
 from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, RoundedWeights, Sensitivity
 from hawqfx.ir.names import names_of
@@ -15,9 +13,14 @@ from hawqfx.maths.rounding import STRONGEST_DAMPING
 from hawqfx.session.plan import Plan
 from hawqfx.session.record import Calibrated, Trials
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def site_table(planned: Program, budget: str) -> Table:
+
+def site_table(planned: Program, budget: str) -> "Table":
     """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
+    from rich.table import Column, Table  # `import hawqfx` does without
+
     columns = ("kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
     table = Table(Column("site", overflow="fold"), *columns, title=f"budget {budget}")
     for site in planned.sites:
@@ -127,6 +130,8 @@ def summary(
         trials: what was tried beside the plan.
         checks: what was found in the files that were exported, by their names.
     """
+    from rich.console import Console  # `import hawqfx` does without
+
     text = io.StringIO()
     console = Console(file=text, width=110)
     console.print(f"loss: {calibrated.loss_reason}", soft_wrap=True)
