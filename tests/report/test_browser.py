@@ -190,16 +190,26 @@ def test_a_thousand_nodes_are_fluent(browser: Any, tmp_path: Path) -> None:
     tab = Tab(browser, path)
     loaded = time.perf_counter() - start
     tab.page.locator("#graph").scroll_into_view_if_needed()
-    # the time of a frame while the graph is moved, the median of 30
+    # The time that the page's own thread works for a frame while the graph is moved: its clock stands still while other
+    # processes run.  A frame has 17 ms at 60 a second, and 12 were measured; all styles anew in each frame take 40.
+    clock = tab.context.new_cdp_session(tab.page)
+    clock.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def work() -> float:
+        metrics = clock.send("Performance.getMetrics")["metrics"]
+        return next(1e3 * each["value"] for each in metrics if each["name"] == "TaskDuration")
+
+    before = work()
     frame = tab.page.evaluate(
         """async () => { const cy = document.getElementById("graph").cy, times = []; let last = performance.now();
         cy.fit(); for (let k = 0; k < 30; k++) { cy.panBy({ x: 2, y: 3 }); await new Promise(requestAnimationFrame);
         const now = performance.now(); times.push(now - last); last = now; }
         return times.sort((a, b) => a - b)[15]; }"""
     )
-    print(f"1,000 nodes: loaded in {loaded:.1f} s, {frame:.0f} ms a frame")
+    own = (work() - before) / 30
+    print(f"1,000 nodes: loaded in {loaded:.1f} s, {own:.0f} ms of work a frame, {frame:.0f} ms from one to the next")
     assert loaded < 20
-    assert frame < 200
+    assert own < 30
     tab.tap("layer500")
     assert "layer500.weight: because" in tab.page.locator("#chosen").inner_text()
     assert tab.said == []
