@@ -188,7 +188,7 @@ def increases(program: Program, site: Site) -> dict[Format, float]:
     """
     predicted = program.facts.get(site.key, LossIncrease)
     if not all(map(math.isfinite, (*predicted.by_format.values(), *predicted.stderr.values()))):
-        raise PassError(f"the sensitivity of {site.key!r} is not finite: {predicted}")
+        raise PassError(f"the sensitivity of {site.name!r} is not finite: {predicted}")
     return {width: predicted.upper(width) for width in sorted(predicted.by_format)} | {FLOAT: 0.0}
 
 

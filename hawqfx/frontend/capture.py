@@ -72,7 +72,8 @@ def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program
             exported = export(model, example, dynamic_shapes)
     for node in exported.graph.nodes:
         if training_argument(node):
-            raise CaptureError(f"{node.name} was captured in train mode: call model.eval() before torch.export")
+            name = names_of(exported.graph)[node]
+            raise CaptureError(f"{name} was captured in train mode: call model.eval() before torch.export")
     if any(_writes_in_place(node) for node in _all_nodes(exported.graph_module)):
         exported = exported.run_decompositions({})
     graph = exported.module(check_guards=False)

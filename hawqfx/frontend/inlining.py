@@ -12,6 +12,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from hawqfx.errors import CaptureError
+from hawqfx.ir.names import names_of
 
 # operator -> position of the sub-graph among its arguments; the inputs of the sub-graph come after it
 _WRAPPERS: Mapping[Any, int] = {
@@ -32,8 +33,9 @@ def inline_wrappers(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
-                f"{node.name} is a {node.target.name()}, whose sub-graphs are run as the values of tensors ask for: "
-                "hawqfx compiles graphs without control flow; write it with torch.where, or compile its parts"
+                f"{names_of(module.graph)[node]} is a {node.target.name()}, whose sub-graphs are run as the values of "
+                "tensors ask for: hawqfx compiles graphs without control flow; write it with torch.where, or compile "
+                "its parts"
             )
 
 

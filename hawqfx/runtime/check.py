@@ -10,7 +10,7 @@ are off here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +89,11 @@ def check(program: Program, floating: Program, path: Path, batch: Batch) -> File
     difference, agreement = _compared(wanted, found)
     flips, codes = None, 0
     if difference > SAME:
+        names = {site.key: site.name for site in program.activations}
         compared = parity.sites(program, path, batch)
-        _refuse_wrong(compared, "the file computes other codes than the graph")
+        _refuse_wrong(compared, names, "the file computes other codes than the graph")
         optimized = parity.optimized_sites(program, path, inputs)
-        _refuse_wrong(optimized, "onnxruntime's integer kernels compute other codes than the graph")
+        _refuse_wrong(optimized, names, "onnxruntime's integer kernels compute other codes than the graph")
         noise, _ = _compared(_answers(floating, batch), wanted)
         if difference > noise:
             raise ExportError(
@@ -104,13 +105,14 @@ def check(program: Program, floating: Program, path: Path, batch: Batch) -> File
     return FileCheck(batch.size, difference, agreement, flips, codes, here if here > max(SAME, difference) else None)
 
 
-def _refuse_wrong(compared: Sequence[SiteCodes], what: str) -> None:
+def _refuse_wrong(compared: Sequence[SiteCodes], names: Mapping[str, str], what: str) -> None:
     """Raises ExportError at the first site whose codes differ by more than ties, unless sites before it differ too:
-    those may be the cause."""
+    those may be the cause.  `names` are those of users for the keys of sites."""
     for site in compared:
         if site.largest > 1 or site.flips > _most_ties(site.codes):
             raise ExportError(
-                f"{what} at {site.key!r}: {site.flips:,} of {site.codes:,} differ, by up to {site.largest}; {ANYHOW}"
+                f"{what} at {names.get(site.key, site.key)!r}: {site.flips:,} of {site.codes:,} differ, by up to "
+                f"{site.largest}; {ANYHOW}"
             )
         if site.flips:
             return

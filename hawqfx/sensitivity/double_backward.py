@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.errors import DerivativeError
 from hawqfx.frontend.data import Batch
+from hawqfx.ir.names import names_of
 from hawqfx.ir.program import Program
 
 # operator -> the function that replaces it
@@ -34,14 +35,15 @@ def twice_differentiable(program: Program, batch: Batch) -> Operators:
         Operator -> replacement, for the operators of the program that need one, and for all convolutions.
 
     Raises:
-        DerivativeError: if an operator has no second derivative and no replacement; it names a node of each.
+        DerivativeError: if an operator has no second derivative and no replacement; it names a value of each.
     """
     trial = _Trial(program.graph, {site.key for site in program.weights})
     few = batch.first(2) if program.dynamic_batch else batch
     with torch.no_grad():
         trial.run(*program.flat_inputs(few.args, few.kwargs), enable_io_processing=False)
     if trial.failures:
-        named = "; ".join(f"{target} (node {node}): {why}" for target, (node, why) in trial.failures.items())
+        names = names_of(program.graph.graph)
+        named = "; ".join(f"{target} ({names[node]}): {why}" for target, (node, why) in trial.failures.items())
         raise DerivativeError(
             f"a Hessian needs second derivatives, which torch does not have for {named}. "
             'sensitivity="fisher" needs first derivatives only and works on this network.'
@@ -144,7 +146,7 @@ class _Trial(fx.Interpreter):
         super().__init__(graph)
         self.weights = weights
         self.replacements: dict[Any, Callable[..., Any]] = {}
-        self.failures: dict[Any, tuple[str, str]] = {}
+        self.failures: dict[Any, tuple[fx.Node, str]] = {}
         self.tried: set[Any] = set()
 
     def run_node(self, n: fx.Node) -> Any:
@@ -165,7 +167,7 @@ class _Trial(fx.Interpreter):
         if simpler is not None and _failure(simpler, args, kwargs, fixed) is None:
             self.replacements[node.target] = simpler
         else:
-            self.failures[node.target] = node.name, why
+            self.failures[node.target] = node, why
 
 
 def _failure(function: Callable[..., Any], args: Any, kwargs: Any, fixed: set[int]) -> str | None:

@@ -158,9 +158,10 @@ class Session:
         except ValueError as error:
             raise HawqfxError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
         self._require_measured()
-        for key, width in chosen.items():
-            if not width.is_float and width not in self.measured.facts.get(key, Quantizers).by_format:
-                raise HawqfxError(f"{key!r} was not calibrated at {width}: give such bits to compile()")
+        for site in self.measured.sites:
+            width = chosen[site.key]
+            if not width.is_float and width not in self.measured.facts.get(site.key, Quantizers).by_format:
+                raise HawqfxError(f"{site.name!r} was not calibrated at {width}: give such bits to compile()")
         return self.lowered(self.planner.given(chosen), f"uniform W{weight_bits}A{activation_bits}")
 
     def lowered(self, planned: Program, budget: str) -> Compiled:

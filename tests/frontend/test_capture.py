@@ -77,6 +77,17 @@ class Conditional(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: self.head(x), lambda x: self.head(-x), (x,))
 
 
+class Holding(nn.Module):
+    """Control flow inside of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Conditional(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x))
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -106,6 +117,7 @@ class Routed(nn.Module):
     [
         (Noisy, r"randn_like: aten.randn_like.default draws random numbers in every run.* make them an input"),
         (Conditional, r"cond is a cond, whose sub-graphs are run as the values of tensors ask for"),
+        (Holding, r"inner cond is a cond, whose sub-graphs are run"),
         (Routed, r"where: aten.where.default makes a tensor whose size depends on the values .* mixture of experts"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_file_of_other_codes_is_refused_by_its_first_site(compiled: hawqfx.Com
     other = compiled.at("weight_bits=3")
     other.export(tmp_path / "other.onnx", check=False)
     batch = compiled.session.context.batches[0]
-    with pytest.raises(ExportError, match=r"computes other codes than the graph at 'relu': .* differ, by up to \d+"):
+    with pytest.raises(ExportError, match=r"other codes than the graph at 'relu output': .* differ, by up to \d+"):
         check.check(compiled.program, compiled.session.measured, tmp_path / "other.onnx", batch)
 
 
@@ -101,9 +101,9 @@ def test_a_quantized_tensor_that_is_an_output_too_is_compared(tmp_path: Path) ->
     ("codes", "flips", "fits"), [(336, 5, True), (336, 11, False), (10_000, 110, True), (4, 3, False)]
 )
 def test_as_many_codes_lie_on_ties_as_chance_allows(codes: int, flips: int, fits: bool) -> None:
-    site = SiteCodes("relu", codes, flips, 1)
+    site, names = SiteCodes("relu", codes, flips, 1), {"relu": "layer1.relu output"}
     if fits:
-        check._refuse_wrong([site], "other codes")
+        check._refuse_wrong([site], names, "other codes")
     else:
-        with pytest.raises(ExportError, match="other codes at 'relu'"):
-            check._refuse_wrong([site], "other codes")
+        with pytest.raises(ExportError, match=r"other codes at 'layer1\.relu output'"):
+            check._refuse_wrong([site], names, "other codes")

@@ -227,6 +227,8 @@ def test_formats_that_were_not_calibrated_are_refused() -> None:
     compiled = quick(Plain, weight_bits=(4, 8))
     with pytest.raises(HawqfxError, match=r"'conv1\.weight' was not calibrated at 3 bits: give such bits to compile"):
         compiled.uniform(3)
+    with pytest.raises(HawqfxError, match="'input x' was not calibrated at 4 bits"):
+        quick(Plain, activation_bits=(8,)).uniform(8, 4)
     with pytest.raises(HawqfxError, match=r"uniform\(9, 8\): there is no format of 9 bits"):
         compiled.uniform(9)
     with pytest.raises(HawqfxError, match=r"schemes=\('weight-only',\) were not calibrated: give schemes= to compile"):
