@@ -28,7 +28,11 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="write the figures here, as JSON")] = None,
     json: Json = False,
 ) -> None:
-    """Time a file on backends that are installed here, and compare its answers with the float model's."""
+    """Time a file on backends that are installed here, and compare its answers with the float model's.
+
+    Compared is the first output: the share of its rows with the same largest entry, and the mean |difference| from the
+    float model's, in the output's own unit and as a share of the mean |output| of the float model.
+    """
     from hawqfx.benchmark import benchmark
     from hawqfx.runtime.backends import table
 

@@ -40,13 +40,15 @@ class OutputDifference:
     """The difference of the first output from the float network's.
 
     Args:
-        mean: mean absolute difference.
-        largest: largest absolute difference.
+        mean: mean absolute difference, in the unit of the output.
+        relative_mean: the mean absolute difference, relative to the mean absolute value in float.
+        largest: largest absolute difference, in the unit of the output.
         relative: the largest difference, relative to the largest absolute value in float.
         agreement: share of the rows (along the last axis) whose largest entry is at the same place.
     """
 
     mean: float
+    relative_mean: float
     largest: float
     relative: float
     agreement: float
@@ -250,16 +252,23 @@ def every(
 
 def table(results: Mapping[str, Result | str]) -> Table:
     """The results of `every`, a row for each backend."""
-    rows = Table("backend", "provider", "median, ms", "p90, ms", "samples/s", "memory, MB", "against float")
+    rows = Table(
+        "backend", "provider", "median, ms", "p90, ms", "samples/s", "memory, MB", "first output against float32's"
+    )
     for name, result in results.items():
         if isinstance(result, str):
             rows.add_row(name, result)
             continue
         same = result.parity
-        parity = "" if same is None else f"top-1 {same.agreement:.1%}, mean difference {same.mean:.2g}"
+        parity = "" if same is None else _against_float(same)
         times = (f"{1e3 * value:.3f}" for value in (result.median, result.p90))
         rows.add_row(name, result.provider, *times, f"{result.throughput:.1f}", f"{result.memory / 1e6:.1f}", parity)
     return rows
+
+
+def _against_float(difference: OutputDifference) -> str:
+    share = f"{difference.relative_mean:.2%} of float32's mean |output|"
+    return f"same top-1 {difference.agreement:.1%}, mean |difference| {difference.mean:.2g}: {share}"
 
 
 def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> OutputDifference:
@@ -273,8 +282,11 @@ def compare(ours: NDArray[Any], theirs: NDArray[Any]) -> OutputDifference:
     difference = np.abs(ours.astype(np.float64) - theirs)
     largest = float(difference.max(initial=0.0))
     same = ours.argmax(-1) == theirs.argmax(-1) if ours.ndim else np.array(True)
-    size = float(np.abs(theirs).max(initial=0.0)) or 1.0
-    return OutputDifference(float(difference.mean()), largest, largest / size, float(same.mean()))
+    sizes = np.abs(theirs.astype(np.float64))
+    mean, usual = float(difference.mean()), float(sizes.mean()) or 1.0
+    return OutputDifference(
+        mean, mean / usual, largest, largest / (float(sizes.max(initial=0.0)) or 1.0), float(same.mean())
+    )
 
 
 @contextmanager

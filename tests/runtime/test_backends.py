@@ -1,6 +1,7 @@
 """Backends: what is installed runs and is compared with the float network; what is not is said."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,14 @@ def test_the_command_prints_a_line_each_and_writes_json(made: tuple[Path, Path],
 def test_a_compiled_network_benchmarks_itself() -> None:
     table = quick(Plain).benchmark(["ort-cpu", "torch-cpu"], rounds=2)
     assert list(table.columns[0].cells) == ["ort-cpu", "torch-cpu"]
+    assert table.columns[-1].header == "first output against float32's"
+    for cell in table.columns[-1].cells:
+        assert re.fullmatch(
+            r"same top-1 [\d.]+%, mean \|difference\| [\d.e-]+: [\d.]+% of float32's mean \|output\|", str(cell)
+        )
+
+
+def test_a_difference_has_the_unit_of_the_output_and_its_share() -> None:
+    found = compare(np.array([[1.0, -3.0], [5.0, 4.0]]), np.array([[2.0, -2.0], [4.0, 8.0]]))
+    assert (found.mean, found.relative_mean) == (7 / 4, 7 / 16)
+    assert (found.largest, found.relative, found.agreement) == (4.0, 0.5, 0.5)
