@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 def site_table(planned: Program, budget: str) -> "Table":
     """A row per site: kind, shape, mean trace and its standard error, bits, bytes, predicted loss increase."""
-    from rich.table import Column, Table  # `import hawqfx` does without
+    from hawqfx.session.fitting_table import FittingTable  # loads rich, without which `import hawqfx` does
 
-    columns = ("kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
-    table = Table(Column("site", overflow="fold"), *columns, title=f"budget {budget}")
+    columns = ("site", "kind", "shape", "mean trace", "+-", "bits", "bytes", "loss increase")
+    # what the plan says of a site stays; the rest is in explain() and in the report
+    table = FittingTable(*columns, spare=("kind", "+-", "shape", "mean trace"), title=f"budget {budget}")
     for site in planned.sites:
         choice = planned.facts.get(site.key, ChosenFormat)
         trace = error = size = "-"

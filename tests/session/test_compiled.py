@@ -1,10 +1,13 @@
 """A compiled network: the reason for every bit, sites in float, what users see of it and what they call its sites."""
 
+import io
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor, nn
 
 import hawqfx
 from hawqfx import Budget, Plan
@@ -76,3 +79,34 @@ def test_activations_are_named_by_the_module_that_makes_them() -> None:
         assert "conv2d_1" not in text
     assert plan.explain("inner output") == plan.explain("conv2d_1")
     assert compiled.at("weight_bits=5", fix={"inner output": 4}).plan.bits["conv2d_1"] == 4
+
+
+class Wrapped(nn.Module):
+    """A network whose sites have long names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classification_model = nn.ModuleDict({"feature_extraction_encoder_layers": Residual()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classification_model["feature_extraction_encoder_layers"](x)
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(200, None), (120, "kind, +-, shape"), (80, "kind, +-, shape, mean trace"), (60, "kind, +-, shape, mean trace")],
+)
+def test_the_table_of_sites_has_whole_names_in_terminals_of_any_width(width: int, left_out: str | None) -> None:
+    compiled = quick(Wrapped, "weight_bits=5")
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(compiled.table())
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert (f"a wider terminal shows {left_out} too" in stream.getvalue()) == (left_out is not None)
+    names = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    wanted = [site.name for site in compiled.planned.sites]
+    assert "".join(names).replace(" ", "") == "".join(wanted).replace(" ", "")
+    if width > 80:
+        assert names == wanted  # a line for each
+    elif width == 80:
+        assert names.count("feature_extraction_encoder_layers.stem.") == 1  # parted between modules
