@@ -4,7 +4,7 @@
 
 Calibrates and measures on the 512 training images of hawqfx.zoo, tests on all 10,000 test images (--quick: the 2,000
 of hawqfx.zoo, one seed, fewer budgets).  Uniform bits stand there twice: rounded to the nearest, as tools do, and with
-hawqfx's own compensated rounding, so that what the allocation brings is told apart from what the rounding brings.
+hawqfx's own, sequential, so that what the allocation brings is told apart from what the rounding brings.
 `hawq-v2` is the paper's own recipe: Hessian traces, rounding to the nearest, and no look at uniform bits.  Activations
 have 8 bits in all of these; the rows with a bops limit mix 4, 6 and 8.
 """
@@ -236,13 +236,13 @@ def main() -> None:
             plans = {b: compiled.at(f"size={b}%", against_uniform=ours) for b in budgets}
             return [judge.score(f"{name} {b}%", b, seed, plan) for b, plan in plans.items()]
 
-        uniforms = {"compensated": uniform(first, "compensated"), "nearest": uniform(plain, "nearest")}
+        uniforms = {"sequential": uniform(first, "sequential"), "nearest": uniform(plain, "nearest")}
         rows = [
             row for seed in seeds for row in frontier(first if seed == seeds[0] else compile_zoo(seed), "hawqfx", seed)
         ]
         paper = frontier(plain, "hawq-v2", seeds[0], ours=False)
         mixed = [judge.score(f"hawqfx {text}", None, seeds[0], first.at(text)) for text in BOPS]
-        everything = [reference, *uniforms["nearest"], *uniforms["compensated"], *paper, *rows, *mixed]
+        everything = [reference, *uniforms["nearest"], *uniforms["sequential"], *paper, *rows, *mixed]
         show(everything)
 
         claims.add("float32 top-1 at least 93.0%", reference.top1 >= 0.93, f"{reference.top1:.2%} of {len(labels)}")

@@ -11,7 +11,7 @@ data held out from calibration, with one site quantized at a time:
   budgets (average bits per weight; activations at 8 bits), by the fake-quantized graph;
 * seconds to measure.
 
-Compensated rounding, seed 0.  `gauss-newton`, `fisher` and `mse` see all calibration data, slow metrics a part (PART).
+The default rounding, seed 0.  `gauss-newton`, `fisher` and `mse` see all calibration data, slow metrics a part (PART).
 Results are written after each network, so a run may be stopped and gone on with --only.
 --quick: ResNet-20 with its first 128 calibration images and 256 that are held out.
 """

@@ -10,8 +10,8 @@ many bits on average and activations of 8: the mean divergence from the float ou
   that the budget holds, which is also the rival that `compile` tries.
 
 The ratio is that of the means, mixed to uniform; the standard error is that of the mean of the paired differences,
-sample by sample.  Agreement is the share of held-out samples with the float network's argmax.  Compensated rounding,
-seed 0.  Results are written after each network, so a run may be stopped and gone on with --only.
+sample by sample.  Agreement is the share of held-out samples with the float network's argmax.  The default
+rounding, seed 0.  Results are written after each network, so a run may be stopped and gone on with --only.
 --quick: ResNet-20 with its first 128 calibration images and 256 held-out ones, two budgets.
 """
 
