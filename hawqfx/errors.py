@@ -63,7 +63,7 @@ class CacheError(HawqfxError):
 
 
 class BudgetError(HawqfxError, ValueError):
-    """The text of a budget does not parse.
+    """The text of a budget does not parse, or the network cannot take the shape that a latency is for.
 
     To do: Write limits as "size=12.5%, bops=2%"; the message names what is not understood and what there is.
     """

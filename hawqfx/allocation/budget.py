@@ -1,8 +1,8 @@
 """A budget: the limits that a plan must keep, and their text form."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from hawqfx.errors import BudgetError
 
@@ -25,10 +25,13 @@ class Limit:
     Args:
         amount: in the unit of the limit, or a fraction.
         relative: whether `amount` is a fraction of the amount that the float32 model takes.
+        shape: of a latency: the sizes of the run that it is for, by the names of dimensions that vary, such as
+            {"sequence": 1}; those that are left out have the size of the first calibration batch, and one sample.
     """
 
     amount: float
     relative: bool = False
+    shape: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def of(self, reference: float) -> float:
         """The limit in its unit, if the float32 model takes the amount `reference`."""
@@ -37,6 +40,11 @@ class Limit:
     def __str__(self) -> str:
         """The limit as text: a percentage, or a number without a unit."""
         return f"{self.amount:.10%}".rstrip("0%").rstrip(".") + "%" if self.relative else f"{self.amount:.12g}"
+
+    @property
+    def at(self) -> str:
+        """The shape as it stands in the text of a budget, such as "@sequence=1@past=128"."""
+        return "".join(f"@{name}={size}" for name, size in self.shape.items())
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,13 @@ class Budget:
             node of the graph where the sum is largest.
         weight_memory: bytes of the weights as onnxruntime holds them while it runs: 1 byte for an element on integer
             kernels, 4 bytes in float, and the packed bits in weight-only layers.
-        latency: seconds of a run in onnxruntime, predicted from parts that are timed on this machine.
+        latency: seconds of a run in onnxruntime at the limit's shape, predicted from parts that are timed on this
+            machine.
         drop: the largest fall of a metric on data.  The plan is then the smallest network that keeps this limit and the
             others.
+
+    Raises:
+        BudgetError: if a limit other than latency has a shape.
     """
 
     size: Limit | None = None
@@ -64,6 +76,13 @@ class Budget:
     weight_memory: Limit | None = None
     latency: Limit | None = None
     drop: Limit | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits.items():
+            if limit.shape and name != "latency":
+                raise BudgetError(
+                    f"{name}={limit}{limit.at}: latency alone is for a shape, as in 'latency=20ms@sequence=1'"
+                )
 
     @staticmethod
     def of(given: "Budget | str") -> "Budget":
@@ -83,7 +102,7 @@ class Budget:
         """Read a budget from text.
 
         Args:
-            text: such as "size=12.5%" or "size=1.2MB, bops=3%".
+            text: such as "size=12.5%", "size=1.2MB, bops=3%" or "latency=20ms@sequence=1@past=128".
 
         Returns:
             The budget.
@@ -113,13 +132,34 @@ class Budget:
     def __str__(self) -> str:
         """The text that parses to the same budget."""
         seconds = {"latency"} if self.latency is not None and not self.latency.relative else set()
-        return ", ".join(f"{name}={limit}{'s' * (name in seconds)}" for name, limit in self.limits.items())
+        return ", ".join(f"{name}={limit}{'s' * (name in seconds)}{limit.at}" for name, limit in self.limits.items())
 
 
 _NAMES = tuple(field.name for field in fields(Budget))
 
 
 def _limit(name: str, text: str) -> Limit:
+    """Read the amount of the limit `name`, and its shape; raise BudgetError if the text does not parse."""
+    amount, *sizes = (part.strip() for part in text.split("@"))
+    return replace(_amount(name, amount), shape=_shape(name, sizes))
+
+
+def _shape(name: str, texts: Sequence[str]) -> dict[str, int]:
+    """Read the sizes NAME=SIZE of the limit `name`; raise BudgetError if one does not parse."""
+    shape: dict[str, int] = {}
+    for text in texts:
+        dimension, equals, size = (part.strip() for part in text.rpartition("="))
+        if not equals or not dimension:
+            raise BudgetError(f"{name}=...@{text}: write @NAME=SIZE, as in 'latency=20ms@sequence=1@past=128'")
+        if not (size.isascii() and size.isdecimal()):
+            raise BudgetError(f"{name}=...@{text}: the size {size!r} is no whole number")
+        if dimension in shape:
+            raise BudgetError(f"{name}=...@{text}: {dimension} stands twice")
+        shape[dimension] = int(size)
+    return shape
+
+
+def _amount(name: str, text: str) -> Limit:
     """Read the amount of the limit `name`; raise BudgetError if the text does not parse."""
     match = _NUMBER.fullmatch(text)
     if match is None:
