@@ -29,6 +29,7 @@ from torch.export import Dim
 from hawqfx.errors import CaptureError, DataError, HawqfxError
 from hawqfx.frontend.criteria import IGNORED_LABEL
 from hawqfx.frontend.data import Batch, gather
+from hawqfx.frontend.dimensions import Names
 
 TOKENS, MASK = "input_ids", "attention_mask"
 _SHORTEST = 4  # tokens of a text, of which half are a past: torch.export takes sizes of 0 and 1 for constants
@@ -123,6 +124,17 @@ def shapes_of_decoder(layers: int) -> dict[str, dict[int, Any]]:
     past = Dim("past")
     sizes: dict[str, dict[int, Any]] = {TOKENS: {1: Dim("sequence")}, MASK: {1: Dim("total", min=_SHORTEST)}}
     return sizes | {past_name(layer, part): {2: past} for layer in range(layers) for part in ("key", "value")}
+
+
+def sums(dimensions: Names) -> dict[str, tuple[str, ...]]:
+    """The dimensions of a decoder's inputs that are sums of others: name -> the names of the parts.
+
+    Args:
+        dimensions: that vary, of any network; those of no decoder have none.
+    """
+    places = ((MASK, 1), (past_name(0, "key"), 2), (TOKENS, 1))
+    total, *parts = (dimensions.get(name, {}).get(axis, "") for name, axis in places)
+    return {total: tuple(parts)} if total and all(parts) and total not in parts else {}
 
 
 def _layers_of(batch: Mapping[str, Any]) -> int:

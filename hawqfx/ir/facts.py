@@ -214,6 +214,7 @@ class LimitUse:
         price: the fall of the predicted loss per further unit, by the linear relaxation; zero where the limit does not
             bind.
         measured: taken by the finished network, where that was measured.
+        shape: of the run that a latency is for: the size of each dimension that varies, by its name.
     """
 
     unit: str
@@ -222,6 +223,7 @@ class LimitUse:
     reference: float
     price: float
     measured: float | None = None
+    shape: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

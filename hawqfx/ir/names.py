@@ -36,6 +36,11 @@ def operator_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+def sizes_in_words(sizes: Mapping[str, int]) -> str:
+    """Sizes of dimensions by name, such as `batch=1, sequence=1`."""
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
 def names_of(graph: fx.Graph) -> dict[fx.Node, str]:
     """The name of every value of a captured graph; those of constants are the model's own."""
     computed: defaultdict[str, int] = defaultdict(int)  # call of a module -> the tensors that its own code computes

@@ -332,6 +332,11 @@ def is_constant(value: object) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
 
+def is_size(value: object) -> bool:
+    """Whether an argument is a number that a node takes from the shape of a tensor."""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), int | torch.SymInt)
+
+
 def is_tensor(value: object) -> bool:
     """Whether an argument is an activation: a floating-point tensor, as recorded at capture, and no constant."""
     if not isinstance(value, fx.Node) or value.op == "get_attr":
