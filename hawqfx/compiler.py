@@ -16,6 +16,7 @@ from hawqfx.frontend.context import Context, silent
 from hawqfx.frontend.criteria import Draw, Loss
 from hawqfx.frontend.data import check_fits, gather
 from hawqfx.frontend.losses import cross_entropy
+from hawqfx.frontend.shapes import check_shape
 from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.frontend.trial import try_loss
 from hawqfx.ir.program import Program
@@ -185,12 +186,15 @@ def find_sites(model: Model, options: Options) -> tuple[Program, Options]:
     user's functions are tried on the first batch before that.
 
     Raises:
-        HawqfxError: if the data do not fit, or the loss, the metric or a pattern of names cannot be used.
+        HawqfxError: if the data do not fit, or the loss, the metric, the shape of a latency or a pattern of names
+            cannot be used.
     """
     captured = in_single_precision(capture(model, options.context.batches[0], options.dynamic_shapes))
     inputs = captured.graph.graph.find_nodes(op="placeholder")
     held = options.scoring.holdout if options.scoring is not None else ()
     check_fits((*options.context.batches, *held), inputs, lambda batch: captured.flat_inputs(batch.args, batch.kwargs))
+    if options.budget is not None and options.budget.latency is not None and options.budget.latency.shape:
+        check_shape(captured, options.context.batches[0], options.budget.latency.shape)
     options = with_loss(options, captured)
     try_loss(captured, options.context, 0 if options.plan else pipeline.derivatives(options.recipe))
     if options.scoring is not None:
@@ -263,8 +267,10 @@ def measure_latency(
     data: Iterable[Any],
     *,
     threads: int = 1,
-    batch: int | None = None,
+    shape: Mapping[str, int] = {},
     keep_float: Sequence[str] = (),
+    tokens: Literal["causal"] | None = None,
+    dynamic_shapes: Any = None,
     cache: str | Path | None = None,
     console: "Console | None" = None,
 ) -> LatencyModel:
@@ -276,16 +282,27 @@ def measure_latency(
         model: as for compile().
         data: as for compile(); one batch is enough.
         threads: of onnxruntime.
-        batch: samples in a run, by default one.
+        shape: sizes of the run by the names of dimensions that vary, such as {"batch": 8, "sequence": 1}; those that
+            are left out have the size of the first batch, and one sample.
         keep_float: patterns of names of weights whose layers stay in float.
+        tokens: as for compile().
+        dynamic_shapes: as for compile().
         cache: the folder of timings, by default the user's.
         console: where progress bars go.
+
+    Raises:
+        HawqfxError: as compile() does before anything is measured; BudgetError, if the network cannot take the shape.
     """
-    batches = tuple(batch.map(single) for batch in gather(data))
+    if tokens is not None:
+        model, data, _, dynamic_shapes = decoders.inputs(model, data, None, tokens, None, dynamic_shapes)
+    varying = dynamic_shapes is not None or isinstance(model, torch.export.ExportedProgram)
+    batches = tuple(batch.map(single) for batch in gather(data, varying=varying))
     recipe = pipeline.recipe(
         keep_float=tuple(keep_float), quantizers=Calibration((8,), (8,)), rounding=Rounding("nearest")
     )
     with progress_bars(console) as progress:
         context = Context(batches[:1], cross_entropy, progress=progress)
-        steps = [*recipe.prepare, *pipeline.profiling(threads, batch, None if cache is None else Path(cache))]
-        return run(steps, in_single_precision(capture(model, batches[0])), context).about(LatencyModel)
+        steps = [*recipe.prepare, *pipeline.profiling(threads, shape, None if cache is None else Path(cache))]
+        captured = in_single_precision(capture(model, batches[0], dynamic_shapes))
+        check_shape(captured, batches[0], shape)  # before anything is calibrated
+        return run(steps, captured, context).about(LatencyModel)

@@ -137,11 +137,11 @@ def recipe(
     )
 
 
-def profiling(threads: int = 1, batch: int | None = None, cache: Path | None = None) -> Sequence[Pass]:
-    """The times of a network's parts in onnxruntime, which a limit on latency needs."""
+def profiling(threads: int = 1, shape: Mapping[str, int] | None = None, cache: Path | None = None) -> Sequence[Pass]:
+    """The times of a network's parts in onnxruntime at a shape, which a limit on latency needs."""
     from hawqfx.latency.profile_latency import ProfileLatency  # loads onnx and onnxruntime
 
-    return [ProfileLatency(threads, batch, cache)]
+    return [ProfileLatency(threads, shape, cache)]
 
 
 def weighing(target: str = "any") -> Sequence[Pass]:

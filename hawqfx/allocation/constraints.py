@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from hawqfx.allocation.budget import Limit
@@ -29,6 +29,7 @@ class Resource:
         reference: the amount of the float32 network, in units.
         parts: pairs of a constant and terms.
         where: names of the parts, if there are several.
+        shape: of the run that a latency is for: the size of each dimension that varies, by its name.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Resource:
     reference: float
     parts: Sequence[tuple[int, Terms]]
     where: Sequence[str] = ()
+    shape: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def _pairs_of(self) -> list[dict[int, list[tuple[int, int]]]]:

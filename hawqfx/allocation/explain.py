@@ -101,7 +101,7 @@ def _use(task: AllocationTask, resource: Resource, picks: Sequence[int], answer:
     prices = {} if answer is None else answer.prices
     price = sum(value for row, value in prices.items() if resource.part(row) is not None) / resource.unit_size
     bound = task.budget.limits[resource.name].of(resource.reference)
-    return LimitUse(resource.unit, resource.amount(picks), bound, resource.reference, price)
+    return LimitUse(resource.unit, resource.amount(picks), bound, resource.reference, price, shape=resource.shape)
 
 
 def _reason(task: AllocationTask, key: str, chosen: Formats, picks: Sequence[int], totals: _Totals) -> Reason:

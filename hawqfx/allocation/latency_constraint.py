@@ -29,7 +29,7 @@ def latency(program: Program, space: SearchSpace) -> Resource:
     model = program.about(LatencyModel)
     encoder = _Encoder(model, space)
     reference = model.seconds({site.key: FLOAT for site in program.sites})
-    return Resource("latency", "s", NANO, reference, [encoder.encoded()])
+    return Resource("latency", "s", NANO, reference, [encoder.encoded()], shape=model.shape)
 
 
 def _nanoseconds(seconds: float) -> int:

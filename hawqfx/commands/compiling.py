@@ -48,7 +48,9 @@ def compile(
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="the ONNX file to write")],
-    budget: Annotated[str | None, typer.Option(help="such as 'size=12.5%' or 'size=1.2MB, bops=2%'")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="such as 'size=12.5%', 'size=1.2MB, bops=2%' or 'latency=20ms@sequence=1'")
+    ] = None,
     weights: Weights = None,
     plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
     save: Annotated[Path | None, typer.Option(help="write plan, codes and ranges here, for bench and load()")] = None,

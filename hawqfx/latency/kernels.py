@@ -44,7 +44,8 @@ class Kernel:
         Args:
             mode: a member of hawqfx.maths.latency_model.KERNELS, or a weight-only format in words; without a
                 weight, all but "integer" are the same.
-            shape_of: the shape of a node's tensor on the example; empty where it is unknown.
+            shape_of: the shape of a node's tensor in the run, or the size that a node without a tensor gives; empty
+                where it is unknown.
             quantized: whether the output belongs to an activation site.
         """
         parts: list[object] = [mode if self.weight is not None or mode == "integer" else "floating"]

@@ -53,7 +53,8 @@ class MicroTimer:
     Args:
         program: with sites, Quantizers and RoundedWeights.
         kernels: of the program.
-        values: name of a node -> its tensor on the example, for the inputs and outputs of kernels.
+        values: name of a node -> its tensor in the run, for the inputs and outputs of kernels.
+        sizes: name of a node -> the size of a tensor that it gives to kernels.
         threads: of onnxruntime.
         cache: the timings that are known, and the place of new ones.
     """
@@ -61,6 +62,7 @@ class MicroTimer:
     program: Program
     kernels: Sequence[Kernel]
     values: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
     threads: int
     cache: TimingCache
     _models: dict[str, _SubgraphModels] = field(default_factory=dict)
@@ -141,7 +143,7 @@ class MicroTimer:
             signature = self._signature(kernel, mode)
             if self._may_run(kernel, mode) and signature not in self.cache:
                 unknown.setdefault(signature, kernel)
-        builder = SubgraphBuilder(self.program, self.values)
+        builder = SubgraphBuilder(self.program, self.values, self.sizes)
         number = {kernel.output.name: builder.add(kernel) for kernel in unknown.values()}
         program = builder.program()
         formats = FORMATS[mode] if mode in FORMATS else (_named(program, mode), FLOAT)
@@ -168,6 +170,8 @@ class MicroTimer:
     def _shape(self, node: fx.Node) -> Sequence[int]:
         if is_constant(node):
             return self.program.tensor(str(node.target)).shape
+        if node.name in self.sizes:
+            return (self.sizes[node.name],)
         return self.values[node.name].shape if node.name in self.values else ()
 
 

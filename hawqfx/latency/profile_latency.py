@@ -15,10 +15,12 @@ from hawqfx.pass_manager.base import Analysis, Kind, option
 
 @dataclass(frozen=True)
 class ProfileLatency(Analysis):
-    """Times the parts of the network on the first batch, and gives its LatencyModel."""
+    """Times the parts of the network at a shape, and gives its LatencyModel."""
 
     threads: int = option(1, "threads of onnxruntime")
-    batch: int | None = option(None, "samples in a run; None: one, or those of a graph with a fixed batch")
+    shape: Mapping[str, int] | None = option(
+        None, "sizes of dimensions that vary, by name; else one sample, and the sizes of the first batch"
+    )
     cache: Path | None = option(None, "the folder of timings; None: the user's cache folder")
     needs: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights)
     gives: ClassVar[tuple[Kind, ...]] = (LatencyModel,)
@@ -27,15 +29,15 @@ class ProfileLatency(Analysis):
         """The latency model, as a fact about the whole network.
 
         Raises:
-            HawqfxError: if an activation has no quantizer at 8 bits, a weight has no static one, or the batch has too
-                few samples.
+            HawqfxError: if an activation has no quantizer at 8 bits, or a weight has no static one.
+            BudgetError: if the network cannot take the shape.
             CacheError: if timings cannot be kept.
         """
         model = profiler.profile(
             program,
             context.batches[0],
             threads=self.threads,
-            batch=self.batch,
+            shape=self.shape or {},
             cache=self.cache,
             progress=context.progress,
         )

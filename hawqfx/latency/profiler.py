@@ -14,6 +14,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,8 +24,10 @@ from hawqfx.errors import HawqfxError
 from hawqfx.export.exporter import export
 from hawqfx.frontend.context import Progress, silent
 from hawqfx.frontend.data import Batch
+from hawqfx.frontend.shapes import Shape, at_shape, check_shape
 from hawqfx.ir.facts import Quantizers
-from hawqfx.ir.operators import is_data_movement
+from hawqfx.ir.names import sizes_in_words
+from hawqfx.ir.operators import is_data_movement, is_size
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite
 from hawqfx.latency import scaling
@@ -48,7 +51,7 @@ def profile(
     example: Batch,
     *,
     threads: int = 1,
-    batch: int | None = None,
+    shape: Mapping[str, int] = {},
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> LatencyModel:
@@ -56,9 +59,9 @@ def profile(
 
     Args:
         program: knows the Quantizers of its sites, with 8 bits for every activation, and the RoundedWeights.
-        example: the data of a run.
+        example: the data that those of a run are made of.
         threads: of onnxruntime.
-        batch: samples in a run; by default one, or those of `example` where the graph has a fixed batch.
+        shape: sizes of a run, as hawqfx.frontend.shapes.at_shape takes them.
         cache: the folder of timings; by default the user's.
         progress: hears how far the work is.
 
@@ -66,39 +69,43 @@ def profile(
         The latency model of the network, in seconds.
 
     Raises:
-        HawqfxError: if an activation has no quantizer at 8 bits, a weight has no static one, or the example has fewer
-            samples than `batch`.
+        HawqfxError: if an activation has no quantizer at 8 bits, or a weight has no static one.
+        BudgetError: if the network cannot take the shape.
         CacheError: if timings cannot be kept.
     """
     _check_formats(program)
-    samples = batch or (1 if program.dynamic_batch else example.size)
-    if samples > example.size:
-        raise HawqfxError(f"batch={samples}: the example has only {example.size} samples")
-    example = example.first(samples)
+    if shape:
+        check_shape(program, example, shape)
+    data, sizes = at_shape(program, example, shape)
     setting = {"machine": _machine(), "threads": threads, "onnxruntime": ort.version()}
     timings = TimingCache.open(cache, setting)
-    parts = _Profiler(program, example, threads, timings).parts(progress, json.dumps(setting | {"batch": samples}))
-    model = _fitted(parts, _whole_seconds(program, example, threads, timings))
+    parts = _Profiler(program, data, threads, timings).parts(progress, json.dumps(setting), sizes)
+    model = _fitted(parts, _whole_seconds(program, example, data, sizes, threads, timings))
     progress("latency", len(model.timed), len(model.timed))
     timings.save()
     return model
 
 
-def whole_networks(programs: Sequence[Program], example: Batch, threads: int = 1) -> list[float]:
+def whole_networks(programs: Sequence[Program], example: Batch, data: Batch, threads: int = 1) -> list[float]:
     """Seconds of a run of each of some networks.
 
     Args:
-        programs: lowered; each is exported.
-        example: the data of a run.
+        programs: of the same inputs, lowered; each is exported.
+        example: inputs to export with, at sizes of the calibration data: torch.export takes sizes of 0 and 1 for
+            constants.
+        data: of a run, at any shape that the graph takes.
         threads: of onnxruntime.
     """
+    given = [leaf for leaf in programs[0].flat_inputs(data.args, data.kwargs) if isinstance(leaf, Tensor)]
+    if programs[0].dynamic_batch:
+        example = example.first(2)
     with scratch_folder() as folder:
         paths, feeds = [], []
         for number, program in enumerate(programs):
             paths.append(folder / f"{number}.onnx")
             export(program, example, paths[-1])
             names = [name for name, *_ in ort.inputs(paths[-1])]
-            feeds.append(dict(zip(names, (tensor.numpy() for tensor in example.tensors), strict=True)))
+            feeds.append(dict(zip(names, (tensor.numpy() for tensor in given), strict=True)))
         return ort.steady(paths, feeds, threads=threads, budget=WHOLE_SECONDS)
 
 
@@ -127,15 +134,18 @@ def _machine() -> str:
     return f"{next(names, platform.machine())}, {os.cpu_count()} cores"
 
 
-def _whole_seconds(program: Program, example: Batch, threads: int, timings: TimingCache) -> dict[str, float]:
+def _whole_seconds(
+    program: Program, example: Batch, data: Batch, sizes: Shape, threads: int, timings: TimingCache
+) -> dict[str, float]:
     """Seconds of the network with all layers in one mode, by mode."""
     networks = {mode: lowered(program, *FORMATS[mode]) for mode in WHOLE_NETWORKS.values()}
     graphs = [str(network.graph.graph) for network in networks.values()]
-    shapes = [tuple(tensor.shape) for tensor in example.tensors]
+    shapes = [tuple(tensor.shape) for tensor in data.tensors]
     digest = hashlib.sha256(f"{graphs} {shapes}".encode()).hexdigest()[:16]
-    keys = {mode: f"network {digest} {word}" for word, mode in WHOLE_NETWORKS.items()}
+    keys = {mode: f"network {digest} at {sizes_in_words(sizes)} {word}" for word, mode in WHOLE_NETWORKS.items()}
     if not all(key in timings for key in keys.values()):
-        for key, seconds in zip(keys.values(), whole_networks([*networks.values()], example, threads), strict=True):
+        found = whole_networks([*networks.values()], example, data, threads)
+        for key, seconds in zip(keys.values(), found, strict=True):
             timings.put(key, seconds)
     return {mode: timings.seconds[key] for mode, key in keys.items()}
 
@@ -157,14 +167,14 @@ def _fitted(parts: LatencyModel, whole: Mapping[str, float]) -> LatencyModel:
 class _Profiler:
     """Makes the times of kernels and conversions from the times of micro models."""
 
-    def __init__(self, program: Program, example: Batch, threads: int, timings: TimingCache) -> None:
+    def __init__(self, program: Program, data: Batch, threads: int, timings: TimingCache) -> None:
         self.program, self.site_of = program, program.site_of
         self.kernels = kernels_of(program)
         self.output_of = {kernel.operator.name: kernel.output.name for kernel in self.kernels}
-        self.values = _values(program, example, self.kernels)
-        self.timer = MicroTimer(program, self.kernels, self.values, threads, timings)
+        self.values, sizes = _values(program, data, self.kernels)
+        self.timer = MicroTimer(program, self.kernels, self.values, sizes, threads, timings)
 
-    def parts(self, progress: Progress, setting: str) -> LatencyModel:
+    def parts(self, progress: Progress, setting: str, shape: Shape) -> LatencyModel:
         """The times of all parts, not yet scaled."""
         timed = []
         for number, kernel in enumerate(self.kernels):
@@ -177,7 +187,7 @@ class _Profiler:
             for name in site.tensors
             if not is_free(nodes[name])
         ]
-        return LatencyModel(0.0, tuple(timed), tuple(converted), setting)
+        return LatencyModel(0.0, tuple(timed), tuple(converted), setting, shape)
 
     def _kernel_times(self, kernel: Kernel) -> KernelTimes:
         inputs = [self.site_of[node.name] for node in kernel.inputs if node.name in self.site_of]
@@ -210,14 +220,21 @@ class _Profiler:
 
 
 @torch.no_grad()
-def _values(program: Program, example: Batch, kernels: Sequence[Kernel]) -> dict[str, Tensor]:
-    """The inputs and outputs of all kernels, and the tensors of all activation sites, by name of the node."""
+def _values(program: Program, data: Batch, kernels: Sequence[Kernel]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The inputs and outputs of all kernels and the tensors of all activation sites; and the sizes that kernels take
+    from the shapes of other tensors; all by name of the node."""
+    read = {source for kernel in kernels for node in kernel.nodes for source in node.all_input_nodes}
     wanted = {node.name for kernel in kernels for node in (*kernel.inputs, kernel.output)}
+    wanted |= {source.name for source in filter(is_size, read)}
     values: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
 
-    def keep(name: str, value: Tensor) -> Tensor:
-        values[name] = value.detach().contiguous()
+    def keep(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            values[name] = value.detach().contiguous()
+        else:
+            sizes[name] = int(value)
         return value
 
-    program.run(example.args, example.kwargs, keep, at=wanted | program.site_of.keys())
-    return values
+    program.run(data.args, data.kwargs, keep, at=wanted | program.site_of.keys())
+    return values, sizes

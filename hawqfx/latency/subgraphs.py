@@ -47,14 +47,15 @@ def _nearest_format(program: Program, key: str, wanted: Format) -> Format:
 class SubgraphBuilder:
     """Builds a program of which every output is a kernel with placeholders and constants of its own."""
 
-    def __init__(self, network: Program, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, network: Program, values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
         """Start with an empty graph.
 
         Args:
             network: the program that the kernels belong to.
-            values: name of a node -> its tensor on the example, for all inputs and outputs of kernels.
+            values: name of a node -> its tensor in the run, for all inputs and outputs of kernels.
+            sizes: name of a node -> the size of a tensor that it gives to kernels; a constant of the small graph.
         """
-        self.network, self.values = network, values
+        self.network, self.values, self.sizes = network, values, sizes
         self.site_of = network.site_of
         self.module = fx.GraphModule(torch.nn.Module(), fx.Graph())
         self.graph = self.module.graph
@@ -80,7 +81,9 @@ class SubgraphBuilder:
             for argument in node.all_input_nodes:
                 if is_constant(argument) and argument not in copies:
                     copies[argument] = self._constant(number, str(argument.target))
-            copies[node] = self.graph.node_copy(node, copies.__getitem__)
+            copies[node] = self.graph.node_copy(
+                node, lambda source: self.sizes[source.name] if source.name in self.sizes else copies[source]
+            )
             copies[node].name = f"k{number}_{len(copies)}"
         if kernel.weight is not None:
             self._add_layer(number, kernel.operator, kernel.weight, copies)

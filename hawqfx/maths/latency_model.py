@@ -11,7 +11,7 @@ and the blocks of a weight-only one do.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hawqfx.maths.formats import DYNAMIC, Format
 
@@ -97,13 +97,15 @@ class LatencyModel:
         rest: seconds that no choice of formats changes.
         timed: times of the kernels.
         converted: times of the conversions, one for each tensor of an activation site.
-        setting: machine, threads, batch and versions, as JSON.
+        setting: machine, threads and versions, as JSON.
+        shape: of the run: the size of each dimension that varies, by its name.
     """
 
     rest: float
     timed: tuple[KernelTimes, ...]
     converted: tuple[ConversionTimes, ...]
     setting: str
+    shape: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sites(self) -> frozenset[str]:

@@ -41,6 +41,9 @@ def checked(points: int, limit: str, budgets: Sequence[Budget | str] | None, eva
         raise HawqfxError("budgets is empty: give at least one, or leave it out")
     if any(each.drop is not None for each in parsed):
         raise HawqfxError("a frontier plans for budgets on resources: a budget on drop is searched for, by compile()")
+    shapes = [each.latency.shape for each in parsed if each.latency is not None]
+    if any(shape != shapes[0] for shape in shapes):
+        raise HawqfxError("the budgets are latencies at several shapes: a frontier has one, so make one of each shape")
     return parsed
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, LossIncrease, Quantizers
+from hawqfx.ir.names import sizes_in_words
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT, FLOAT_BITS, STATIC_BITS, Format
 from hawqfx.maths.latency_model import LatencyModel
@@ -177,8 +178,9 @@ def _latency(planned: Program) -> Figure:
     use = planned.about(Account).limits.get("latency") if planned.knows(Account) else None
     measured = "" if use is None or use.measured is None else f"measured {1e3 * use.measured:.4g} ms; "
     floating = model.seconds(dict.fromkeys(formats, FLOAT))
+    at = f", at {sizes_in_words(model.shape)}" if model.shape else ""
     return Figure(
-        "Predicted latency", f"{1e3 * model.seconds(formats):.4g} ms", f"{measured}float32 {1e3 * floating:.4g} ms"
+        "Predicted latency", f"{1e3 * model.seconds(formats):.4g} ms", f"{measured}float32 {1e3 * floating:.4g} ms{at}"
     )
 
 

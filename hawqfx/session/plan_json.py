@@ -1,6 +1,6 @@
 """A plan's JSON: {hawqfx_plan, budget, account, pins, sites}, with null for numbers that JSON has not (NaN, infinity).
 
-Format 3 had no pins, and format 4 no names of activations.
+Format 3 had no pins, format 4 no names of activations, and format 5 no shape of a latency.
 """
 
 import json
@@ -16,8 +16,8 @@ from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT_BITS, Format, known_format
 from hawqfx.session.pins import Pins
 
-FORMAT = 5
-READ = (3, 4, 5)
+FORMAT = 6
+READ = (3, 4, 5, 6)
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
 Content = tuple[

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from hawqfx.ir.facts import Account, ChosenFormat, LimitUse
+from hawqfx.ir.names import sizes_in_words
 
 
 def whole(budget: str, account: Account | None) -> str:
@@ -19,8 +20,9 @@ def whole(budget: str, account: Account | None) -> str:
         binds = "does not bind"
         if use.price:
             binds = f"binds: one {_one(use)} more would save {use.price * _scale(use):.3g}"
+        at = f" at {sizes_in_words(use.shape)}" if use.shape else ""
         measured = "" if use.measured is None else f", measured {_written(use.measured, use)}"
-        lines.append(f"  {name}: {_written(use.amount, use)}{measured} of {_written(use.bound, use)}; {binds}")
+        lines.append(f"  {name}: {_written(use.amount, use)}{measured} of {_written(use.bound, use)}{at}; {binds}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ from hawqfx.frontend.data import Batch
 from hawqfx.ir.facts import FileText, LossIncrease, Quantizers
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import Scheme, format_of
-from hawqfx.maths.latency_model import LatencyModel
 from hawqfx.pass_manager.base import Observer, Pass
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
@@ -20,7 +19,7 @@ from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session.compiled import Compiled
 from hawqfx.session.drop_search import smallest
 from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each
-from hawqfx.session.latency_search import within_latency
+from hawqfx.session.latency_search import timing, within_latency
 from hawqfx.session.planner import Candidate, Planner, Scoring, for_budget
 from hawqfx.session.refine import refined
 from hawqfx.session.rule_options import RuleOptions, ruled
@@ -197,7 +196,7 @@ class Session:
 
         Args:
             budgets: a limit on size or on drop, which is kept by the smallest file, needs the text of the file, and one
-                on latency the latency model.
+                on latency the latency model at its shape.
 
         Returns:
             The session with these facts, which are made where they are not known.
@@ -205,6 +204,7 @@ class Session:
         steps: list[Pass] = []
         if any(each.size is not None or each.drop is not None for each in budgets):
             steps += [] if self.measured.knows(FileText) else pipeline.weighing(self.target)
-        if any(each.latency is not None for each in budgets):
-            steps += [] if self.measured.knows(LatencyModel) else pipeline.profiling(self.threads)
+        latency = next((each.latency for each in budgets if each.latency is not None), None)
+        if latency is not None:  # before a file is weighed, since a shape may be refused
+            steps = [*timing(self.measured, self.context, latency, self.threads), *steps]
         return replace(self, measured=run(steps, self.measured, self.context, self.observers))

@@ -18,6 +18,8 @@ from hawqfx.commands.output import in_bytes
 from hawqfx.errors import ExportError, HawqfxError
 from hawqfx.export.inspection import stored_weights
 from hawqfx.forecast import forecast
+from hawqfx.latency import profiler
+from hawqfx.latency.micro_timing import MicroTimer
 from tests.nets import Plain, build, images
 from tests.tools import quick
 
@@ -207,3 +209,16 @@ def test_a_forecast_counts_passes_by_the_metric() -> None:
 @pytest.mark.parametrize(("count", "text"), [(12, "12 bytes"), (1234, "1.23 kB"), (1.2e6, "1.2 MB"), (3e9, "3 GB")])
 def test_sizes_are_as_people_write_them(count: float, text: str) -> None:
     assert in_bytes(count) == text
+
+
+def test_a_latency_at_a_shape_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refused without a traceback, in a dry run too, where the network has no such dimension."""
+    monkeypatch.setenv("HAWQFX_CACHE", str(tmp_path / "timings"))
+    monkeypatch.setattr(MicroTimer, "_time", lambda *_: 1e-4)  # the parts; the networks are run
+    monkeypatch.setattr(profiler, "WHOLE_SECONDS", 0.005)
+    result = run.invoke(cli.app, call(tmp_path, "--budget", "latency=10s@batch=3", "--no-check"))
+    assert result.exit_code == 0, result.output
+    assert "budget latency=10s@batch=3" in result.output
+    assert "of 1e+04 ms at batch=3; " in result.output
+    refused = run.invoke(cli.app, call(tmp_path, "--budget", "latency=10s@past=3", "--dry-run"))
+    assert "past=3: of this network batch varies, and no 'past'" in str(refused.exception)

@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 import hawqfx
-from hawqfx.errors import HawqfxError, InfeasibleBudget
+from hawqfx.errors import BudgetError, HawqfxError, InfeasibleBudget
 from hawqfx.export.exporter import export
 from hawqfx.ir.facts import Account, ChosenFormat, Fact, Quantizers
 from hawqfx.ir.program import Program
@@ -167,8 +167,8 @@ def test_damaged_timings_are_taken_again(tmp_path: Path, no_runs: list[str], cap
 def test_the_pass_gives_the_model_of_the_first_batch(no_runs: list[str], tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     listening = replace(context(), progress=lambda label, done, total, note="": heard.append((label, done, total)))
-    program = run([ProfileLatency(threads=1, batch=4, cache=tmp_path)], measured(Plain), listening)
-    assert program.about(LatencyModel) == profiled(Plain, batch=4, cache=tmp_path)
+    program = run([ProfileLatency(threads=1, shape={"batch": 4}, cache=tmp_path)], measured(Plain), listening)
+    assert program.about(LatencyModel) == profiled(Plain, shape={"batch": 4}, cache=tmp_path)
     assert heard[-1] == ("latency", 4, 4)
 
 
@@ -258,9 +258,9 @@ def test_measure_latency_needs_no_sensitivity() -> None:
     assert "onnxruntime" in model.setting
 
 
-def test_profiles_of_missing_data_or_formats_are_refused() -> None:
-    with pytest.raises(HawqfxError, match="the example has only 16 samples"):
-        profiled(Plain, batch=17)
+def test_profiles_of_missing_dimensions_or_formats_are_refused() -> None:
+    with pytest.raises(BudgetError, match="sequence=1: of this network batch varies"):
+        profiled(Plain, shape={"sequence": 1})
     four: dict[str, Fact] = {"conv1.weight": Quantizers({})}
     with pytest.raises(HawqfxError, match=r"'conv1\.weight' was not measured there: let it have 8"):
         profiler.profile(measured(Plain).learn(four), context().batches[0])
