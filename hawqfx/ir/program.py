@@ -179,7 +179,9 @@ class Program:
         """
         hooked = set(at) if at is not None else {node for site in self.activations for node in site.nodes}
         interpreter = _Interpreter(self.graph, hooked, hook, tensors or {}, operators or {})
-        inputs, start = self.flat_inputs(args, kwargs), None if known is None else dict(known)
+        start = dict(known or {})
+        places = zip(self.graph.graph.find_nodes(op="placeholder"), self.flat_inputs(args, kwargs), strict=True)
+        inputs = [value for node, value in places if node not in start]  # fx takes none for an input that is known
         output = interpreter.run(*inputs, initial_env=start, enable_io_processing=False)
         return self.graph.graph.process_outputs(output)
 
