@@ -118,7 +118,7 @@ class Resource:
         # the tolerance absorbs floating-point rounding: 12.5% of 8 must allow 1
         bound = math.floor(limit.of(self.reference) / self.unit_size * (1 + 1e-12))
         return [
-            LinearConstraint(self._named(number), bound - fixed, terms)
+            LinearConstraint(self._named(number), bound - fixed, terms, self.name)
             for number, (fixed, terms) in enumerate(self.parts)
         ]
 

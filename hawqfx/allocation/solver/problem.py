@@ -41,6 +41,11 @@ class Terms:
         single = sum(costs[picks[i]] for i, costs in self.single.items())
         return single + sum(table[picks[i]][picks[j]] for (i, j), table in self.pairs.items())
 
+    def most(self) -> float:
+        """The sum of the largest amount of each item and pair, which no choice exceeds."""
+        pairs = (max(map(max, table)) for table in self.pairs.values())
+        return sum(map(max, self.single.values())) + sum(pairs)
+
 
 @dataclass(frozen=True)
 class LinearConstraint:
@@ -50,11 +55,13 @@ class LinearConstraint:
         name: tells limits apart.
         bound: the largest sum allowed, in the unit of the terms.
         terms: the sum; its amounts are integers.
+        amount: the same for all sums whose largest is limited; empty for a sum by itself.
     """
 
     name: str
     bound: int
     terms: Terms
+    amount: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Infeasible:
-    """A limit that no choice keeps.
+    """A limit that no choice keeps; of several sums whose largest is limited, the one that must be exceeded most.
 
     Args:
         name: of the limit.

@@ -158,15 +158,35 @@ class _Search:
 
 def _infeasible(problem: Problem, deadline: float) -> Infeasible:
     """The first limit that cannot be kept alone; else the first that cannot be kept beside those before it."""
+    amounts: dict[str, list[LinearConstraint]] = {}
     for limit in problem.limits:
-        least = _least(problem, limit, (), deadline)
-        if least > limit.bound:
-            return Infeasible(limit.name, least, alone=True)
-    for number, limit in enumerate(problem.limits):
+        amounts.setdefault(limit.amount or limit.name, []).append(limit)
+    for limits in amounts.values():
+        if (found := _exceeded(problem, limits, (), deadline)) is not None:
+            return Infeasible(*found, alone=True)
+    before: list[LinearConstraint] = []
+    for limits in amounts.values():
+        if (found := _exceeded(problem, limits, before, deadline)) is not None:
+            return Infeasible(*found, alone=False)
+        before += limits
+    for number, limit in enumerate(problem.limits):  # sums that are within their bounds one at a time
         least = _least(problem, limit, problem.limits[:number], deadline)
         if least > limit.bound:
             return Infeasible(limit.name, least, alone=False)
     raise ValueError("the nogoods exclude every choice")
+
+
+def _exceeded(
+    problem: Problem, limits: Sequence[LinearConstraint], others: Sequence[LinearConstraint], deadline: float
+) -> tuple[str, int] | None:
+    """Of limits on one amount, the one that is exceeded most while the others are kept, and its least sum."""
+    found, excess = None, 0
+    for limit in limits:
+        if limit.terms.most() - limit.bound > excess:
+            least = _least(problem, limit, others, deadline)
+            if least - limit.bound > excess:
+                found, excess = (limit.name, least), least - limit.bound
+    return found
 
 
 def _least(problem: Problem, limit: LinearConstraint, others: Sequence[LinearConstraint], deadline: float) -> int:

@@ -106,6 +106,18 @@ def test_zero_and_negative_losses() -> None:
     assert (found.picks, found.loss, found.bound, found.optimal) == ((0, 1), -3.0, -3.0, True)
 
 
+def test_of_sums_whose_largest_is_limited_the_one_that_is_exceeded_most_is_named() -> None:
+    """Its least sum is what the limit must be raised to; that of the first would not do."""
+    sums = {"first": (5, 4), "second": (9, 8), "third": (7, 1), "other": (3, 3)}
+    limits = [
+        LinearConstraint(name, 4, Terms({0: costs}, {}), "" if name == "other" else "memory")
+        for name, costs in sums.items()
+    ]
+    assert choose(Problem([[1.0, 0.0]], limits)) == Infeasible("second", 8, alone=True)
+    raised = [LinearConstraint(limit.name, 8, limit.terms, limit.amount) for limit in limits]
+    assert isinstance(choose(Problem([[1.0, 0.0]], raised)), Choice)
+
+
 def test_no_limits_and_no_items() -> None:
     assert choose(Problem([[3.0, 1.0, 2.0], [5.0]])) == Choice((1, 0), 6.0, 6.0, True)
     assert choose(Problem([])) == Choice((), 0, 0, True)
