@@ -289,6 +289,44 @@ class QuantizedOutput(nn.Module):
         return x, self.head(x.mean((2, 3)))
 
 
+class TokenMlp(nn.Module):
+    """Linear layers of tokens, which are rows of all samples while they are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).reshape(-1, 8, 8)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x.mean(1))
+
+
+class SqueezedWide(nn.Module):
+    """Squeezes of dimensions that are larger than 1, which torch passes over, beside some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 1, 3), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x)).squeeze((0, 1, 2)).unsqueeze(1).squeeze()
+        return self.head(x.flatten(1).squeeze(1).squeeze(0))
+
+
+class VolumeWithoutBias(nn.Module):
+    """Convolutions of volumes, of which the first has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(1, 4, (1, 3, 3), (1, 2, 1), (0, 1, 1), bias=False), nn.Conv3d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.tanh(self.first(x.unsqueeze(2))))).mean((2, 3, 4)))
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -303,6 +341,8 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
     "in_place": InPlace,
     "attention": Attention,
+    "token_mlp": TokenMlp,
+    "squeezed_wide": SqueezedWide,
 }
 
 

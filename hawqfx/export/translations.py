@@ -93,6 +93,16 @@ def _rows(codes: Any, scale: Any, rows: Any) -> Any:
     return op.Mul(values, op.Unsqueeze(op.Gather(scale, rows), _constant(-1, np.int64)))
 
 
+def _conv3d(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    """torch.onnx (2.13) gives one without a bias zeros of a wrong shape."""
+    strides, pads, dilations = (
+        [size] * 3 if isinstance(size, int) else [*size] * (3 // len(size)) for size in (stride, padding, dilation)
+    )
+    return op.Conv(x, weight, bias, strides=strides, pads=pads * 2, dilations=dilations, group=groups)
+
+
 def _average(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
@@ -173,6 +183,7 @@ def _blockwise_rows(codes: Any, scale: Any, rows: Any, columns: int, bits: int) 
 
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.conv3d.default: _conv3d,
     FAKE_QUANTIZE: _activation,
     DEQUANTIZE: _constant_codes,
     DEQUANTIZE_ROWS: _rows,

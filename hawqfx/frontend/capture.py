@@ -27,6 +27,7 @@ from hawqfx.ir.operators import (
     ASSERTIONS,
     BATCH_NORM,
     DECOMPOSED_BATCH_NORM,
+    SQUEEZES,
     VIEWS,
     operands,
     training_argument,
@@ -193,7 +194,7 @@ def _writes_in_place(node: fx.Node) -> bool:
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Take out assertions, and write views as reshapes, which need no particular strides.
+    """Take out assertions and squeezes of nothing, and write views as reshapes, which need no particular strides.
 
     The assertions speak of types, devices and layouts that hold for the model as it is; those about sizes are kept by
     torch.export itself, when the graph is exported again.
@@ -203,6 +204,22 @@ def _simplify(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target in VIEWS:
             node.target = torch.ops.aten.reshape.default
+        elif node.target in SQUEEZES:
+            _squeeze_by_axes(node)
+
+
+def _squeeze_by_axes(node: fx.Node) -> None:
+    """Leave to a squeeze the dimensions whose size is 1: torch passes over others, ONNX refuses them."""
+    source, *given = operands(node)
+    sizes = source.meta["val"].shape
+    wanted = given[0] if given else range(len(sizes))
+    axes = [axis % len(sizes) for axis in ([wanted] if isinstance(wanted, int) else wanted)]
+    ones = [axis for axis in axes if isinstance(sizes[axis], int) and sizes[axis] == 1]
+    if not ones:
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+    elif len(ones) < len(axes) or not given:
+        node.target, node.args = torch.ops.aten.squeeze.dims, (source, ones)
 
 
 def _refuse_random_numbers(graph: fx.Graph) -> None:

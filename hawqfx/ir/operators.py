@@ -168,6 +168,8 @@ ASSERTIONS: set[Target] = {
 }
 # Reshapes that share memory with their input, and refuse strides with which they cannot.
 VIEWS: set[Target] = {_aten.view.default, _aten._unsafe_view.default}
+# They take out dimensions of size 1.
+SQUEEZES: set[Target] = {_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims}
 
 # Functions whose output is a distribution, as the last operator of a network.
 SOFTMAXES: set[Target] = {_aten.softmax.int, _aten._softmax.default, _aten.special_softmax.default}

@@ -73,7 +73,7 @@ def run_exactly(model: str | Path | bytes, inputs: Arrays) -> list[NDArray[np.ge
     """
     try:
         return run(session(model, exact=True), inputs)
-    except Exception:  # onnxruntime has a class of its own for each failure; a file that is wrong fails again
+    except BackendError:  # a file that is wrong fails again
         return run(session(model, optimize=False, folded=True), inputs)
 
 
@@ -83,9 +83,15 @@ def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.
     Args:
         model: a session.
         inputs: an array for each input of the file, in the same order.
+
+    Raises:
+        BackendError: if a kernel fails on them.
     """
     names = [value.name for value in model.get_inputs()]
-    return list(model.run(None, dict(zip(names, inputs, strict=True))))
+    try:
+        return list(model.run(None, dict(zip(names, inputs, strict=True))))
+    except Exception as error:  # onnxruntime has a class of its own for each failure
+        raise BackendError(f"onnxruntime {version()} loads the network and fails to run it: {error}") from error
 
 
 @dataclass(frozen=True)

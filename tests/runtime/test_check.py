@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import hawqfx
-from hawqfx.errors import ExportError
-from hawqfx.runtime import check, parity
+from hawqfx.errors import BackendError, ExportError
+from hawqfx.runtime import check, ort, parity
 from hawqfx.runtime.parity import SiteCodes
 from tests.nets import Attention, Plain, QuantizedOutput, Residual, images
 from tests.tools import quick
@@ -85,6 +85,12 @@ def test_sums_that_saturate_on_this_processor_are_said(
     monkeypatch.setattr(check, "_outputs", saturating)
     compiled.export(tmp_path / "m.onnx")
     assert "saturates sums of 8-bit weights: here the file is off by 10.0%, elsewhere not" in caplog.text
+
+
+def test_a_network_that_onnxruntime_fails_to_run_is_a_backend_error(compiled: hawqfx.Compiled, tmp_path: Path) -> None:
+    compiled.export(tmp_path / "net.onnx")
+    with pytest.raises(BackendError, match="loads the network and fails to run it"):
+        ort.run(ort.session(tmp_path / "net.onnx"), [torch.zeros(1, 5, 8, 8).numpy()])
 
 
 def test_a_quantized_tensor_that_is_an_output_too_is_compared(tmp_path: Path) -> None:
