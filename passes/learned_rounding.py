@@ -88,7 +88,7 @@ class LearnedRounding(Analysis):
         quantizers = LearnedQuantizers(walk, block)
         wanted = walk.run(block, walk.floats, None, {})
         sites = quantizers.sites | set(block.weights)
-        learned = self._learned(walk, block, quantizers, wanted, finished) if quantizers.weights else []
+        learned = self._learned(walk, block, quantizers, wanted, finished) if quantizers.weights and wanted else []
         if learned:
             quantizers.set(learned)
             found = walk.run(block, walk.quantized, quantizers.quantize, quantizers.tensors())

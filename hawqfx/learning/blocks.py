@@ -3,10 +3,12 @@
 A node through which all paths from the quantized inputs to the output go parts a network in two: a dominator of the
 output (Lengauer, Tarjan 1979).  Between two of them lie a residual block, an inverted residual block, an attention or
 an MLP, whatever they are called.  Single layers in a row are joined, and parts without such nodes inside, such as a
-feature pyramid, are cut in the order of the graph, so that a block holds few weights.
+feature pyramid, are cut in the order of the graph, so that a block holds few weights.  What goes from a block to the
+next has a row for each sample: steps take some of the samples, and tensors that part otherwise, such as tokens of all
+samples in a row, lie within a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import networkx
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from hawqfx.ir.graph import dependents
+from hawqfx.ir.graph import batch_size, captured_size, dependents
 from hawqfx.ir.program import Program
 
 FEW, MOST = 2, 6  # weights of a block: fewer are joined with the next ones, more are cut
@@ -28,7 +31,7 @@ class Block:
     Args:
         nodes: the nodes whose tensors quantization changes, in the order of the graph.
         weights: keys of the weights that they read.
-        outputs: those of them that later blocks or the output read.
+        outputs: those of them that later blocks or the output read, and that have a row for each sample.
         inputs: nodes of earlier blocks that they read.
     """
 
@@ -47,14 +50,15 @@ def blocks(program: Program) -> list[Block]:
     changed = [node for node in graph.nodes if node in found and _is_tensor(node)]
     reads = {node: _weights(node, keys) for node in changed}
     parts: list[list[fx.Node]] = []
-    for part in _between(changed, _cuts(graph, changed)):
-        pieces = _cut_in_order(part, reads) if _count(part, reads) > MOST else [part]
+    ends = _ends(changed, program.dynamic_batch)
+    for part in _between(changed, _cuts(graph, changed) & ends):
+        pieces = _cut_in_order(part, reads, ends) if _count(part, reads) > MOST else [part]
         for piece in pieces:
             if parts and _joins(_count(parts[-1], reads), _count(piece, reads)):
                 parts[-1] += piece
             else:
                 parts.append(list(piece))
-    return [_block(part, reads, set(changed)) for part in parts]
+    return [_block(part, reads, set(changed), program.dynamic_batch) for part in parts]
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -100,19 +104,56 @@ def _between(changed: Sequence[fx.Node], cuts: set[fx.Node]) -> list[list[fx.Nod
     return [list(changed[start:stop]) for start, stop in pairwise(ends) if stop > start]
 
 
-def _cut_in_order(part: list[fx.Node], reads: dict[fx.Node, list[str]]) -> list[list[fx.Node]]:
-    """A part in pieces of FEW weights, each up to where the next weight is read."""
+def _ends(changed: Sequence[fx.Node], dynamic_batch: bool) -> set[fx.Node]:
+    """The nodes after which a block may end: all that is read later has a row for each sample."""
+    last = {source: node for node in changed for source in node.all_input_nodes}
+    ends: set[fx.Node] = set()
+    across: set[fx.Node] = set()  # what is read later, and has no such rows
+    for node in changed:
+        across.difference_update([source for source in node.all_input_nodes if last[source] is node])
+        if node in last and not _has_rows(node, dynamic_batch):
+            across.add(node)
+        if not across:
+            ends.add(node)
+    return ends
+
+
+def _has_rows(node: fx.Node, dynamic_batch: bool) -> bool:
+    """Whether dimension 0 of what a node makes is the batch."""
+    samples = batch_size(node.graph)
+    sizes = [value.shape[:1] for value in pytree.tree_leaves(node.meta["val"]) if isinstance(value, torch.Tensor)]
+    return all(
+        size and captured_size(size[0]) == samples and isinstance(size[0], torch.SymInt) == dynamic_batch
+        for size in sizes
+    )
+
+
+def _cut_in_order(
+    part: list[fx.Node], reads: dict[fx.Node, list[str]], ends: Collection[fx.Node]
+) -> list[list[fx.Node]]:
+    """A part in pieces of FEW weights, each up to the last end before the next weight is read, if there is one."""
     pieces: list[list[fx.Node]] = [[]]
+    end = 0
     for node in part:
-        if reads[node] and _count(pieces[-1], reads) >= FEW:
-            pieces.append([])
+        if reads[node] and end and _count(pieces[-1], reads) >= FEW:
+            pieces[-1:] = [pieces[-1][:end], pieces[-1][end:]]
+        if reads[node]:
+            end = 0
         pieces[-1].append(node)
+        if node in ends:
+            end = len(pieces[-1])
     return pieces
 
 
-def _block(part: Sequence[fx.Node], reads: dict[fx.Node, list[str]], changed: set[fx.Node]) -> Block:
+def _block(
+    part: Sequence[fx.Node], reads: dict[fx.Node, list[str]], changed: set[fx.Node], dynamic_batch: bool
+) -> Block:
     inside = set(part)
-    outputs = [node for node in part if any(user not in inside and _counts(user, changed) for user in node.users)]
+    outputs = [
+        node
+        for node in part
+        if any(user not in inside and _counts(user, changed) for user in node.users) and _has_rows(node, dynamic_batch)
+    ]
     inputs = dict.fromkeys(
         source for node in part for source in node.all_input_nodes if source in changed and source not in inside
     )

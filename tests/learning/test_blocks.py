@@ -9,10 +9,10 @@ from torch import nn
 
 from hawqfx.ir.program import Program
 from hawqfx.learning.blocks import MOST, blocks
-from tests.nets import Attention, Concat, ConcatInput, Plain, Residual, SharedLayer, TiedWeights
+from tests.nets import Attention, Concat, ConcatInput, Plain, Residual, SharedLayer, TiedWeights, TokenMlp
 from tests.tools import after, context
 
-NETWORKS = [Plain, Residual, SharedLayer, TiedWeights, Concat, ConcatInput, Attention]
+NETWORKS = [Plain, Residual, SharedLayer, TiedWeights, Concat, ConcatInput, Attention, TokenMlp]
 
 
 class Deep(nn.Module):
@@ -80,6 +80,16 @@ def test_single_outputs_part_the_network(make: Callable[[], nn.Module]) -> None:
     for block in blocks(program):
         (cut,) = block.outputs
         assert not networkx.has_path(networkx.restricted_view(paths, [cut], []), source, output)
+
+
+@pytest.mark.parametrize("make", [*NETWORKS, Deep, Dense])
+def test_what_blocks_pass_on_has_a_row_for_each_sample(make: Callable[[], nn.Module]) -> None:
+    program, (batch, *_) = program_of(make), context().batches
+    _, values = program.values(batch.args, {})
+    found = blocks(program)
+    assert [tuple(values[node].shape[:1]) for block in found for node in block.outputs] == [(batch.size,)] * sum(
+        len(block.outputs) for block in found
+    )
 
 
 @pytest.mark.parametrize("make", [*NETWORKS, Deep, Dense])
