@@ -50,12 +50,12 @@ def _recode(walk: SideBySide, moments: "_Moments", layer: Layer, bias: bool, sca
     found = recoded(
         weight, affine.along_channels(scale_of(quantizer).to(weight.device), weight), (quantizer.low, quantizer.high),
         moments.of(layer), groups_of(walk.named[layer.node], layer), how.chosen,
-        bias=bias, scales=SCALES if scales and quantizer.blocks == 1 else (1.0,),
+        bias=bias, scales=(1.0,) if width.is_blockwise or not scales else SCALES,
     )  # fmt: skip
     walk.recode(key, found.codes, found.weight)
     if found.shift is not None:
         walk.move_bias(layer, found.shift)
-    if found.scale is None or quantizer.blocks > 1:
+    if found.scale is None or width.is_blockwise:  # those of blocks are numbers of bfloat16, and stay
         return known
     changed = replace(quantizer, scale=tuple(found.scale.tolist()))
     return Quantizers({**known.by_format, width: changed})

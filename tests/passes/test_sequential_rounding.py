@@ -17,7 +17,7 @@ from hawqfx.passes.bias_correction import BiasCorrection
 from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.sequential_rounding import SequentialRounding
 from hawqfx.session.session import Session
-from tests.nets import Attention, Depthwise, Mlp, Plain, Residual, SharedLayer, images
+from tests.nets import Attention, Depthwise, Mlp, Plain, Residual, SharedLayer, TinyRange, images
 from tests.tools import after, assert_file_has_the_codes, context, quick
 
 
@@ -132,8 +132,10 @@ def test_weights_of_very_many_columns_keep_their_codes(monkeypatch: pytest.Monke
     assert anew == {"conv1.weight", "head.weight"}  # of 9 and 6 columns; conv2 has 36
 
 
-def test_blocks_of_weight_only_layers_keep_their_scales() -> None:
-    compiled = quick(Mlp, "weight_bits=4", schemes=("weight-only",))
+@pytest.mark.parametrize(("make", "bits"), [(Mlp, 4), (TinyRange, 2)])
+def test_blocks_of_weight_only_layers_keep_their_scales(make: type[torch.nn.Module], bits: int) -> None:
+    """Also those of rows that are one block: a file has scales of bfloat16."""
+    compiled = quick(make, f"weight_bits={bits}", schemes=("weight-only",))
     plain = replace(compiled.session, finish=()).lowered(
         compiled.session.planner.given(compiled.planned.formats()), compiled.budget
     )
