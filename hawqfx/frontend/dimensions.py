@@ -152,7 +152,14 @@ def _varying(leaf: Any, axes: Sequence[int], size: Any = Dim.DYNAMIC) -> Any:
 
 
 def _with_batch(own: Any, given: Any) -> Any:
-    return {**own, **given} if _is_shape(own) and _is_shape(given) else given
+    """What the user gives of an input, or of a list or mapping of inputs, with the batch where nothing else is said."""
+    if _is_shape(own) and _is_shape(given):
+        return {**own, **given}
+    if isinstance(own, Mapping) and isinstance(given, Mapping) and not _is_shape(given):
+        return {name: _with_batch(part, given[name]) if name in given else part for name, part in own.items()}
+    if isinstance(own, (list, tuple)) and isinstance(given, (list, tuple)) and len(own) == len(given):
+        return type(given)(_with_batch(*parts) for parts in zip(own, given, strict=True))
+    return given
 
 
 def _bound(model: nn.Module, structure: pytree.TreeSpec, shapes: list[Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import hawqfx
 from hawqfx.errors import CaptureError, DataError
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.data import Batch
 from hawqfx.runtime import ort
 
 
@@ -154,3 +156,14 @@ def test_inputs_that_a_model_takes_as_keywords_without_a_name(tmp_path: Path) ->
     assert "forward" not in vars(model)
     made.export(tmp_path / "model.onnx")
     assert shapes(tmp_path / "model.onnx") == ([["batch", 4]] * 2, [["batch", 3]])
+
+
+def test_the_batch_varies_beside_what_is_given_of_inputs_in_a_list() -> None:
+    class Several(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return sum(tensor.sum(-1) for tensor in tensors)  # type: ignore[return-value]
+
+    example = Batch((torch.zeros(3, 5), torch.zeros(3, 5)), {})
+    program = capture(Several().eval(), example, {"tensors": ({1: Dim("length")}, {1: Dim("length")})})
+    sizes = [node.meta["val"].shape for node in program.graph.graph.find_nodes(op="placeholder")]
+    assert [[isinstance(size, torch.SymInt) for size in shape] for shape in sizes] == [[True, True]] * 2
