@@ -1,6 +1,7 @@
 """What a tool gets and gives, in a folder between two processes: a network with its calibration data, and an ONNX file.
 
-This module runs in the tool's own environment, and imports nothing but torch.
+The network is JSON (plain_network.py), and tensors are loaded as tensors alone: nothing is unpickled.  This module runs
+in the tool's own environment, and imports nothing but torch.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from others import plain_network
 from torch import Tensor, fx
 from torch.library import Library
 
@@ -41,13 +43,31 @@ class Job:
     file: Path
 
     def ask(self) -> None:
-        torch.save(self, _beside(self.file))
+        """Write the job beside its file; the options must be JSON.
+
+        Raises:
+            TypeError: if the model is not of torch's own modules.
+        """
+        asked = {
+            "model": plain_network.described(self.model), "weights": self.weights, "bytes": self.bytes,
+            "options": self.options,
+        }  # fmt: skip
+        self.file.with_suffix(".asked.json").write_text(json.dumps(asked))
+        torch.save({"state": self.model.state_dict(), "inputs": self.inputs}, self.file.with_suffix(".tensors"))
+
+    @staticmethod
+    def asked(file: Path) -> "Job":
+        """The job that was written beside a file."""
+        asked = json.loads(file.with_suffix(".asked.json").read_text())
+        tensors = torch.load(file.with_suffix(".tensors"), weights_only=True)
+        model = plain_network.built(asked.pop("model"), tensors["state"])
+        return Job(model=model, inputs=tensors["inputs"], file=file, **asked)
 
 
 def serve(quantize: Callable[[Job], Weights]) -> None:
     """Do the job whose file the command line names, and write what came of it."""
     file = Path(sys.argv[1])
-    job: Job = torch.load(_beside(file), weights_only=False)  # of the process that started this one
+    job = Job.asked(file)
     before = _processor_seconds()
     weights = quantize(job)
     found = {"weights": weights, "seconds": _processor_seconds() - before, "MiB": _peak_kib() / 1024}
@@ -57,10 +77,6 @@ def serve(quantize: Callable[[Job], Weights]) -> None:
 def answer(file: Path) -> dict[str, Any]:
     """What `serve` wrote: the weights; seconds of the processor, without imports; the most memory, with everything."""
     return json.loads(file.with_suffix(".json").read_text())
-
-
-def _beside(file: Path) -> Path:
-    return file.with_suffix(".job")
 
 
 def _processor_seconds() -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from others.exchange import Job
 from subjects import Subject, outputs
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from hawqfx.frontend.losses import cross_entropy
@@ -64,6 +64,45 @@ def test_a_network_of_torchs_own_modules_answers_the_same() -> None:
         nn.Conv2d, nn.Conv2d, nn.Linear,
     ]  # fmt: skip
     assert sum(each.numel() for each in plain.parameters()) == sum(each.numel() for each in model.parameters())
+
+
+class Functions(nn.Module):
+    """What traced networks hold beside layers: functions, methods, slices, numbers, and a parameter of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gain = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.norm(self.conv(x)), inplace=True)
+        return (
+            torch.cat([x[:, 1:, ::2], F.pad(x, (0, 1))[:, 1:, ::2, :-1]], dim=1).mean([2, 3])
+            @ self.gain.repeat(2)[1:-1]
+        )
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8, 8)
+    for model in (Functions().eval(), network()):
+        job = Job(peers.plain(model), x, ["conv.weight"], 2.5, {"bits": {"conv.weight": 3}}, tmp_path / "model.onnx")
+        job.ask()
+        read = Job.asked(job.file)
+        assert torch.equal(read.model(x), job.model(x))
+        assert list(read.model.state_dict()) == list(job.model.state_dict())
+        assert not any(module.training for module in read.model.modules())
+        assert (read.weights, read.bytes, read.options, read.file) == (job.weights, job.bytes, job.options, job.file)
+
+
+def test_a_job_of_modules_of_ones_own_is_refused(tmp_path: Path) -> None:
+    class Leaf(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return True
+
+    model = network()
+    traced = fx.GraphModule(model, Leaf().trace(model))
+    with pytest.raises(TypeError, match="Padded is no module"):
+        Job(traced, torch.zeros(1, 2, 8, 8), [], 0, {}, tmp_path / "model.onnx").ask()
 
 
 def test_bytes_are_bits_times_elements() -> None:
