@@ -1,37 +1,25 @@
 """Random networks of the operators that hawqfx knows, each made from its seed alone.
 
-Three families: "convolutional" (odd sizes, strides, dilations, groups, padding modes, pools, batch-norms, branches,
-concatenations, shared layers), "transformer" (embeddings or projections, attention in its forms, norms, gated and plain
-MLPs) and "mixed" (a convolutional stem, tokens, attention, several inputs or outputs, constants, views).
+Three families: "convolutional" (images of one to three axes, through the pieces of images.py), "transformer" (words or
+vectors, through those of tokens.py) and "mixed" (images and what is beside them: vectors, words, masks, numbers).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from tests.fuzz import images, tokens
+from tests.fuzz.draws import Choices, Made, activation, odd_weights
 
 Family = Literal["convolutional", "transformer", "mixed"]
 FAMILIES: tuple[Family, ...] = ("convolutional", "transformer", "mixed")
-
-
-class Choices:
-    """Draws from a seeded generator."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = torch.Generator().manual_seed(seed)
-
-    def number(self, low: int, high: int) -> int:
-        """A whole number from low to high, both included."""
-        return int(torch.randint(low, high + 1, (), generator=self.random))
-
-    def one(self, *values: Any) -> Any:
-        return values[self.number(0, len(values) - 1)]
-
-    def chance(self, percent: int) -> bool:
-        return self.number(1, 100) <= percent
+Inputs = Any  # a tensor, or a mapping of tensors and numbers, as a batch of compile()
 
 
 @dataclass(frozen=True)
@@ -41,210 +29,191 @@ class Case:
     Args:
         model: in eval mode.
         batches: of inputs, as compile() takes them.
+        others: inputs of other sizes than those, which the network takes too.
+        dynamic_shapes: what else than the batch varies, as compile() takes it.
     """
 
     model: nn.Module
-    batches: list[Any]
+    batches: list[Inputs]
+    others: list[Inputs]
+    dynamic_shapes: Any = None
 
 
-def _activation(draw: Choices) -> Callable[[Tensor], Tensor]:
-    return draw.one(
-        F.relu, F.relu6, F.gelu, F.silu, F.leaky_relu, F.hardswish, torch.sigmoid, torch.tanh, F.elu, nn.Identity(),
-        lambda x: x.clamp(0, 4), lambda x: x.clamp_min(0), F.mish, F.softplus,
+@dataclass(frozen=True)
+class Drawn:
+    """A network, what makes its inputs for a number of samples (and of tokens), and what varies but the batch."""
+
+    model: nn.Module
+    inputs: Callable[..., Inputs]
+    dynamic_shapes: Any = None
+    longer: Mapping[str, int] = field(default_factory=dict)
+
+
+def _ends(draw: Choices, wide: int) -> tuple[nn.Module, Callable[[Any, Tensor], Any]]:
+    """A head, and how (N, wide) and what it was made of become the outputs."""
+    head, act = nn.Linear(wide, draw.number(2, 7), bias=draw.chance(70)), activation(draw)
+    ways: tuple[Callable[[Any, Tensor], Any], ...] = (
+        lambda head, x: head(x), lambda head, x: head(act(x)), lambda head, x: head(x).softmax(-1),
+        lambda head, x: (head(x), x), lambda head, x: {"logits": head(x), "features": F.normalize(x)},
+        lambda head, x: [head(x).sigmoid(), head(-x)], lambda head, x: head(x).squeeze(-1).log_softmax(-1),
     )  # fmt: skip
+    return head, draw.one(ways[0], ways[0], ways[1], *ways)
 
 
-class _Conv(nn.Module):
-    """A convolution with a random geometry, perhaps a batch-norm, and an activation."""
+def _convolutional(draw: Choices) -> Drawn:
+    dims, channels = draw.one(1, 2, 2, 2, 3), draw.number(1, 4)
+    size = {1: draw.number(20, 40), 2: draw.number(10, 17), 3: draw.number(7, 9)}[dims]
+    wide = draw.one(2, 4, 6, 8, 12)
+    pieces: list[nn.Module] = [images.conv(draw, channels, wide, dims, keeps=size < 9)]
+    for _ in range(draw.number(1, 3)):
+        piece, wide = draw.one(*images.PIECES)(draw, wide, dims)
+        pieces.append(piece)
+    (head, end), pooled = _ends(draw, wide), draw.one("mean", "flatten", "max", "map")
 
-    def __init__(self, draw: Choices, channels: int, wide: int, dims: int, keeps: bool) -> None:
-        super().__init__()
-        kernel = draw.one(1, 2, 3, 3, 5)
-        groups = draw.one(1, 1, 1, channels if wide % channels == 0 else 1)
-        dilation = draw.one(1, 1, 2) if kernel > 1 else 1
-        stride = 1 if keeps else draw.one(1, 2, 3)
-        same = keeps or draw.chance(50)
-        padding: Any = "same" if same and stride == 1 else draw.number(0, kernel // 2)
-        mode: Any = draw.one("zeros", "zeros", "zeros", "reflect", "replicate", "circular") if dims == 2 else "zeros"
-        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        self.conv = kind(
-            channels, wide, kernel, stride, padding, dilation, groups, bias=draw.chance(70), padding_mode=mode
-        )
-        norms = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-        self.norm = norms[dims](wide) if draw.chance(60) else draw.one(nn.Identity(), nn.GroupNorm(1, wide))
-        self.activation = _activation(draw)
+    def compute(my: Any, x: Tensor) -> Any:
+        x = my.body(x)
+        if pooled == "map":
+            return x, my.head(x.flatten(2).mean(2))
+        flat = x.flatten(2)
+        return end(my.head, flat[..., 0] if pooled == "flatten" else flat.mean(2) if pooled == "mean" else flat.amax(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.norm(self.conv(x)))
+    model = Made(compute, body=nn.Sequential(*pieces), head=head)
+    return Drawn(model, lambda rows: draw.normal(rows, channels, *[size] * dims))
 
 
-class Convolutional(nn.Module):
-    """Convolutions with branches; some layers are used twice."""
+def _transformer(draw: Choices) -> Drawn:
+    wide, words, bag = draw.one(8, 16, 16, 32, 64), draw.number(10, 40), draw.chance(8)
+    of_words = bag or draw.chance(60)
+    table: nn.Module = nn.Embedding(words, wide) if of_words else nn.Linear(6, wide)
+    if bag:
+        table = nn.EmbeddingBag(words, wide, mode=draw.one("mean", "sum"))
+    head = nn.Linear(wide, words if of_words else 5, bias=False)
+    if of_words and draw.chance(40):
+        head.weight = table.weight  # type: ignore[assignment]
+    places = draw.one("none", "added", "looked up")
+    ends = draw.one("all", "all", "mean", "first", "several")
+    gain = draw.one(1.0, 1.0, wide**0.5)
 
-    def __init__(self, draw: Choices) -> None:
-        super().__init__()
-        self.dims = draw.one(1, 2, 2, 2, 3)
-        self.inputs, wide = draw.number(1, 4), draw.one(4, 6, 8, 12)
-        self.stem = _Conv(draw, self.inputs, wide, self.dims, keeps=False)
-        self.blocks, self.kinds = nn.ModuleList(), []
-        for _ in range(draw.number(1, 3)):
-            kind = draw.one("plain", "residual", "concat", "gate", "shared", "pool", "up", "split")
-            self.kinds.append(kind)
-            own = wide // 2 if kind == "split" else wide
-            self.blocks.append(_Conv(draw, own, own, self.dims, keeps=kind != "plain"))
-            if kind == "concat":
-                self.blocks.append(nn.Identity())
-                wide *= 2
-        self.pool, self.scale = draw.one("max", "avg", "ceil"), nn.Parameter(torch.randn(1))
-        self.ends, self.several = draw.one("mean", "flat", "map"), draw.chance(25)
-        self.head = nn.Linear(wide, draw.number(2, 7))
+    def compute(my: Any, x: Tensor) -> Any:
+        x = my.table(x).unsqueeze(1) if bag else my.table(x) * gain
+        if places != "none":
+            steps = my.places(torch.arange(x.shape[1])) if places == "looked up" else my.places.weight[: x.shape[1]]
+            x = x + steps
+        x = my.blocks(x)
+        if ends == "several":
+            return my.head(x), x.mean(1)
+        return my.head(x if ends == "all" else x.mean(1) if ends == "mean" else x[:, 0])
 
-    def forward(self, x: Tensor) -> Any:
-        x = self.stem(x)
-        blocks = iter(self.blocks)
-        for kind in self.kinds:
-            x = self._block(kind, blocks, x)
-        pooled = x.flatten(2).mean(2)
-        if self.ends == "map":
-            return x, self.head(pooled)
-        out = self.head(F.relu(pooled) if self.ends == "flat" else pooled)
-        return {"logits": out, "features": pooled} if self.several else out
+    looked_up = None if places == "none" else nn.Embedding(tokens.LONGEST, wide)
+    model = Made(compute, table=table, blocks=tokens.blocks(draw, wide), head=head, places=looked_up)
 
-    def _block(self, kind: str, blocks: Any, x: Tensor) -> Tensor:
-        block = next(blocks)
-        if kind == "plain":
-            return block(x) if min(x.shape[2:]) >= 12 else x + block.activation(x) * self.scale
-        if kind == "residual":
-            return x + block(x)
-        if kind == "concat":
-            next(blocks)
-            return torch.cat([x, block(x)], 1)
-        if kind == "gate":
-            return x * torch.sigmoid(block(x).flatten(2).mean(2)).reshape(-1, x.shape[1], *[1] * self.dims)
-        if kind == "shared":
-            return block(block(x))
-        if kind == "split":
-            one, two = x.chunk(2, 1)
-            return torch.cat([one, block(two)], 1)
-        if kind == "up":
-            return F.interpolate(block(x), scale_factor=2, mode="nearest")
-        return self._pooled(block(x))
+    def inputs(rows: int, length: int = 7) -> Tensor:
+        if of_words:
+            return torch.randint(0, words, (rows, length), generator=draw.random)
+        return draw.normal(rows, length, 6)
 
-    def _pooled(self, x: Tensor) -> Tensor:
-        if min(x.shape[2:]) < 4:
-            return x
-        name = "max" if self.pool == "max" else "avg"
-        return getattr(F, f"{name}_pool{self.dims}d")(x, 3, 2, 1, ceil_mode=self.pool == "ceil")
+    if draw.chance(75):
+        return Drawn(model, inputs)
+    return Drawn(model, inputs, {"inputs": ({1: Dim("length", max=48)},)}, {"length": 10})
 
 
-class _Block(nn.Module):
-    """Attention and an MLP, before or after a norm."""
+def _mixed(draw: Choices) -> Drawn:
+    """A convolutional stem whose pixels are tokens, and other inputs beside the images."""
+    wide, channels, patch = draw.one(8, 16, 32), draw.number(1, 3), draw.one(2, 4)
+    stem: nn.Module = nn.Conv2d(channels, wide, draw.one(patch, patch, 3), patch)
+    if draw.chance(40):
+        stem = nn.Sequential(images.conv(draw, channels, 4, 2), images.conv(draw, 4, wide, 2), nn.AvgPool2d(patch))
+    join = draw.one("add", "cat", "film", "cross", "mask", "number", "scalar")
+    again = draw.chance(30)
+    head, end = _ends(draw, 2 * wide if join == "cat" else wide)
 
-    def __init__(self, draw: Choices, wide: int) -> None:
-        super().__init__()
-        self.heads, self.form = draw.one(1, 2, 4), draw.one("module", "function", "written", "causal")
-        self.attention = nn.MultiheadAttention(wide, self.heads, batch_first=True) if self.form == "module" else None
-        self.projection, self.out = nn.Linear(wide, 3 * wide, bias=draw.chance(50)), nn.Linear(wide, wide)
-        self.norms = nn.ModuleList([draw.one(nn.LayerNorm(wide), nn.RMSNorm(wide)) for _ in range(2)])
-        self.up, self.gate, self.down = nn.Linear(wide, 2 * wide), nn.Linear(wide, 2 * wide), nn.Linear(2 * wide, wide)
-        self.gated, self.first, self.activation = draw.chance(50), draw.chance(50), _activation(draw)
-
-    def forward(self, x: Tensor) -> Tensor:
-        attention, norm = self.norms
-        x = x + self._attend(attention(x)) if self.first else attention(x + self._attend(x))
-        return x + self._mlp(norm(x)) if self.first else norm(x + self._mlp(x))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        if self.attention is not None:
-            return self.attention(x, x, x, need_weights=False)[0]
-        batch, length, wide = x.shape
-        q, k, v = (
-            part.reshape(batch, length, self.heads, -1).transpose(1, 2) for part in self.projection(x).chunk(3, -1)
-        )
-        if self.form == "written":
-            mixed = ((q @ k.transpose(-1, -2)) * (wide // self.heads) ** -0.5).softmax(-1) @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.form == "causal")
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, wide))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        inner = self.activation(self.up(x))
-        return self.down(inner * self.gate(x) if self.gated else inner)
-
-
-class Transformer(nn.Module):
-    """Blocks over tokens of a table or over vectors; the table may be the head, too."""
-
-    def __init__(self, draw: Choices) -> None:
-        super().__init__()
-        self.wide, self.words = draw.one(8, 12, 16), draw.number(10, 30)
-        if self.wide % 4:
-            self.wide = 16
-        self.tokens = draw.chance(60)
-        self.table = nn.Embedding(self.words, self.wide) if self.tokens else nn.Linear(6, self.wide)
-        self.places = nn.Parameter(torch.randn(1, 32, self.wide)) if draw.chance(50) else None
-        self.blocks = nn.Sequential(*(_Block(draw, self.wide) for _ in range(draw.number(1, 2))))
-        self.head = nn.Linear(self.wide, self.words if self.tokens else 5, bias=False)
-        if self.tokens and draw.chance(40):
-            self.head.weight = self.table.weight
-        self.ends = draw.one("all", "mean", "first")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.table(x)
-        if self.places is not None:
-            x = x + self.places[:, : x.shape[1]]
-        x = self.blocks(x)
-        return self.head(x if self.ends == "all" else x.mean(1) if self.ends == "mean" else x[:, 0])
-
-
-class Mixed(nn.Module):
-    """A convolutional stem whose pixels are tokens, and vectors beside the images."""
-
-    def __init__(self, draw: Choices) -> None:
-        super().__init__()
-        wide = draw.one(8, 16)
-        self.inputs = draw.number(1, 3)
-        self.stem = nn.Conv2d(self.inputs, wide, draw.one(2, 4), draw.one(2, 4))
-        self.block, self.side = _Block(draw, wide), nn.Linear(5, wide)
-        self.constant = nn.Parameter(torch.randn(wide), requires_grad=False)
-        self.join, self.again = draw.one("add", "cat", "film"), draw.chance(30)
-        self.head = nn.Linear(2 * wide if self.join == "cat" else wide, draw.number(2, 6))
-
-    def forward(self, image: Tensor, vector: Tensor) -> Tensor:
-        x = self.stem(image).flatten(2).transpose(1, 2)
-        x = self.block(self.block(x) if self.again else x)
-        side = torch.tanh(self.side(vector)) * self.constant
+    def compute(my: Any, image: Tensor, **beside: Any) -> Any:
+        x = my.stem(image).flatten(2).transpose(1, 2)
+        x = my.blocks(my.blocks(x) if again else x)
+        if join == "cross":
+            x = my.cross(my.table(beside["words"]), x)
+        if join == "mask":
+            return end(my.head, (x * beside["mask"][:, : x.shape[1], None]).sum(1))
         pooled = x.mean(1)
-        if self.join == "cat":
-            return self.head(torch.cat([pooled, side], 1))
-        return self.head(pooled + side if self.join == "add" else pooled * side + side)
+        if join in ("number", "scalar"):
+            return end(my.head, pooled * (beside["number"] if join == "number" else beside["scalar"][:, None]))
+        if join == "cross":
+            return end(my.head, pooled)
+        side = torch.tanh(my.side(beside["vector"])) * my.constant
+        if join == "cat":
+            return end(my.head, torch.cat([pooled, side], 1))
+        return end(my.head, pooled + side if join == "add" else pooled * side + side)
+
+    parts: dict[str, Any] = {"stem": stem, "blocks": tokens.blocks(draw, wide, 2), "head": head}
+    if join == "cross":
+        parts |= {"cross": tokens.crossing(wide), "table": nn.Embedding(9, wide)}
+    if join in ("add", "cat", "film"):
+        parts |= {"side": nn.Linear(5, wide), "constant": draw.normal(wide)}
+    model = Made(compute, **parts)
+    names = {"cross": "words", "mask": "mask", "number": "number", "scalar": "scalar"}
+
+    def inputs(rows: int) -> dict[str, Any]:
+        made: dict[str, Callable[[], Any]] = {
+            "vector": lambda: draw.normal(rows, 5), "scalar": lambda: draw.normal(rows), "number": lambda: 0.7,
+            "words": lambda: torch.randint(0, 9, (rows, 3), generator=draw.random),
+            "mask": lambda: torch.rand(rows, 64, generator=draw.random) < 0.8,
+        }  # fmt: skip
+        name = names.get(join, "vector")
+        return {"image": draw.normal(rows, channels, 16, 16), name: made[name]()}
+
+    return Drawn(_Beside(model, names.get(join, "vector")), inputs)
+
+
+class _Beside(nn.Module):
+    """A module whose forward names its inputs, as torch.export asks for."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(
+        self, image: Tensor, vector: Any = None, words: Any = None, mask: Any = None, number: Any = None,
+        scalar: Any = None,
+    ) -> Any:  # fmt: skip
+        given = {"vector": vector, "words": words, "mask": mask, "number": number, "scalar": scalar}
+        return self.model(image, **{self.name: given[self.name]})
 
 
 def case(family: Family, seed: int) -> Case:
-    """The network of a seed, with two batches of its inputs."""
+    """The network of a seed, with two batches of its inputs, and inputs of one and of five samples."""
     draw = Choices(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: Any = {"convolutional": Convolutional, "transformer": Transformer, "mixed": Mixed}[family](draw)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.5, 2.0)
-        model.eval()
-        batches = [_inputs(model, draw) for _ in range(2)] if draw.chance(50) else [_inputs(model, draw)] * 2
-    return Case(model, batches)
+        while True:
+            found = _case({"convolutional": _convolutional, "transformer": _transformer, "mixed": _mixed}[family], draw)
+            if _runs(found):
+                return found
 
 
-def _inputs(model: Any, draw: Choices) -> Any:
-    rows = 3
-    if isinstance(model, Convolutional):
-        size = {1: 40, 2: 17, 3: 9}[model.dims]
-        return torch.randn(rows, model.inputs, *[size] * model.dims, generator=draw.random)
-    if isinstance(model, Transformer):
-        if model.tokens:
-            return torch.randint(0, model.words, (rows, 7), generator=draw.random)
-        return torch.randn(rows, 7, 6, generator=draw.random)
-    image = torch.randn(rows, model.inputs, 16, 16, generator=draw.random)
-    return {"image": image, "vector": torch.randn(rows, 5, generator=draw.random)}
+def _case(make: Callable[[Choices], Drawn], draw: Choices) -> Case:
+    drawn = make(draw)
+    for module in drawn.model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    odd_weights(draw, drawn.model)
+    drawn.model.eval().requires_grad_(draw.chance(80))
+    batches = [drawn.inputs(rows) for rows in ((3, 3) if draw.chance(50) else (4, 2))]
+    others = [drawn.inputs(1), drawn.inputs(5, **drawn.longer)]
+    return Case(drawn.model, batches, others, drawn.dynamic_shapes)
+
+
+@torch.no_grad()
+def _runs(found: Case) -> bool:
+    """Whether no image gets too small for a layer, and no value too large; the network is drawn again then."""
+    try:
+        outputs = [run(found.model, batch) for batch in (*found.batches, *found.others)]
+    except RuntimeError:
+        return False
+    return all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(outputs))
+
+
+def run(model: Any, batch: Inputs) -> Any:
+    """What a network answers to a batch."""
+    return model(**batch) if isinstance(batch, dict) else model(batch)

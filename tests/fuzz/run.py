@@ -2,10 +2,12 @@
 
     python -m tests.fuzz.run [--count N] [--seed N] [--only FAMILY:SEED ...]
 
-Every network is compiled under a random budget, with random widths, schemes, packing, target and rounding, exported,
-and run.  The file must compute what the graph computes, or the network must be refused by an error of hawqfx; a
-PassError, an ExportError or a BackendError is no refusal, but a promise that hawqfx broke.  Anything else is a finding,
-and its FAMILY:SEED is printed.
+Every network is compiled under a random budget, with random widths, schemes, packing, target, rounding and so on
+(settings.py), exported, and run.  The file must compute what the graph computes, on batches of other sizes too, and the
+captured network what the model computes; a budget that cannot be met must be met where it is raised to the least that
+the refusal names; some networks are saved and loaded, and must export the same bytes again.  Or the network is refused
+by an error of hawqfx; a PassError, an ExportError or a BackendError is no refusal, but a promise that hawqfx broke.
+Anything else is a finding, and its FAMILY:SEED is printed.
 """
 
 import argparse
@@ -14,8 +16,9 @@ import logging
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,11 +29,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import hawqfx
-from hawqfx.errors import BackendError, ExportError, HawqfxError, PassError
+from hawqfx.allocation.budget import Budget, Limit
+from hawqfx.errors import BackendError, ExportError, HawqfxError, InfeasibleBudget, PassError
 from hawqfx.runtime import ort
-from tests.fuzz.networks import FAMILIES, Choices, Family, case
+from tests.fuzz.draws import Choices
+from tests.fuzz.networks import FAMILIES, Case, Family, Inputs, case, run
+from tests.fuzz.settings import judged, settings
 
-SAME = 0.02  # of the outputs' mean: flipped ties, in networks of a few layers
+TIES = 0.02  # of the outputs' mean: flipped ties, in networks of a few layers
+SUMS = 1e-3  # of the outputs' mean: sums of float32 in another order, and behind ranges that are huge
 
 
 @dataclass(frozen=True)
@@ -46,59 +53,87 @@ class Outcome:
     detail: str = ""
 
 
-def options(draw: Choices) -> dict[str, Any]:
-    """A random budget, and random options beside it."""
-    widths = draw.one(range(2, 9), (2, 4, 8), (3, 5), (8,), range(2, 6))
-    budget = draw.one(
-        "weight_bits=6", "weight_bits=8", "weight_bits=7", "size=400%", "bops=6%", "bops=5%", "activation_memory=95%",
-        "weight_memory=60%", "weight_bits=7, bops=7%",
-    )  # fmt: skip
-    return {
-        "budget": budget,
-        "weight_bits": widths,
-        "activation_bits": draw.one((4, 6, 8), (8,), (6, 8)),
-        "schemes": draw.one(None, None, None, ("static", "dynamic"), ("static", "dynamic", "weight-only")),
-        "rounding": draw.one("nearest", "compensated"),
-        "target": draw.one("any", "any", "x86-avx2"),
-        "sensitivity": "mse",
-    }
+class Wrong(Exception):
+    """What is found in a network that compiled."""
 
 
 def tried(family: Family, seed: int, folder: Path) -> Outcome:
     """Compile, export and run one network."""
     found, draw = case(family, seed), Choices(seed + 1_000_000)
-    packing = draw.one("portable", "portable", "native")
-    path = folder / f"{family}-{seed}.onnx"
     try:
-        compiled = hawqfx.compile(found.model, data=found.batches, **options(draw))
-        compiled.export(path, packing)
-    except (PassError, ExportError, BackendError) as error:  # a promise broken, a file that is wrong or does not load
-        return Outcome("wrong", f"{type(error).__name__}: {error}")
+        _tried(found, draw, folder / f"{family}-{seed}")
+    except Wrong as error:
+        return Outcome("wrong", str(error))
     except HawqfxError as error:
-        return Outcome("refused", f"{type(error).__name__}: {error}")
+        # of these three, a promise was broken, or a file is wrong or does not load
+        kind = "wrong" if isinstance(error, (PassError, ExportError, BackendError)) else "refused"
+        return Outcome(kind, f"{type(error).__name__}: {error}")
     except Exception as error:  # what the fuzz is to find
-        return Outcome("wrong", f"{type(error).__name__}: {error}")
-    return _compared(compiled, path, found.batches[0])
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return Outcome("wrong", f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})")
+    return Outcome("right")
+
+
+def _tried(found: Case, draw: Choices, path: Path) -> None:
+    options = {"data": found.batches, **settings(draw, found)}
+    with torch.no_grad():
+        answers = [run(found.model, batch) for batch in (*found.batches, *found.others)]
+    if draw.chance(4):
+        options |= judged(draw, found, answers[: len(found.batches)]) or {}
+    compiled = _compiled(found, options)
+    file, packing = path.with_suffix(".onnx"), draw.one("portable", "portable", "native")
+    compiled.export(file, packing)
+    session = ort.session(file)
+    for batch, answer in zip((*found.batches, *found.others), answers, strict=True):
+        _compare("the captured network", compiled.session.measured.graph, batch, _tensors(answer), SUMS)
+        outputs = ort.run(session, [leaf.numpy() for leaf in _tensors(batch)])
+        _compare("the graph", compiled.model, batch, [torch.from_numpy(each) for each in outputs], TIES)
+    if draw.chance(12):
+        compiled.save(path.with_suffix(".hawqfx"))
+        loaded = hawqfx.load(path.with_suffix(".hawqfx"), found.model, found.dynamic_shapes)
+        again = path.with_suffix(".again.onnx")
+        loaded.export(again, packing)
+        if again.read_bytes() != file.read_bytes():
+            raise Wrong("the network that was saved and loaded exports other bytes")
+
+
+def _compiled(found: Case, options: dict[str, Any]) -> hawqfx.Compiled:
+    """The compiled network; where a limit is too small, under the least that the refusal names.
+
+    Raises:
+        Wrong: if that is too small again.
+    """
+    raised: dict[str, str] = {}
+    budget = Budget.of(options["budget"])
+    while True:
+        try:
+            return hawqfx.compile(found.model, **{**options, "budget": budget})
+        except InfeasibleBudget as error:
+            if error.limit in raised and error.limit != "size":  # of a size, the first is predicted, the next weighed
+                raise Wrong(f"{raised[error.limit]}; and then: {error}") from error
+            if not error.least >= 0 or raised.get(error.limit) == str(error):
+                raise
+            raised[error.limit] = str(error)
+            budget = replace(budget, **{error.limit: Limit(error.least)})
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 @torch.no_grad()
-def _compared(compiled: hawqfx.Compiled, path: Path, batch: Any) -> Outcome:
-    """The file against the graph, on other samples than the export was checked on: two of the first batch."""
-    kwargs = batch if isinstance(batch, dict) else {}
-    args = () if isinstance(batch, dict) else (batch,)
-    args, kwargs = pytree.tree_map(lambda x: x[:2].flip(0), (args, kwargs))
-    graph = [leaf for leaf in pytree.tree_leaves(compiled.model(*args, **kwargs)) if isinstance(leaf, Tensor)]
-    tensors = [leaf.numpy() for leaf in pytree.tree_leaves((args, kwargs))]
-    answers = [torch.from_numpy(each) for each in ort.run(ort.session(path), tensors)]
-    if len(graph) != len(answers):
-        return Outcome("wrong", f"the file has {len(answers)} outputs, the graph {len(graph)}")
-    for number, (one, other) in enumerate(zip(answers, graph, strict=True)):
+def _compare(name: str, model: Any, batch: Inputs, answers: list[Tensor], most: float) -> None:
+    """Raises Wrong if a model's outputs differ from these answers by more than `most` of their mean size."""
+    wanted = _tensors(run(model, batch))
+    if len(wanted) != len(answers):
+        raise Wrong(f"{name} has {len(wanted)} outputs, and not {len(answers)}")
+    for number, (one, other) in enumerate(zip(answers, wanted, strict=True)):
+        what = f"{name} on {[tuple(each.shape) for each in _tensors(batch)]}: output {number}"
         if one.shape != other.shape:
-            return Outcome("wrong", f"output {number} has shape {tuple(one.shape)}, the graph's {tuple(other.shape)}")
+            raise Wrong(f"{what} has shape {tuple(other.shape)}, and not {tuple(one.shape)}")
         away = float((one - other).double().abs().mean() / other.double().abs().mean().clamp_min(1e-30))
-        if not away <= SAME:
-            return Outcome("wrong", f"output {number} differs by {away:.1%} of its mean")
-    return Outcome("right")
+        if not away <= most:
+            raise Wrong(f"{what} differs by {away:.2%} of its mean")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -118,16 +153,16 @@ def main(words: list[str] | None = None) -> int:
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     refusals: collections.Counter[str] = collections.Counter()
     start, console = time.perf_counter(), Console(width=160)
-    with tempfile.TemporaryDirectory() as folder:
-        for family, seed in wanted:
+    for number, (family, seed) in enumerate(wanted, 1):
+        with tempfile.TemporaryDirectory() as folder:
             outcome = tried(family, seed, Path(folder))
-            counts[family, outcome.kind] += 1
-            if outcome.kind == "refused":
-                refusals[outcome.detail.partition(":")[0]] += 1
-            if outcome.kind == "wrong" or args.only or (args.refused and outcome.kind == "refused"):
-                console.print(f"{family}:{seed} {outcome.kind}: {outcome.detail[:600]}", markup=False, soft_wrap=True)
-            for file in Path(folder).iterdir():
-                file.unlink()
+        counts[family, outcome.kind] += 1
+        if outcome.kind == "refused":
+            refusals[outcome.detail.partition(":")[0]] += 1
+        if outcome.kind == "wrong" or args.only or (args.refused and outcome.kind == "refused"):
+            console.print(f"{family}:{seed} {outcome.kind}: {outcome.detail[:600]}", markup=False, soft_wrap=True)
+        if number % 50 == 0:
+            console.print(f"{number} networks in {time.perf_counter() - start:.0f} s")
     table = Table("family", "right", "refused", "wrong", title=f"{len(wanted)} networks from seed {args.seed}")
     for family in FAMILIES:
         table.add_row(family, *(str(counts[family, kind]) for kind in ("right", "refused", "wrong")))
