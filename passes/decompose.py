@@ -11,6 +11,7 @@ The results are equal but for the order of float sums:
 * attention is two products and a softmax;
 * silu(x) is x times sigmoid(x);
 * chunks of a tensor are slices of it;
+* the sum, mean or maximum of bags of words, all of one length, is that of what a table gives;
 * an average pool without padding counts none.
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Target
 
+from hawqfx.errors import CaptureError
 from hawqfx.ir.operators import (
     AVERAGE_POOLS,
     BATCH_NORM,
@@ -47,6 +49,45 @@ _TRANSPOSED: set[Target] = {
     _aten.conv_transpose2d.input,
     _aten.conv_transpose3d.input,
 }
+
+
+def _item(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
+    """An item of what has several."""
+    whole, _ = operands(node)
+    if isinstance(whole, fx.Node) and whole.target is _aten.embedding_bag.padding_idx:
+        return _bags(rewriter, node)
+    return _pieces(rewriter, node)
+
+
+def _bags(rewriter: GraphRewriter, node: fx.Node) -> fx.Node:
+    """The sum, mean or maximum of the vectors of each bag of words, the words being a matrix with a bag in each row.
+
+    Raises:
+        CaptureError: if bags may differ in their length, or words have weights: ONNX has such sums as a loop over bags
+            alone, on which onnxruntime 1.32 ends the process.
+    """
+    whole, number = operands(node)
+    table, words, starts, _, mode, _, weights, has_last, padding = whole.args
+    rows = words.args[0] if words.target is _aten.reshape.default and words.args[1] == [-1] else None
+    even = rows is not None and rows.meta["val"].ndim == 2 and _starts(starts, rows)
+    if number != 0 or not even or weights is not None or has_last or padding is not None:
+        raise CaptureError(
+            "embedding_bag is supported for words (N, L), bags of one length, without per_sample_weights= and "
+            "padding_idx=: use torch.nn.Embedding, and sum what it gives under a mask"
+        )
+    read = rewriter.call(_aten.embedding.default, table, rows)
+    reduced = (_aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default)[mode]  # as torch numbers them
+    return rewriter.call(reduced, read, [1])
+
+
+def _starts(starts: fx.Node, rows: fx.Node) -> bool:
+    """Whether these are the numbers of the first words of rows, one after another: arange(0, N L, L)."""
+    if starts.target is not _aten.arange.start_step or starts.args[0] != 0:
+        return False
+    step, length = starts.args[2], rows.meta["val"].shape[1]
+    if isinstance(step, fx.Node):
+        return step.target is _aten.sym_size.int and step.args == (rows, 1)
+    return bool(step == length)
 
 
 def _pieces(rewriter: GraphRewriter, node: fx.Node) -> fx.Node | None:
@@ -346,7 +387,7 @@ def _shuffled(rewriter: GraphRewriter, wide: fx.Node, strides: Sequence[int]) ->
 
 _Rule = Callable[[GraphRewriter, fx.Node], fx.Node | None]
 _RULES: dict[Target, _Rule] = {
-    operator.getitem: _pieces,
+    operator.getitem: _item,
     _aten.slice.Tensor: _nothing_cut,
     _aten.silu.default: _silu,
     **dict.fromkeys(AVERAGE_POOLS, _average),

@@ -79,7 +79,10 @@ def _all_different(planned: Program) -> Program:
             if layer.weight == site.key and layer.node in own and layer.bias is not None:
                 bias = planned.tensor(layer.bias).detach()
                 noise = torch.randint(1, 1024, bias.shape, generator=random).to(bias)
-                biases[width] = bias + noise * max(map(abs, quantizer.scale))
+                # in steps of the products, of which int32 holds so many more than calibration lets a bias have
+                read = planned.facts.get(layer.input, Quantizers).by_format.get(formats[layer.input])
+                step = read.scale[0] if read is not None and formats[layer.input].is_static else 1.0
+                biases[width] = bias + noise * step * max(map(abs, quantizer.scale))
         rounded[site.key] = replace(fact, codes={**fact.codes, width: codes}, biases=biases)
     return planned.learn(quantizers).learn(rounded)
 

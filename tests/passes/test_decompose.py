@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hawqfx.errors import CaptureError
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.program import Program
@@ -250,3 +251,33 @@ def test_projections_that_are_packed_are_layers_of_their_own() -> None:
     assert called.count("aten.linear.default") == 3
     assert "aten.split_with_sizes.default" not in called
     assert {f"attention.in_proj_weight_{part}" for part in (0, 1)} <= program.constants().keys()
+
+
+def test_bags_of_a_length_that_varies_are_a_table_and_a_reduction() -> None:
+    sizes = {"input": {0: torch.export.Dim("batch"), 1: torch.export.Dim("words")}}
+    program = capture(nn.EmbeddingBag(10, 4).eval(), Batch((torch.randint(0, 10, (3, 5)),), {}), sizes)
+    written = Decompose().rewrite(program)
+    assert "embedding_bag" not in targets(written)
+    words = torch.randint(0, 10, (2, 7))
+    assert torch.allclose(written.run((words,), {}), program.run((words,), {}), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_words_are_a_table_and_a_reduction(mode: str) -> None:
+    torch.manual_seed(0)
+    words = torch.randint(0, 10, (3, 5))
+    program, change = rewritten(nn.EmbeddingBag(10, 4, mode=mode), words, Decompose())
+    assert change < ROUNDING
+    assert "embedding" in targets(program)
+    assert "embedding_bag" not in targets(program)
+
+
+class _Weighted(nn.EmbeddingBag):
+    def forward(self, words: Tensor) -> Tensor:  # type: ignore[override]
+        return F.embedding_bag(words, self.weight, mode="sum", per_sample_weights=torch.ones(words.shape))
+
+
+def test_bags_whose_words_have_weights_are_refused_with_the_way_out() -> None:
+    """onnxruntime 1.32 ends the process, by a fault in memory, on the loop that they become."""
+    with pytest.raises(CaptureError, match=r"use torch\.nn\.Embedding"):
+        rewritten(_Weighted(10, 4), torch.randint(0, 10, (3, 5)), Decompose())
