@@ -249,7 +249,8 @@ def test_an_interrupt_leaves_nothing_and_says_how_to_go_on(tmp_path: Path) -> No
     time.sleep(2)  # into the passes, which take ten seconds
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    # Python ends by the signal itself where it came within an exec(); to a shell that is 130, too
+    assert process.returncode in (130, -signal.SIGINT), error
     assert "interrupted; with --cache FOLDER the same command goes on where it was" in error
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx" or path.name.startswith("tmp")] == []

@@ -194,7 +194,7 @@ def _writes_in_place(node: fx.Node) -> bool:
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Take out assertions and squeezes of nothing, and write views as reshapes, which need no particular strides.
+    """Take out assertions, copies, and squeezes of nothing; write views as reshapes, which need no particular strides.
 
     The assertions speak of types, devices and layouts that hold for the model as it is; those about sizes are kept by
     torch.export itself, when the graph is exported again.
@@ -206,6 +206,26 @@ def _simplify(graph: fx.Graph) -> None:
             node.target = torch.ops.aten.reshape.default
         elif node.target in SQUEEZES:
             _squeeze_by_axes(node)
+        elif node.target is torch.ops.aten.copy.default:
+            _copy_as_value(node)
+
+
+def _copy_as_value(node: fx.Node) -> None:
+    """Write what is copied over a whole tensor as the value that it is, in the tensor's type and shape: torch.export
+    leaves `aten.copy` of a write in place, which torch cannot differentiate."""
+    over, source = operands(node)[:2]
+    value, given = node.meta["val"], source.meta["val"]
+    steps: list[tuple[Any, Any]] = []
+    if given.dtype != value.dtype:
+        steps.append((torch.ops.aten.to.dtype, value.dtype))
+    if [*map(str, given.shape)] != [*map(str, value.shape)]:
+        steps.append((torch.ops.aten.expand_as.default, over))
+    with node.graph.inserting_before(node):
+        for target, other in steps:
+            source = node.graph.call_function(target, (source, other))
+            source.meta = dict(node.meta)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
 
 
 def _squeeze_by_axes(node: fx.Node) -> None:

@@ -240,3 +240,27 @@ def test_torch_prints_nothing_and_its_advice_is_left_out(capsys: pytest.CaptureF
     assert "TORCH" not in str(caught.value)
     assert "draft_export" not in str(caught.value)
     assert "def forward" not in capsys.readouterr().err
+
+
+class _WritesAll(nn.Module):
+    """Writes over whole tensors: of the same shape, of one row for all, and of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
+        first.copy_(self.one(x))
+        second[...] = self.two(x.mean(0, keepdim=True))
+        third[...] = (x > 0).long()
+        return first + second * third
+
+
+def test_what_is_written_over_a_whole_tensor_has_a_derivative() -> None:
+    torch.manual_seed(0)
+    model, x = _WritesAll().eval(), torch.randn(3, 4)
+    program = capture(model, Batch((x,), {}))
+    assert torch.equal(program.run((x,), {}), model(x))
+    program.run((x,), {}).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
