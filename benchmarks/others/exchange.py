@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from others import plain_network
-from torch import Tensor, fx
-from torch.library import Library
+from torch import Tensor, fx, library
 
 Weights = dict[str, tuple[int, int]]  # weight -> its bits, and how many elements it has
 
-_torchvision = Library("torchvision", "FRAGMENT")
+_torchvision = library.Library("torchvision", "FRAGMENT")
 
 
 @dataclass(frozen=True)

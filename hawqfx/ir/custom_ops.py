@@ -24,13 +24,12 @@ In the graph that is exported, other operators replace them and some of ATen's:
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from hawqfx.maths import affine
 
 
-@custom_op("hawqfx::fake_quantize", mutates_args=())
+@library.custom_op("hawqfx::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     """`x` through a static quantizer and back; arguments and result are those of hawqfx.maths.affine.fake_quantize."""
     return affine.fake_quantize(x, scale, zero_point, low, high)
@@ -60,7 +59,7 @@ fake_quantize.register_autograd(_gradient_in_range, setup_context=_save_inputs)
 FAKE_QUANTIZE = torch.ops.hawqfx.fake_quantize.default
 
 
-@custom_op("hawqfx::dequantize", mutates_args=())
+@library.custom_op("hawqfx::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """The values of signed integer codes with zero-point 0.
 
@@ -83,7 +82,7 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 DEQUANTIZE = torch.ops.hawqfx.dequantize.default
 
 
-@custom_op("hawqfx::global_average", mutates_args=())
+@library.custom_op("hawqfx::global_average", mutates_args=())
 def global_average(x: Tensor) -> Tensor:
     """The mean over all axes but batch and channel: (N, C, ...) -> (N, C, 1, ...)."""
     return x.mean(tuple(range(2, x.ndim)), keepdim=True)
@@ -97,7 +96,7 @@ def _(x: Tensor) -> Tensor:
 GLOBAL_AVERAGE = torch.ops.hawqfx.global_average.default
 
 
-@custom_op("hawqfx::space_to_depth", mutates_args=())
+@library.custom_op("hawqfx::space_to_depth", mutates_args=())
 def space_to_depth(x: Tensor, pads: list[int], block: int) -> Tensor:
     """Blocks of an image as pixels with more channels.
 
@@ -127,7 +126,7 @@ def _(x: Tensor, pads: list[int], block: int) -> Tensor:
 SPACE_TO_DEPTH = torch.ops.hawqfx.space_to_depth.default
 
 
-@custom_op("hawqfx::dequantize_rows", mutates_args=())
+@library.custom_op("hawqfx::dequantize_rows", mutates_args=())
 def dequantize_rows(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     """The values of some rows of a table of signed integer codes with zero-point 0.
 
@@ -150,13 +149,13 @@ def _(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
 DEQUANTIZE_ROWS = torch.ops.hawqfx.dequantize_rows.default
 
 
-@custom_op("hawqfx::fake_quantize_dynamic", mutates_args=())
+@library.custom_op("hawqfx::fake_quantize_dynamic", mutates_args=())
 def fake_quantize_dynamic(x: Tensor) -> Tensor:
     """`x` through an 8-bit quantizer over the range of its values; see hawqfx.maths.affine.fake_quantize_dynamic."""
     return affine.fake_quantize_dynamic(x)
 
 
-@custom_op("hawqfx::fake_quantize_blocks", mutates_args=())
+@library.custom_op("hawqfx::fake_quantize_blocks", mutates_args=())
 def fake_quantize_blocks(x: Tensor, block: int) -> Tensor:
     """Rows (..., K) through an 8-bit quantizer for every block; see hawqfx.maths.affine.fake_quantize_blocks."""
     return affine.fake_quantize_blocks(x, block)
@@ -172,7 +171,7 @@ FAKE_QUANTIZE_DYNAMIC = torch.ops.hawqfx.fake_quantize_dynamic.default
 FAKE_QUANTIZE_BLOCKS = torch.ops.hawqfx.fake_quantize_blocks.default
 
 
-@custom_op("hawqfx::dynamic_linear", mutates_args=())
+@library.custom_op("hawqfx::dynamic_linear", mutates_args=())
 def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """A linear layer without bias in the scheme "dynamic".
 
@@ -187,7 +186,7 @@ def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return affine.fake_quantize_dynamic(x) @ (codes.to(scale.dtype) * scale[:, None]).T
 
 
-@custom_op("hawqfx::pack_blocks", mutates_args=())
+@library.custom_op("hawqfx::pack_blocks", mutates_args=())
 def pack_blocks(codes: Tensor, bits: int) -> Tensor:
     """Codes as hawqfx.maths.packing.pack_blocks packs them.
 
@@ -209,7 +208,7 @@ def _unpack_blocks(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Ten
     return (signed * scale).flatten(1)[:, :columns]
 
 
-@custom_op("hawqfx::blockwise_linear", mutates_args=())
+@library.custom_op("hawqfx::blockwise_linear", mutates_args=())
 def blockwise_linear(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """A linear layer without bias in the scheme "weight-only".
 
@@ -227,7 +226,7 @@ def blockwise_linear(x: Tensor, codes: Tensor, scale: Tensor, columns: int, bits
     return affine.fake_quantize_blocks(x, codes.shape[2] * 8 // bits) @ weight.T
 
 
-@custom_op("hawqfx::blockwise_rows", mutates_args=())
+@library.custom_op("hawqfx::blockwise_rows", mutates_args=())
 def blockwise_rows(codes: Tensor, scale: Tensor, rows: Tensor, columns: int, bits: int) -> Tensor:
     """The values of some rows of a table in blocks.
 

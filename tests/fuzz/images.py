@@ -133,8 +133,12 @@ def _up(draw: Choices, channels: int, dims: int) -> tuple[nn.Module, int]:
             lambda my, x: my.conv(x.repeat_interleave(2, -1) if max(x.shape[2:]) < LARGEST else x),
             conv=conv(draw, channels, channels, dims),
         ), channels
-    grow = lambda x: F.interpolate(x, scale_factor=2, mode=mode) if max(x.shape[2:]) < LARGEST else x  # noqa: E731
-    return Made(lambda my, x: grow(my.conv(x)), conv=conv(draw, channels, channels, dims)), channels  # type: ignore[no-untyped-call]
+
+    def compute(my: Any, x: Tensor) -> Tensor:
+        x = my.conv(x)
+        return F.interpolate(x, scale_factor=2, mode=mode) if max(x.shape[2:]) < LARGEST else x
+
+    return Made(compute, conv=conv(draw, channels, channels, dims)), channels
 
 
 def _transposed(draw: Choices, channels: int, dims: int) -> tuple[nn.Module, int]:
