@@ -1,13 +1,14 @@
 """The one way to edit a graph: passes write into a copy of the program's graph."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 from torch.fx.node import Target
 
 from hawqfx.ir.graph import copy_graph, set_tensor, tensor_of
@@ -65,8 +66,15 @@ class GraphRewriter:
             node.meta["val"] = like.meta.get("val")
         elif all(source.meta.get("val") is not None for source in node.all_input_nodes):
             values = fx.map_arg((args, kwargs), lambda source: source.meta["val"])
-            node.meta["val"] = target(*values[0], **values[1])
+            with self._shapes_alone():
+                node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    def _shapes_alone(self) -> AbstractContextManager[Any]:
+        """Where torch computes shapes, and no values: an operator of sizes alone, such as arange, would else make a
+        tensor, and a size that varies would be fixed by that in every shape of the graph."""
+        recorded = (node.meta.get("val") for node in self.graph.nodes)
+        return next((value.fake_mode for value in recorded if isinstance(value, FakeTensor)), nullcontext())
 
     def parameter(self, key: str, value: Tensor, like: fx.Node | None = None) -> fx.Node:
         """A new node that reads a parameter, which is put at this qualified name.

@@ -89,6 +89,27 @@ def test_sequences_of_any_length(tmp_path: Path, how: str, causal: bool) -> None
     assert not made.planned.left_float
 
 
+def test_a_length_varies_behind_every_causal_layer() -> None:
+    """A triangle of a length that varies is made in the graph; in the shapes that it was made with, later layers would
+    see one length alone."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                q, k, v = layer(x).chunk(3, -1)
+                x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return x
+
+    model, data = seeded(Twice), torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    made = compiled(model, data, dynamic_shapes={"x": {1: Dim("tokens", max=48)}})
+    longer = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(made.session.measured.graph(longer), model(longer))
+
+
 def test_images_of_any_size(tmp_path: Path) -> None:
     data = [torch.randn(2, 1, size, size + 2, generator=torch.Generator().manual_seed(size)) for size in (8, 11)]
     made = compiled(seeded(Pixels), data, dynamic_shapes={"x": {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}})
