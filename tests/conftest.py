@@ -1,13 +1,9 @@
 """Golden texts: `pytest --update-golden` writes them anew; look at the difference before you commit it."""
 
-import copy
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -28,18 +24,3 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(), f"differs from {path}: if that is right, run pytest --update-golden"
 
     return check
-
-
-@pytest.fixture(scope="session", autouse=True)
-def operators_read_once() -> Iterator[None]:
-    """torch.onnx.export parses the source of all of torch's ONNX operators for every file: half of its time."""
-    read = cache(ONNXRegistry.from_torchlib)
-
-    def from_torchlib(opset_version: int = TORCHLIB_OPSET) -> ONNXRegistry:
-        registry = copy.copy(read(opset_version))
-        registry.functions = {target: [*known] for target, known in registry.functions.items()}  # an export adds to it
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
-        yield

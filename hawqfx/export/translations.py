@@ -1,5 +1,6 @@
 """fx operators -> ONNX operators, by torch.onnx with translations of the operators that hawqfx adds."""
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
-from onnxscript.values import Op, Opset
+from onnxscript.values import Op, Opset, TracedOnnxFunction
 
 from hawqfx.errors import ExportError
 from hawqfx.export.packed_weights import DOMAIN, ROWS
@@ -40,7 +41,7 @@ def translate(exported: torch.export.ExportedProgram, opset: int) -> ir.Model:
     Raises:
         ExportError: if torch.onnx cannot translate the graph.
     """
-    with _quiet():
+    with _quiet(), _parsed_once():
         try:
             program = torch.onnx.export(
                 exported,
@@ -70,6 +71,21 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+_FUNCTIONS: Any = TracedOnnxFunction  # torch's operators in ONNX's, which live as long as the process
+_parsed = functools.cache(_FUNCTIONS.function_ir.fget)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """onnxscript (0.7) parses the source of all its functions for every export: a third of a small network's time."""
+    again = _FUNCTIONS.function_ir
+    _FUNCTIONS.function_ir = property(_parsed)
+    try:
+        yield
+    finally:
+        _FUNCTIONS.function_ir = again
 
 
 def _constant(value: object, dtype: type[np.generic]) -> Any:
