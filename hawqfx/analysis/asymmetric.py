@@ -14,7 +14,9 @@ With few samples V fits what these have in common by chance.  So W + a (V - W) i
 samples, the part `a` that leaves the least error on the other half, both ways, between none and all of it.
 
 A row is rounded in the scale that it was calibrated with and in others, and keeps the one whose codes leave the least
-error, by the same moment.
+error, by the same moment.  From there its codes descend: with uniform 2 bits of ResNet-20, descent takes back a fifth
+of the errors of layers and half of the divergence from float on data held out (.032 to .015 nats); from 3 bits on it
+moves less than a code in a hundred, and changes little.  Scales chosen after descent in each bring no more.
 """
 
 from collections.abc import Sequence
@@ -165,6 +167,8 @@ def recoded(
     aim = rows + part * compensation.solved(rows @ whole.cross) if part else rows
     per_row = steps.shape[-1] == 1
     codes, chosen = _best_codes(compensation, aim, steps, ends, scales if per_row else (1.0,))
+    damped = whole.second + compensation.added[:, None, None] * torch.eye(columns).to(whole.second)
+    codes = _descended(codes, aim, chosen, ends, damped)
     values, shift = codes * chosen, None
     if bias:
         shift = (rows @ (whole.mean + whole.gap)[..., None] - values @ whole.mean[..., None]).reshape(-1)
@@ -219,3 +223,14 @@ def _best_codes(
         codes[:, some] = found.reshape(groups, len(scales), -1, columns).take_along_dim(best, 1)[:, 0]
         chosen[:, some] = tried.take_along_dim(best, 1)[:, 0]
     return codes, chosen
+
+
+def _descended(codes: Tensor, aim: Tensor, steps: Tensor, ends: tuple[int, int], moment: Tensor) -> Tensor:
+    """Codes (groups, R, K) after descent, some rows at once; the arguments are those of `rounding.descended`."""
+    at_once = max(1, ELEMENTS // (len(codes) * codes.shape[-1]))
+    found = []
+    parts = (each.split(at_once, 1) for each in (codes, aim, steps))
+    for some, wanted, scale in zip(*parts, strict=True):
+        low, high = (torch.full_like(some[..., :1], end) for end in ends)
+        found.append(rounding.descended(some, wanted, scale, low, high, moment))
+    return torch.cat(found, 1)

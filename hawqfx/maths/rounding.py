@@ -7,7 +7,8 @@ A layer computes y = W x for input patches x with second moment A = E[x x^T].  R
 which is ||Q - W||^2 only if A is the identity.  Compensated rounding goes through the columns, from the input with the
 most energy to the input with the least.  It rounds a column, and moves the error to the columns that are not rounded
 yet, by the inverse of A: optimal brain surgery in Cholesky form (Hassibi, Stork 1992; Frantar et al., "GPTQ", ICLR
-2023, section 3).
+2023, section 3).  A column cannot take back what later ones leave, so descent may go over the codes again: each takes
+the value that is best beside all others as they are (Behdin et al., "QuantEase", 2023).
 
 `weighted_error` is the error at the output, on the scale of a plain sum of squares:
 
@@ -29,6 +30,7 @@ DAMPING = 0.01  # as in GPTQ: enough to keep A invertible, nearly always
 STRONGEST_DAMPING = 0.5  # that is tried; more than it is as good as rounding to the nearest
 STRONGER = 10.0  # times the damping where A is still not positive definite
 SOLVED = 256  # columns of a triangular matrix that are inverted at once
+SWEEPS = 2  # over all columns, in which codes descend; more lower the errors of layers by little, and no loss
 COLUMNS = 64  # rounded before their errors move on to later columns, in one product of matrices (GPTQ, section 3.3)
 
 # Rows that a second moment is taken over: so many for each column, and at least so many.  Patches overlap and those of
@@ -125,6 +127,7 @@ class Compensation:
 
     Attributes:
         damping: (groups,), the fractions in the end.
+        added: (groups,), what is added to the diagonal.
     """
 
     def __init__(self, moment: Tensor, damping: float | Tensor = DAMPING) -> None:
@@ -143,6 +146,7 @@ class Compensation:
             self.damping += more
             moment.diagonal(dim1=1, dim2=2).add_((unit * more)[:, None])
             self.upper[failed], failed[failed.clone()] = _upper(moment[failed])
+        self.added = unit * self.damping
 
     def _sorted(self, x: Tensor) -> Tensor:
         """The columns of (groups, R, K), from the input with the most energy to the input with the least."""
@@ -204,6 +208,52 @@ class Compensation:
             errors[:, k : k + 1] = error
             left[:, k + 1 :].addcmul_(upper[:, k, k + 1 :, None], error, value=-1)
         return codes, errors
+
+
+def descended(
+    codes: Tensor, weight: Tensor, scale: Tensor, low: Tensor, high: Tensor, moment: Tensor, sweeps: int = SWEEPS
+) -> Tensor:
+    """Codes from which the error of no row is lowered by another value of a single code, or after so many sweeps.
+
+    Of a code q with the others as they are, the error tr((s q - W) A (s q - W)^T) is a parabola, whose least is
+
+        s q - ((s q - W) A)_k / A_kk,
+
+    and the code takes the nearest value that there is: no step raises the error.  All tensors are float64.
+
+    Args:
+        codes: (groups, R, K), where to begin.
+        weight: (groups, R, K).
+        scale: (groups, R, 1), or (groups, R, K) for a scale per element.
+        low: (groups, R, 1), the lowest codes.
+        high: (groups, R, 1), the highest codes.
+        moment: A, (groups, K, K); its diagonal is positive.
+        sweeps: the most passes over all columns.
+    """
+    # by columns, as in `Compensation.round`
+    steps, low, high = (each.transpose(1, 2).contiguous() for each in (scale, low, high))
+    codes = codes.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    values = codes * steps
+    slope = moment @ (values - weight.transpose(1, 2))
+    curvature = moment.diagonal(dim1=1, dim2=2)
+    for _ in range(sweeps):
+        before = codes.clone()
+        for start in range(0, codes.shape[1], COLUMNS):
+            block = slice(start, start + COLUMNS)
+            moved = values[:, block].clone()
+            for k in range(start, start + moved.shape[1]):
+                one, step = slice(k, k + 1), steps[:, min(k, steps.shape[1] - 1)][:, None]
+                least = values[:, one] - slope[:, one] / curvature[:, one, None]
+                codes[:, one] = torch.clamp((least / step).round_(), low, high)
+                change = codes[:, one] * step - values[:, one]
+                values[:, one] += change
+                slope[:, block].addcmul_(moment[:, block, one], change)
+            moved = values[:, block] - moved
+            for rest in (slice(0, start), slice(start + moved.shape[1], None)):
+                slope[:, rest] += moment[:, rest, block] @ moved
+        if torch.equal(codes, before):
+            break
+    return codes.transpose(1, 2)
 
 
 def _upper(moment: Tensor) -> tuple[Tensor, Tensor]:

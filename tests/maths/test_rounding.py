@@ -244,3 +244,29 @@ def test_the_factor_is_that_of_the_inverse(columns: int) -> None:
     damped = moment + 0.01 * moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(columns)
     inverse = found.solved(torch.eye(columns, dtype=torch.float64).expand(2, -1, -1))
     torch.testing.assert_close(inverse @ damped, torch.eye(columns).double().expand(2, -1, -1), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("per_element", [False, True])
+def test_no_code_alone_can_be_better_after_descent(per_element: bool) -> None:
+    """Against every other value of every code of two groups of rows, 70 columns in two blocks, by the whole error."""
+    random, (groups, rows, columns) = torch.Generator().manual_seed(3), (2, 3, 70)
+    moment = _correlated(groups, columns)
+    weight = torch.randn(groups, rows, columns, generator=random, dtype=torch.float64)
+    scale = 0.25 + torch.rand(groups, rows, columns if per_element else 1, generator=random, dtype=torch.float64)
+    low, high = (torch.full((groups, rows, 1), end, dtype=torch.float64) for end in (-2.0, 1.0))
+    begun = Compensation(moment).round(weight, scale, low, high)[0]
+    found = rounding.descended(begun, weight, scale, low, high, moment, sweeps=100)
+
+    def errors(codes: Tensor) -> Tensor:
+        away = codes * scale - weight
+        return ((away @ moment) * away).sum(-1)
+
+    least = errors(found)
+    assert bool((least <= errors(begun)).all())
+    assert bool((least < errors(begun)).any())
+    assert set(found.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0}
+    for column in range(columns):
+        for value in (-2.0, -1.0, 0.0, 1.0):
+            other = found.clone()
+            other[..., column] = value
+            assert bool((errors(other) >= least * (1 - 1e-9)).all())  # sums of float64 in another order

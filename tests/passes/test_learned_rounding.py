@@ -34,8 +34,11 @@ def digits(number: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> Session:
-    """A trained ResNet-20 whose plans are cheap."""
-    return hawqfx.compile(zoo.resnet20(), "weight_bits=3", [digits(0)], sensitivity="mse").session
+    """A trained ResNet-20 whose plans are cheap, and whose codes are compensated: sequential ones of 128 images leave
+    little to learn."""
+    return hawqfx.compile(
+        zoo.resnet20(), "weight_bits=3", [digits(0)], sensitivity="mse", rounding="compensated", bias_correction=False
+    ).session
 
 
 @torch.no_grad()
@@ -52,7 +55,7 @@ def learned(trained: Session) -> Compiled:
 
 def test_learned_codes_are_closer_to_float_on_other_images(trained: Session, learned: Compiled) -> None:
     before = trained.uniform(2)
-    assert divergence(learned, digits(1)) < 0.8 * divergence(before, digits(1))  # measured: .6 times
+    assert divergence(learned, digits(1)) < 0.5 * divergence(before, digits(1))  # measured: .32 times
     assert learned.plan.bits == before.plan.bits
     assert learned.weight_bytes == before.weight_bytes
 
