@@ -4,12 +4,13 @@ The rounding before a plan knows every format of every weight, and takes the inp
 are chosen, the inputs of each layer are known as they will be, with the errors of all layers before it.  So the float
 network and the quantized one are walked through side by side (hawqfx/learning/sequential.py), and each weight is
 rounded towards the weight that gives the float layer's outputs from its quantized inputs, each row in the scale that
-leaves the least error (hawqfx/analysis/asymmetric.py).  Of layers that rectifiers read, mean errors are taken out of
-the biases then, see bias_correction.py; of others with a bias of their own, by the same least squares.
+leaves the least error, from where its codes descend (hawqfx/analysis/asymmetric.py).  Of layers that rectifiers read,
+mean errors are taken out of the biases then, see bias_correction.py; of others with a bias of their own, by the same
+least squares.
 
 KL divergence from float on data held out, with compensated codes and corrected biases / so: ResNet-20 (512 images)
-with 3 bits on average .0065 / .0022, 2.5 bits .064 / .0042, uniform 2 bits 1.23 / .040; EfficientNet-Lite0
-(64 pictures) with uniform 4 bits .24 / .098.  benchmarks/rounding.py measures it.
+with 3 bits on average .0065 / .0021, 2.5 bits .064 / .0039, uniform 2 bits 1.23 / .015; EfficientNet-Lite0
+(64 pictures) with uniform 4 bits .24 / .13.  benchmarks/rounding.py measures it.
 """
 
 from dataclasses import dataclass
