@@ -65,12 +65,11 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
     fitted, held_out = dict.fromkeys(codes, 0.0), dict.fromkeys(codes, 0.0)
     damping, asked = 0.0, []
     for own in moments:
-        chosen = _best_damping(weight, own)
+        halves, chosen = _best_damped(weight, own)
         # twice the samples need half the damping
         needed = (chosen / len(own.halves)).clamp_min(rounding.DAMPING)
         asked.append(float(needed[0]))
         whole = rounding.Compensation(own.whole, needed)
-        halves = [rounding.Compensation(half, chosen) for half in own.halves] if len(own.halves) > 1 else []
         damping = max(damping, float(whole.damping.max()))
         # static quantizers, which have a scale per row, are rounded together, and then the others
         for static in (True, False):
@@ -93,26 +92,32 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
     )
 
 
-def _best_damping(weight: Tensor, moments: InputMoments) -> Tensor:
-    """The damping of each block, (groups * blocks,), by which codes that are fitted to one half of the samples leave
-    the least error on the other.
+def _best_damped(weight: Tensor, moments: InputMoments) -> tuple[list[rounding.Compensation], Tensor]:
+    """What is fitted to each half of the samples, with the damping of each block, (groups * blocks,), by which such
+    codes leave the least error on the other half; nothing, and the least damping, where there is a single sample.
 
     Judged at 4 bits whatever the formats are, so that a plan which names a single one gives the same codes.
     """
-    least = torch.full_like(moments.energy, rounding.DAMPING)
+    damping = torch.full_like(moments.energy, DAMPINGS[0])
     if len(moments.halves) < 2:
-        return least
+        return [], damping
     low, high = affine.signed_range(4)
     scale = tuple(affine.symmetric_scales(weight, 4).tolist())
     stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments)
-    errors = [
-        stack.held_out([rounding.Compensation(half, damping) for half in moments.halves])
-        .reshape(-1, moments.part.blocks)
-        .sum(0)
-        for damping in DAMPINGS
-    ]
-    best = least.new_tensor(DAMPINGS)[torch.stack(errors).argmin(0)]
-    return best.repeat(len(least) // len(best))
+
+    def judged(value: float) -> tuple[list[rounding.Compensation], Tensor]:
+        """Both halves with a damping, and the errors of each block of columns, of all groups together."""
+        fitted = [rounding.Compensation(half, value) for half in moments.halves]
+        return fitted, stack.held_out(fitted).reshape(-1, moments.part.blocks).sum(0)
+
+    best, least = judged(DAMPINGS[0])
+    for value in DAMPINGS[1:]:
+        others, errors = judged(value)
+        better = (errors < least).repeat(len(damping) // len(errors))
+        for own, other in zip(best, others, strict=True):
+            own.take(other, better)
+        damping[better], least = value, torch.minimum(least, errors)
+    return best, damping
 
 
 class _Stack:

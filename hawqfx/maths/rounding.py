@@ -148,6 +148,11 @@ class Compensation:
             self.upper[failed], failed[failed.clone()] = _upper(moment[failed])
         self.added = unit * self.damping
 
+    def take(self, other: "Compensation", groups: Tensor) -> None:
+        """Take some groups, (groups,) bool, from what is made of the same moment with another damping."""
+        for name in ("upper", "damping", "added"):
+            getattr(self, name)[groups] = getattr(other, name)[groups]
+
     def _sorted(self, x: Tensor) -> Tensor:
         """The columns of (groups, R, K), from the input with the most energy to the input with the least."""
         return x.gather(2, self.order[:, None, :].expand_as(x))
