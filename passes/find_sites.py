@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import ClassVar
 
-import networkx
 import torch
 from torch import fx
 
@@ -61,6 +60,8 @@ def _sample_shape(node: fx.Node) -> tuple[int, ...]:
 
 def _groups(graph: fx.Graph, parts: Partition) -> dict[fx.Node, set[fx.Node]]:
     """Node -> the nodes whose tensors share a quantizer with its tensor, itself among them."""
+    import networkx  # `import hawqfx` does without
+
     ties: networkx.Graph[fx.Node] = networkx.Graph()
     for node in graph.nodes:
         if is_tensor(node):

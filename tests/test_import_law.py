@@ -171,7 +171,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_importing_hawqfx_loads_little_besides_torch() -> None:
-    """No backend, and nothing that only shows or writes something: rich, psutil and the like wait until they are used.
+    """No backend, and nothing that one step needs alone: networkx, rich, psutil and the like wait until they are used.
     Names and not seconds, which depend on the machine."""
     code = """
 import sys, torch
@@ -182,7 +182,7 @@ import hawqfx
 print(*libraries() - known)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"hawqfx", "networkx", "safetensors"}
+    assert set(done.stdout.split()) == {"hawqfx", "safetensors"}
 
 
 def test_every_folder_is_packaged() -> None:

@@ -10,7 +10,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
@@ -115,6 +114,8 @@ class _Storage:
 
 def _storages(program: Program) -> list[_Storage]:
     """The storages of a graph: the connected components, if nodes are tied to the source of their storage."""
+    import networkx  # `import hawqfx` does without
+
     nodes = list(program.graph.graph.nodes)
     step = {node: number for number, node in enumerate(nodes)}
     batch = batch_size(program.graph.graph)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import networkx
 from torch import fx
 
 from hawqfx.ir.graph import captured_shape
@@ -130,8 +129,7 @@ class _MinimumCut:
     """
 
     def __init__(self, graph: fx.Graph, fixed: list[fx.Node], free: set[fx.Node]) -> None:
-        self.edges: networkx.DiGraph[object] = networkx.DiGraph()
-        self.edges.add_nodes_from((INTEGER, FLOAT))
+        self.capacities: dict[tuple[object, object], float] = {}
         self.graph, self.fixed, self.free = graph, set(fixed), free
         self.unit = len(graph.nodes) ** 2  # the weight of an element: more than all preferences together
         self.kernel_of = {fused_output(node): node for node in graph.nodes if node in self.fixed or elementwise(node)}
@@ -141,7 +139,12 @@ class _MinimumCut:
 
     def integer_side(self) -> set[object]:
         """The vertices on the integer side of the minimum cut."""
-        _, (integer, _) = networkx.minimum_cut(self.edges, INTEGER, FLOAT)
+        import networkx  # `import hawqfx` does without
+
+        edges: networkx.DiGraph[object] = networkx.DiGraph()
+        edges.add_nodes_from((INTEGER, FLOAT))
+        edges.add_edges_from((*ends, {"capacity": capacity}) for ends, capacity in self.capacities.items())
+        _, (integer, _) = networkx.minimum_cut(edges, INTEGER, FLOAT)
         return set(integer)
 
     def _is_inside_kernel(self, node: fx.Node) -> bool:
@@ -157,8 +160,8 @@ class _MinimumCut:
             self._require(reader, ("quantize", node))
         if readers:
             elements = math.prod(captured_shape(node))
-            self.edges.add_edge(node, ("dequantize", node), capacity=elements * self.unit)
-            self.edges.add_edge(("quantize", node), node, capacity=elements * self.unit)
+            self.capacities[node, ("dequantize", node)] = elements * self.unit
+            self.capacities[("quantize", node), node] = elements * self.unit
 
     def _add_maker(self, node: fx.Node) -> None:
         """Tie a tensor to the side of the kernel that makes it."""
@@ -175,9 +178,9 @@ class _MinimumCut:
             self._require(node, kernel)
         if is_data_movement(node):
             if len(node.all_input_nodes) > 1:  # preference: no shared quantizer where it makes no difference
-                self.edges.add_edge(node, FLOAT, capacity=self.unit // len(self.graph.nodes))
+                self.capacities[node, FLOAT] = self.unit // len(self.graph.nodes)
             else:  # preference: quantize before values are moved
-                self.edges.add_edge(INTEGER, node, capacity=1)
+                self.capacities[INTEGER, node] = 1
 
     def _reader(self, user: fx.Node) -> object:
         """The vertex of a node that reads a tensor."""
@@ -188,7 +191,7 @@ class _MinimumCut:
     def _require(self, dependent: object, required: object) -> None:
         """Let `dependent` be on the integer side only if `required` is there too."""
         if dependent != required:
-            self.edges.add_edge(dependent, required, capacity=UNCUTTABLE)
+            self.capacities[dependent, required] = UNCUTTABLE
 
 
 def _may_make_floats(kernel: fx.Node, tensor: fx.Node) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import networkx
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -83,6 +82,8 @@ def _joins(before: int, weights: int) -> bool:
 
 def _cuts(graph: fx.Graph, changed: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes through which all paths to the output go."""
+    import networkx  # `import hawqfx` does without
+
     paths: networkx.DiGraph[Any] = networkx.DiGraph()
     among = set(changed)
     for node in changed:
