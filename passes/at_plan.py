@@ -29,7 +29,7 @@ from hawqfx.maths.formats import Format
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Kind, option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import check_gradient, quantized_forward
+from hawqfx.sensitivity.forward import quantized_forward
 from hawqfx.sensitivity.metrics import SensitivityMetric
 from hawqfx.sensitivity.quantity import Estimate, Measurement, Quantity
 
@@ -63,7 +63,7 @@ class _Steps(Measurement):
         draws = self.context.draws(target, self.index)
         found = {}
         for site, own in drawn.items():
-            check_gradient(self.index, site, own)
+            self.run.check_gradient(self.index, site, own)
             errors = self._errors(site, self.plan[site])
             here = self._excess(site, self.plan[site], _along(own, errors))
             for quantity in (each for each in wanted if each.site == site):

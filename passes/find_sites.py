@@ -53,7 +53,8 @@ def _sample_shape(node: fx.Node) -> tuple[int, ...]:
     sizes = captured_shape(node)
     at = next((axis for axis, size in enumerate(sizes) if size % batch == 0), None)
     if at is None:
-        raise CaptureError(f"{node.name} has shape {tuple(sizes)}, of which the batch of {batch} is no part")
+        name = names_of(node.graph)[node]
+        raise CaptureError(f"{name!r} has shape {tuple(sizes)}, of which the batch of {batch} is no part")
     per_sample = sizes[at] // batch
     return (*sizes[:at], *([per_sample] if per_sample > 1 else []), *sizes[at + 1 :])
 

@@ -19,7 +19,7 @@ from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.metrics import TOLERANCE_DOC, CurvatureMetric
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -37,7 +37,7 @@ class _Backward(Measurement):
         sites = [quantity.site for quantity in wanted]
         gradients = self.run.gradients(loss, sites, again=False)
         for site in sites:
-            check_gradient(self.index, site, gradients[site])
+            self.run.check_gradient(self.index, site, gradients[site])
         draws = self.context.draws(target, self.index)
         return {q: draws * sum(curvature.dot(g, g) for g in gradients[q.site]) for q in wanted}
 

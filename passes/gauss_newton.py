@@ -31,7 +31,7 @@ from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Kind, option
 from hawqfx.sensitivity.batching import free_memory
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.metrics import WidthMetric
 from hawqfx.sensitivity.quantity import Estimate, Measurement, Quantity
 
@@ -63,7 +63,7 @@ class _Slopes(Measurement):
         loss = self.context.loss_at(self.run.output, target, self.index)
         gradients = self.run.gradients(loss, list(dict.fromkeys(quantity.site for quantity in wanted)), again=False)
         for site, own in gradients.items():
-            check_gradient(self.index, site, own)
+            self.run.check_gradient(self.index, site, own)
         draws = self.context.draws(target, self.index)
         return {quantity: draws * self._value(quantity, gradients[quantity.site]) for quantity in wanted}
 

@@ -20,7 +20,7 @@ from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.metrics import CurvatureMetric
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -34,7 +34,7 @@ class _PowerIteration(Measurement):
         loss = context.loss_of(run.output, context.batches[index], index)
         self.gradients = run.gradients(loss, [site.key for site in program.sites], again=True)
         for site, gradients in self.gradients.items():
-            check_gradient(index, site, gradients)
+            run.check_gradient(index, site, gradients)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         return {quantity: self._eigenvalue(quantity.site) for quantity in wanted}

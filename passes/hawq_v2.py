@@ -18,7 +18,7 @@ from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.metrics import TOLERANCE_DOC, CurvatureMetric
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -29,7 +29,7 @@ class _Hutchinson(Measurement):
     def __init__(self, context: Context, index: int, run: Forward) -> None:
         self.context, self.index, self.run = context, index, run
         loss = context.loss_of(run.output, context.batches[index], index)
-        self.hessian = curvature.Hessian(loss, run.tensors, partial(check_gradient, index))
+        self.hessian = curvature.Hessian(loss, run.tensors, partial(run.check_gradient, index))
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         samples = self.hessian.forms({site: partial(self._signs, probe, site) for site, _ in wanted})

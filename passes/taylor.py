@@ -23,7 +23,7 @@ from hawqfx.maths import curvature
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import option
 from hawqfx.sensitivity.double_backward import Operators
-from hawqfx.sensitivity.forward import Forward, check_gradient, forward
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.metrics import TOLERANCE_DOC, WidthMetric
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -62,7 +62,7 @@ class _Directions(Measurement):
 
     def _note_slopes(self, site: str, gradients: Sequence[Tensor]) -> None:
         """Computes g.d in every format, because the gradient is not kept."""
-        check_gradient(self.index, site, gradients)
+        self.run.check_gradient(self.index, site, gradients)
         for width in self.program.facts.get(site, Quantizers).by_format:
             errors = self._errors(Quantity(site, width))
             self.slopes[Quantity(site, width)] = sum(map(curvature.dot, gradients, errors))

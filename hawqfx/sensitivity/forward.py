@@ -22,10 +22,12 @@ class Forward:
     Args:
         output: the output of the model.
         tensors: key of a site -> its tensors: the weight, or the activations of its nodes in the order of the graph.
+        names: key of a site -> what users call it.
     """
 
     output: object
     tensors: Mapping[str, list[Tensor]]
+    names: Mapping[str, str]
 
     def gradients(self, loss: Tensor, sites: Sequence[str], *, again: bool) -> dict[str, list[Tensor]]:
         """The gradients of a loss of the output, for the tensors of some sites.
@@ -38,6 +40,21 @@ class Forward:
         tensors = [tensor for site in sites for tensor in self.tensors[site]]
         gradients = iter(curvature.gradient(loss, tensors, again=again))
         return {site: [next(gradients) for _ in self.tensors[site]] for site in sites}
+
+    def check_gradient(self, index: int, site: str, gradients: Sequence[Tensor]) -> None:
+        """Refuses a gradient that is not finite.  Callers check sites in the order of the graph.
+
+        Args:
+            index: number of the batch.
+            site: key of the site.
+            gradients: of the tensors of the site.
+
+        Raises:
+            LossError: names the site.
+        """
+        if not all(map(curvature.is_finite, gradients)):
+            name = self.names[site]
+            raise LossError(f"the gradient at {name!r} is not finite on batch {index}: the loss overflows there")
 
     def mean_square(self, site: str) -> float:
         """The mean square of a site's elements.
@@ -70,7 +87,7 @@ def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
 
     with torch.enable_grad():
         output = program.run(batch.args, batch.kwargs, record, weights, operators=operators)
-    return Forward(output, tensors)
+    return Forward(output, tensors, _names(program))
 
 
 def quantized_forward(
@@ -106,19 +123,8 @@ def quantized_forward(
 
     with torch.enable_grad():
         output = program.run(batch.args, batch.kwargs, quantize, weights)
-    return Forward(output, tensors), values
+    return Forward(output, tensors, _names(program)), values
 
 
-def check_gradient(index: int, site: str, gradients: Sequence[Tensor]) -> None:
-    """Refuses a gradient that is not finite.  Callers check sites in the order of the graph.
-
-    Args:
-        index: number of the batch.
-        site: key of the site.
-        gradients: of the tensors of the site.
-
-    Raises:
-        LossError: names the site.
-    """
-    if not all(map(curvature.is_finite, gradients)):
-        raise LossError(f"the gradient at {site!r} is not finite on batch {index}: the loss overflows there")
+def _names(program: Program) -> dict[str, str]:
+    return {site.key: site.name for site in program.sites}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hawqfx.errors import NothingToQuantize
+from hawqfx.errors import CaptureError, NothingToQuantize
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.find_sites import FindSites
@@ -98,6 +98,22 @@ def test_a_computed_weight_stays_in_float_and_is_named() -> None:
 def test_nothing_to_quantize() -> None:
     with pytest.raises(NothingToQuantize, match="no convolution or linear layer"):
         find(nn.Flatten)
+
+
+class OverSamples(nn.Module):
+    """A layer after a mean over the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 5), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(1)).mean(0)) + x.sum()
+
+
+def test_a_tensor_without_a_batch_is_named_as_users_call_it() -> None:
+    with pytest.raises(CaptureError, match=r"'mean' has shape \(5,\), of which the batch of \d+ is no part"):
+        find(OverSamples)
 
 
 def test_sites_do_not_change_the_graph() -> None:

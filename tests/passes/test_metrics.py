@@ -216,6 +216,14 @@ def test_a_gradient_that_is_not_finite_names_the_site() -> None:
         run([HawqV2(2, tolerance=0)], double_program(Mlp), replace(double_context(), loss=infinite))
 
 
+def test_a_gradient_that_is_not_finite_names_an_activation_as_users_call_it() -> None:
+    program, work = double_program(Mlp), double_context()
+    site = next(site for site in program.activations if site.name == "tanh#2 output")
+    once = forward(program, work.batches[0], {})
+    with pytest.raises(LossError, match="gradient at 'tanh#2 output' is not finite on batch 1"):
+        once.check_gradient(1, site.key, [torch.ones(2), torch.tensor([1, float("inf")])])
+
+
 def test_a_shared_layer_has_one_trace_over_all_its_uses() -> None:
     program = after("cost", SharedLayer)
     work = context()
