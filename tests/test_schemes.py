@@ -371,7 +371,7 @@ def test_memory_of_weights_is_traded_for_loss() -> None:
     assert "weight-only" in found.planned.schemes().values()
     with pytest.raises(InfeasibleBudget, match=r"weight_memory=.* cannot be met: the least is"):
         session.at(f"weight_memory={int(0.7 * whole)}B", schemes=("static",))
-    with pytest.raises(InfeasibleBudget, match=r"weight_memory=10 cannot be met: the least is"):
+    with pytest.raises(InfeasibleBudget, match=r"weight_memory=10B cannot be met: the least is"):
         session.at("weight_memory=10B")
 
 

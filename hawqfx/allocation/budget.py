@@ -1,19 +1,21 @@
 """A budget: the limits that a plan must keep, and their text form."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from hawqfx.errors import BudgetError
+from hawqfx.ir.names import sizes_of
 
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SECONDS = {"s": 1, "ms": 1e-3, "us": 1e-6}
+_BYTES: Mapping[str, float] = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SECONDS: Mapping[str, float] = {"s": 1, "ms": 1e-3, "us": 1e-6}
 _UNITS: Mapping[str, Mapping[str, float]] = {
     "size": _BYTES,
     "activation_memory": _BYTES,
     "weight_memory": _BYTES,
     "latency": _SECONDS,
 }
+_WRITTEN = {"b": ("GB", "MB", "kB", "B"), "s": ("s", "ms", "us"), "": ("",)}  # by the first unit of a table
 _ALLOWED = {"b": "bytes: B, kB, MB, GB, KiB, MiB, GiB", "s": "a time: s, ms, us", "": "a plain number"}
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z%]*)")
 
@@ -81,7 +83,7 @@ class Budget:
         for name, limit in self.limits.items():
             if limit.shape and name != "latency":
                 raise BudgetError(
-                    f"{name}={limit}{limit.at}: latency alone is for a shape, as in 'latency=20ms@sequence=1'"
+                    f"{self.written(name)}: latency alone is for a shape, as in 'latency=20ms@sequence=1'"
                 )
 
     @staticmethod
@@ -131,32 +133,38 @@ class Budget:
 
     def __str__(self) -> str:
         """The text that parses to the same budget."""
-        seconds = {"latency"} if self.latency is not None and not self.latency.relative else set()
-        return ", ".join(f"{name}={limit}{'s' * (name in seconds)}{limit.at}" for name, limit in self.limits.items())
+        return ", ".join(map(self.written, self.limits))
+
+    def written(self, name: str) -> str:
+        """The limit of a name as people write it, such as "size=1.2MB" or "latency=20ms@sequence=1"."""
+        limit = self.limits[name]
+        return f"{name}={limit if limit.relative else _amount_in_words(name, limit.amount)}{limit.at}"
 
 
 _NAMES = tuple(field.name for field in fields(Budget))
 
 
+def _amount_in_words(name: str, amount: float) -> str:
+    """An amount in the largest unit of which it is at least one, and from whose text it parses exactly."""
+    units = _units(name)
+    written = _WRITTEN[next(iter(units))]
+    for unit in written:
+        text = f"{amount / units[unit.lower()]:.12g}"
+        if (float(text) >= 1 or unit == written[-1]) and float(text) * units[unit.lower()] == amount:
+            return text + unit
+    base = next(unit for unit in written if units[unit.lower()] == 1)
+    return f"{amount:.12g}{base}"
+
+
+def _units(name: str) -> Mapping[str, float]:
+    """Unit of a limit, in small letters -> what it is in the limit's own unit."""
+    return _UNITS.get(name, {"": 1})
+
+
 def _limit(name: str, text: str) -> Limit:
     """Read the amount of the limit `name`, and its shape; raise BudgetError if the text does not parse."""
-    amount, *sizes = (part.strip() for part in text.split("@"))
-    return replace(_amount(name, amount), shape=_shape(name, sizes))
-
-
-def _shape(name: str, texts: Sequence[str]) -> dict[str, int]:
-    """Read the sizes NAME=SIZE of the limit `name`; raise BudgetError if one does not parse."""
-    shape: dict[str, int] = {}
-    for text in texts:
-        dimension, equals, size = (part.strip() for part in text.rpartition("="))
-        if not equals or not dimension:
-            raise BudgetError(f"{name}=...@{text}: write @NAME=SIZE, as in 'latency=20ms@sequence=1@past=128'")
-        if not (size.isascii() and size.isdecimal()):
-            raise BudgetError(f"{name}=...@{text}: the size {size!r} is no whole number")
-        if dimension in shape:
-            raise BudgetError(f"{name}=...@{text}: {dimension} stands twice")
-        shape[dimension] = int(size)
-    return shape
+    amount, at, sizes = text.partition("@")
+    return replace(_amount(name, amount.strip()), shape=sizes_of(sizes, f"{name}=...@") if at else {})
 
 
 def _amount(name: str, text: str) -> Limit:
@@ -169,7 +177,7 @@ def _amount(name: str, text: str) -> Limit:
         raise BudgetError(f"{name}={text!r}: the amount must be above zero")
     if unit == "%":
         return Limit(number / 100, relative=True)
-    units = _UNITS.get(name, {"": 1})
+    units = _units(name)
     if unit in units:
         return Limit(number * units[unit])
     if unit == "" and units is _BYTES and number >= 1:

@@ -41,7 +41,7 @@ def refusal(task: AllocationTask, obstacle: Infeasible, effort: Effort) -> Infea
     name = next(name for name, resource in task.resources.items() if resource.part(obstacle.name) is not None)
     resource = task.resources[name]
     others = "" if obstacle.alone else " together with the other limits"
-    text = f"{name}={task.budget.limits[name]} cannot be met{others}: the least is {_least(resource, obstacle)}"
+    text = f"{task.budget.written(name)} cannot be met{others}: the least is {_least(resource, obstacle)}"
     text += _fixes_in_the_way(task, obstacle, name, effort)
     if name in ("size", "weight_bits"):
         text += _floats_in_the_way(task.program, name)

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from hawqfx.errors import BudgetError
 from hawqfx.ir.operators import COPY, is_constant, is_data_movement
 
 PATHS = "nn_module_stack"  # of a node's meta: call of a module -> (its path, its class), from the model inwards
@@ -39,6 +40,29 @@ def operator_name(node: fx.Node) -> str:
 def sizes_in_words(sizes: Mapping[str, int]) -> str:
     """Sizes of dimensions by name, such as `batch=1, sequence=1`."""
     return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def sizes_of(text: str, stands: str = "") -> dict[str, int]:
+    """Sizes of dimensions from text such as `sequence=1@past=128`.
+
+    Args:
+        text: NAME=SIZE, one or more, with @ between.
+        stands: what the text follows, for the message.
+
+    Raises:
+        BudgetError: if it does not parse.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split("@"):
+        name, equals, size = (piece.strip() for piece in part.rpartition("="))
+        if not equals or not name:
+            raise BudgetError(f"{stands}{part}: write NAME=SIZE, with @ between, as in sequence=1@past=128")
+        if not (size.isascii() and size.isdecimal()):
+            raise BudgetError(f"{stands}{part}: the size {size!r} is no whole number")
+        if name in sizes:
+            raise BudgetError(f"{stands}{part}: {name} stands twice")
+        sizes[name] = int(size)
+    return sizes
 
 
 def names_of(graph: fx.Graph) -> dict[fx.Node, str]:

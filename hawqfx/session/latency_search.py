@@ -71,7 +71,7 @@ def within_latency(planner: Planner, allocation: Allocation, threads: int) -> Ca
         wanted *= (1 - NOISE) * most / seconds
     which = "the fastest network" if fastest else "a network"
     raise InfeasibleBudget(
-        f"latency={limit}{limit.at} cannot be met: {which}, predicted to take {1e3 * predicted:.4g} ms, was measured "
+        f"{limits.written('latency')} cannot be met: {which}, predicted to take {1e3 * predicted:.4g} ms, was measured "
         f"at {1e3 * seconds:.4g} ms", "latency", seconds,
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def within_size(planner: Planner, budget: Budget, find: Callable[[Budget], Candi
         # by how much the file must shrink, below what was predicted for it
         held = replace(budget, size=Limit(candidate.planned.about(Account).limits["size"].amount - (size - most)))
     raise InfeasibleBudget(
-        f"size={budget.size} cannot be met: the smallest file that was made has {size} bytes", "size", size
+        f"{budget.written('size')} cannot be met: the smallest file that was made has {size} bytes", "size", size
     ) from refused
 
 

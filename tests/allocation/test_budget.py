@@ -34,10 +34,36 @@ def test_parse(text: str, expected: Budget) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["size=12.5%", "size=9.4%", "size=10%", "size=100%", "weight_bits=3.5, bops=2%", "latency=0.02s@sequence=1@past=0"],
+    [
+        "size=12.5%",
+        "size=9.4%",
+        "size=10%",
+        "size=100%",
+        "size=1.2MB",
+        "size=999B",
+        "size=100kB, activation_memory=2GB",
+        "weight_bits=3.5, bops=2%",
+        "latency=20ms@sequence=1@past=0",
+        "latency=1.5s",
+        "latency=0.5us",
+    ],
 )
 def test_text_survives(text: str) -> None:
     assert str(Budget.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("size=1000", "size=1kB"),
+        ("size=1KiB", "size=1.024kB"),
+        ("latency=0.02s", "latency=20ms"),
+        ("drop=.01", "drop=0.01"),
+    ],
+)
+def test_amounts_are_written_as_people_do(text: str, written: str) -> None:
+    assert str(Budget.parse(text)) == written
+    assert Budget.parse(written) == Budget.parse(text)
 
 
 def test_a_limit_of_a_reference() -> None:
@@ -49,9 +75,9 @@ def test_a_limit_of_a_reference() -> None:
     ("text", "message"),
     [
         ("size=10%@batch=1", "size=10%@batch=1: latency alone is for a shape"),
-        ("latency=3ms@sequence", "write @NAME=SIZE"),
-        ("latency=3ms@=4", "write @NAME=SIZE"),
-        ("latency=3ms@", "write @NAME=SIZE"),
+        ("latency=3ms@sequence", "write NAME=SIZE"),
+        ("latency=3ms@=4", "write NAME=SIZE"),
+        ("latency=3ms@", "write NAME=SIZE"),
         ("latency=3ms@sequence=1.5", "the size '1.5' is no whole number"),
         ("latency=3ms@sequence=-1", "the size '-1' is no whole number"),
         ("latency=3ms@sequence=²", "no whole number"),

@@ -148,7 +148,7 @@ def test_images_are_timed_at_their_size_and_profiled_again_at_another(
 @pytest.mark.usefixtures("ran")
 def test_a_budget_that_cannot_be_met_says_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAWQFX_CACHE", str(tmp_path))
-    with pytest.raises(InfeasibleBudget, match=r"latency=1e-06@height=24 cannot be met"):
+    with pytest.raises(InfeasibleBudget, match=r"latency=1us@height=24 cannot be met"):
         images().at("latency=1us@height=24")
 
 
