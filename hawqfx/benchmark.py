@@ -1,6 +1,7 @@
 """Times an ONNX file on several backends, side by side with the float network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.single_precision import in_single_precision, single
 from hawqfx.runtime import ort
-from hawqfx.runtime.backends import DEVICES, Result, every, file_inputs, run_graph
+from hawqfx.runtime.backends import DEVICES, Result, available, every, run_graph
+from hawqfx.runtime.file_inputs import at_sizes, random_inputs, sizes_in_file
 from hawqfx.session.load import load
 from hawqfx.session.plan import Plan
 from hawqfx.session.saved import is_saved, read_plan
@@ -27,6 +29,7 @@ def benchmark(
     plan: Plan | str | Path | None = None,
     *,
     batch: int = 1,
+    shape: Mapping[str, int] = {},
     threads: int = 1,
     rounds: int = 100,
 ) -> dict[str, Result | str]:
@@ -41,7 +44,9 @@ def benchmark(
             shapes that the file states.
         plan: what the file was made by, for a torch backend: the file of Compiled.save(); or a plan, or its JSON, with
             the data that it was made with, on which weights are rounded again.
-        batch: samples in a run.
+        batch: samples in a run, and where there are no data, the size of all that varies.
+        shape: sizes by the names of the dimensions that vary in the file, such as {"sequence": 1, "past": 128}.  Data
+            are cut or repeated to them.
         threads: of one operator.
         rounds: timed runs, at least two.
 
@@ -51,15 +56,20 @@ def benchmark(
     Raises:
         BackendError: if there is no backend of a name, if a backend lacks the model, the plan or the data, or if the
             file was made by another plan.
+        BudgetError: if the file has no such shape.
         DataError: if the data are empty or not finite.
         CaptureError: if the model cannot be captured.
         PlanError: if the plan does not belong to the model.
     """
+    check_benchmark(file, backends, shape)
     batches = None if data is None else gather(data)
     if batches is not None:
         sample = batches[0].first(batch).map(single)
+        sizes = sizes_in_file(file, shape, data=sample)
+        sample = at_sizes(file, sample, sizes)
     else:
-        sample = Batch(tuple(map(torch.from_numpy, file_inputs(file, batch))), {})
+        sizes = sizes_in_file(file, shape, batch)
+        sample = Batch(tuple(map(torch.from_numpy, random_inputs(file, sizes, batch))), {})
     reference, floating = None, None
     if model is not None:
         floating = in_single_precision(capture(model, sample)).graph
@@ -75,7 +85,16 @@ def benchmark(
             results[f"{backend}, float"] = run_graph(
                 floating, backend, sample, reference, threads=threads, rounds=rounds
             )
-    return results
+    return {
+        name: result if isinstance(result, str) else replace(result, sizes=sizes) for name, result in results.items()
+    }
+
+
+def check_benchmark(file: str | Path, backends: Sequence[str], shape: Mapping[str, int]) -> None:
+    """Raises what `benchmark` does of a file, of the names of backends and of a shape, before a model is loaded."""
+    for backend in backends:
+        available(backend)
+    sizes_in_file(file, shape)
 
 
 def _planned(

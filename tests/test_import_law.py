@@ -56,8 +56,8 @@ LAW: dict[str, set[str]] = {
         "allocation", "compiler", "errors", "frontend", "ir", "options", "pass_manager", "passes", "sensitivity",
     },
     "commands": {
-        "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "forecast", "frontend", "pass_manager",
-        "pipeline", "runtime", "sensitivity", "session",
+        "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "forecast", "frontend", "ir",
+        "options", "pass_manager", "pipeline", "runtime", "sensitivity", "session",
     },
     "cli": {"commands", "errors"},
     "__main__": {"cli"},

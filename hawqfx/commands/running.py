@@ -11,6 +11,7 @@ from hawqfx.atomic_write import check_writable, whole_file
 from hawqfx.commands import specs
 from hawqfx.commands.compiling import folder
 from hawqfx.commands.output import Json, as_json, json_of, show
+from hawqfx.ir.names import sizes_of
 
 
 def bench(
@@ -23,6 +24,9 @@ def bench(
     data: Annotated[str | None, typer.Option(help="the data, as for compile; the first batch is run")] = None,
     plan: Annotated[Path | None, typer.Option(help="the plan of the file, as --save writes it, for torch")] = None,
     batch: Annotated[int, typer.Option(min=1, help="samples in a run")] = 1,
+    at: Annotated[
+        str | None, typer.Option(help="NAME=SIZE of what varies in the file, such as sequence=1@past=128")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="of onnxruntime or torch")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="runs that are timed")] = 100,
     out: Annotated[Path | None, typer.Option(help="write the figures here, as JSON")] = None,
@@ -33,18 +37,21 @@ def bench(
     Compared is the first output: the share of its rows with the same largest entry, and the mean |difference| from the
     float model's, in the output's own unit and as a share of the mean |output| of the float model.
     """
-    from hawqfx.benchmark import benchmark
+    from hawqfx.benchmark import benchmark, check_benchmark
     from hawqfx.runtime.backends import table
 
     if out is not None:
         check_writable(out)
+    backends, shape = backend or ["ort-cpu"], {} if at is None else sizes_of(at, "--at ")
+    check_benchmark(file, backends, shape)
     results = benchmark(
         file,
-        backend or ["ort-cpu"],
+        backends,
         None if model is None else specs.model_of(model, weights),
         None if data is None else specs.made(data),
         plan,
         batch=batch,
+        shape=shape,
         threads=threads,
         rounds=rounds,
     )

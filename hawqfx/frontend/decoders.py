@@ -130,10 +130,11 @@ def sums(dimensions: Names) -> dict[str, tuple[str, ...]]:
     """The dimensions of a decoder's inputs that are sums of others: name -> the names of the parts.
 
     Args:
-        dimensions: that vary, of any network; those of no decoder have none.
+        dimensions: that vary, of any network or file; those of no decoder have none.
     """
-    places = ((MASK, 1), (past_name(0, "key"), 2), (TOKENS, 1))
-    total, *parts = (dimensions.get(name, {}).get(axis, "") for name, axis in places)
+    named = {name_in_file(name): own for name, own in dimensions.items()}
+    places = ((MASK, 1), (name_in_file(past_name(0, "key")), 2), (TOKENS, 1))
+    total, *parts = (named.get(name, {}).get(axis, "") for name, axis in places)
     return {total: tuple(parts)} if total and all(parts) and total not in parts else {}
 
 

@@ -47,11 +47,8 @@ def at_shape(program: Program, example: Batch, asked: Shape) -> tuple[Batch, Sha
     for axis in axes:
         known.setdefault(axis.name, axis.size)
     sums = decoders.sums(program.dimensions)
-    _check(asked, [name for name in known if name not in sums], sums)
     samples = program.dimensions.get(first_input(program.graph.graph).name, {}).get(0)
-    wanted = {**({} if samples is None else {samples: 1}), **asked}
-    for name, parts in sums.items():
-        wanted[name] = sum(wanted.get(part, known[part]) for part in parts)
+    wanted = {**({} if samples is None else {samples: 1}), **with_sums(asked, known, sums)}
     # a tensor without a batch dimension has another size there than the first input, and stays whole
     named = [axis for axis in axes if axis.size == known[axis.name]]
     symbols: dict[Any, int] = {}
@@ -61,7 +58,7 @@ def at_shape(program: Program, example: Batch, asked: Shape) -> tuple[Batch, Sha
     for axis in axes:
         axis.solve(axis.size, symbols, checked=False)
     for axis in axes:
-        leaves[axis.leaf] = _resized(leaves[axis.leaf], axis.number, axis.at(symbols))
+        leaves[axis.leaf] = resized(leaves[axis.leaf], axis.number, axis.at(symbols))
     args, kwargs = pytree.tree_unflatten(leaves, structure)
     shape: dict[str, int] = {}
     for axis in named:
@@ -152,8 +149,18 @@ def _axes(program: Program, leaves: Sequence[Any], structure: pytree.TreeSpec) -
     ]
 
 
-def _check(asked: Shape, names: Sequence[str], sums: Mapping[str, Sequence[str]]) -> None:
-    """Raises BudgetError if what is asked for are no sizes of dimensions of these names."""
+def with_sums(asked: Shape, known: Shape, sums: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """The sizes that are asked for, and those that are sums of them and others.
+
+    Args:
+        asked: sizes, by names of dimensions.
+        known: the size of every dimension that varies, where nothing is asked.
+        sums: of the dimensions that are sums, the names of the parts, see hawqfx.frontend.decoders.
+
+    Raises:
+        BudgetError: if a name is no dimension that varies, or follows from others; or if a size is no whole number.
+    """
+    names = [name for name in known if name not in sums]
     for name, size in asked.items():
         if name in sums:
             raise BudgetError(f"{name}={size}: it is {' + '.join(sums[name])}; give those")
@@ -164,9 +171,10 @@ def _check(asked: Shape, names: Sequence[str], sums: Mapping[str, Sequence[str]]
             )
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise BudgetError(f"{name}={size!r}: a size is a whole number")
+    return {**asked, **{name: sum(asked.get(part, known[part]) for part in parts) for name, parts in sums.items()}}
 
 
-def _resized(tensor: Tensor, axis: int, size: int) -> Tensor:
+def resized(tensor: Tensor, axis: int, size: int) -> Tensor:
     """A tensor that is cut or repeated along a dimension; zeros, where it is empty."""
     have = tensor.shape[axis]
     if have == size:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Result:
         parity: None if there is no float network to compare with.
         machine: architecture and number of cores.
         versions: library -> version.
+        sizes: of the dimensions that vary, by name, where a benchmark is of a file.
     """
 
     backend: str
@@ -85,6 +86,7 @@ class Result:
     parity: OutputDifference | None
     machine: str
     versions: Mapping[str, str]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""
@@ -107,33 +109,6 @@ def available(backend: str) -> str | None:
     if DEVICES[backend] == "cuda" and not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
     return None
-
-
-def file_inputs(path: str | Path, batch: int = 1, seed: int = 0) -> list[NDArray[Any]]:
-    """Random inputs for a file.
-
-    Args:
-        path: the file.
-        batch: the size of every dynamic dimension.
-        seed: of the random numbers.
-
-    Returns:
-        An array for each input, of the shape that the file states: normal floats, or integers 0 and 1.
-
-    Raises:
-        BackendError: if the file has an input of another type.
-    """
-    random = np.random.default_rng(seed)
-    arrays: list[NDArray[Any]] = []
-    for name, shape, kind in ort.inputs(path):
-        sizes = [size if isinstance(size, int) else batch for size in shape]
-        if "float" in kind:
-            arrays.append(random.standard_normal(sizes).astype(np.float32))
-        elif "int64" in kind or "int32" in kind or "bool" in kind:
-            arrays.append(random.integers(0, 2, sizes).astype(kind.removeprefix("tensor(").removesuffix(")")))
-        else:
-            raise BackendError(f"input {name!r} is a {kind}: give data")
-    return arrays
 
 
 def run_file(

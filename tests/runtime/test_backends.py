@@ -15,7 +15,8 @@ from hawqfx import cli
 from hawqfx.benchmark import benchmark
 from hawqfx.errors import BackendError, PlanError
 from hawqfx.runtime import ort
-from hawqfx.runtime.backends import BACKENDS, PROVIDERS, Result, available, compare, file_inputs, run_file, run_graph
+from hawqfx.runtime.backends import BACKENDS, PROVIDERS, Result, available, compare, run_file, run_graph
+from hawqfx.runtime.file_inputs import random_inputs
 from tests.nets import Plain, build, images
 from tests.tools import quick
 
@@ -82,7 +83,7 @@ def test_what_is_not_installed_is_said(made: tuple[Path, Path]) -> None:
     found = benchmark(made[0], missing)
     assert all(isinstance(result, str) and result.startswith("not here: ") for result in found.values())
     for name in missing:
-        inputs, batch = file_inputs(made[0]), quick(Plain).session.context.batches[0]
+        inputs, batch = random_inputs(made[0], {}), quick(Plain).session.context.batches[0]
         with pytest.raises(BackendError, match=f"{name} is not here: "):
             _ = run_file(made[0], name, inputs) if name in PROVIDERS else run_graph(model(), name, batch)
 
