@@ -166,6 +166,7 @@ NUMBER = 3
             "compile HERE:boom --budget size=12% --data HERE:loader --out m --dump /dev/null/x",
             "folder /dev/null/x cannot",
         ),
+        ("compile HERE:boom --budget size=12% --data HERE:loader --out m --device tpu", "device='tpu' cannot be used"),
         ("pareto HERE:model --data HERE:loader --limit foo", "limit='foo': a frontier goes along"),
         ("bench nope.onnx", "nope.onnx cannot be loaded by onnxruntime"),
         ("explain nope.json", "cannot be read"),

@@ -4,7 +4,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import torch
 import typer
 from rich.console import Console
 
@@ -17,10 +16,12 @@ from hawqfx.compiler import pareto as pareto_of
 from hawqfx.errors import HawqfxError
 from hawqfx.export.opsets import Packing
 from hawqfx.forecast import forecast
+from hawqfx.options import usable_device
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
 from hawqfx.sensitivity.distributed import launched
 from hawqfx.session.compiled import Compiled
+from hawqfx.session.report import float_file_bytes
 
 Model = Annotated[
     str,
@@ -129,7 +130,7 @@ def compile(
         "threads": threads,
         "seed": seed,
     }
-    with launched(torch.device(device)) as rank:
+    with launched(usable_device(device)) as rank:
         network, batches = specs.model_of(model, weights), specs.made(data)
         if dry_run:
             told = forecast(network, budget, batches, **options)
@@ -182,7 +183,7 @@ def _result(compiled: Compiled, path: Path) -> dict[str, Any]:
         "weight_bytes": compiled.weight_bytes,
         "float_weight_bytes": compiled.planned.float_bytes(),
         "budget": compiled.budget,
-        "bits": compiled.plan.bits,
+        "bits": {compiled.plan.name(key): bits for key, bits in compiled.plan.bits.items()},
         "predicted_loss_increase": compiled.predicted_loss,
         "calibration_loss": {"float": float_loss, "compiled": loss},
         "scores": {data: {"float": exact, "compiled": found} for data, (exact, found) in compiled.scores.items()},
@@ -192,11 +193,12 @@ def _result(compiled: Compiled, path: Path) -> dict[str, Any]:
 
 def _last_lines(compiled: Compiled, path: Path) -> str:
     """The file, its size beside the budget and the float weights, and the loss or the metric."""
-    size, weights = path.stat().st_size, compiled.planned.float_bytes()
+    size, whole = path.stat().st_size, float_file_bytes(compiled.planned)
+    reference, what = (compiled.planned.float_bytes(), "weights") if whole is None else (whole, "file")
     float_loss, loss = compiled.calibration_loss()
     lines = [
-        f"{path}: {in_bytes(size)} ({size:,} bytes), {size / weights:.1%} of float32's {in_bytes(weights)} of weights; "
-        f"budget {compiled.budget}"
+        f"{path}: {in_bytes(size)} ({size:,} bytes), {size / reference:.1%} of float32's {what} of "
+        f"{in_bytes(reference)}; budget {compiled.budget}"
     ]
     for data, (exact, found) in compiled.scores.items():
         lines.append(f"metric on the {data}: {found:.4g}, float32 {exact:.4g}")

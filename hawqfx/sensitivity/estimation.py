@@ -278,15 +278,17 @@ def _open_measurement(task: _Task, index: int) -> Measurement:
 
 @torch.no_grad()
 def _first_not_finite(program: Program, batch: Batch) -> str | None:
-    nodes: list[str] = []
+    """What users call the first activation that is not finite."""
+    names = {name: site.name for site in program.activations for name in site.tensors}
+    found: list[str] = []
 
     def check(node: str, value: Tensor) -> Tensor:
         if not bool(torch.isfinite(value).all()):
-            nodes.append(node)
+            found.append(names[node])
         return value
 
     program.run(batch.args, batch.kwargs, check)
-    return nodes[0] if nodes else None
+    return found[0] if found else None
 
 
 def _draw(

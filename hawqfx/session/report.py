@@ -52,6 +52,14 @@ def file_bytes(planned: Program) -> int | None:
     return None
 
 
+def float_file_bytes(planned: Program) -> int | None:
+    """The size of the float32 file, which a limit on size is relative to; None where no such file was weighed."""
+    use = planned.about(Account).limits.get("size") if planned.knows(Account) else None
+    if use is not None:
+        return round(use.reference)
+    return planned.about(FileText).float_bytes if planned.knows(FileText) else None
+
+
 def _sizes(planned: Program) -> str:
     """The sizes of the file and of the weights in words."""
     size, reference, promised = planned.weight_bytes(), planned.float_bytes(), file_bytes(planned)
@@ -59,7 +67,8 @@ def _sizes(planned: Program) -> str:
     if promised is None:
         return weights
     use = planned.about(Account).limits.get("size") if planned.knows(Account) else None
-    float_file = planned.about(FileText).float_bytes if use is None else round(use.reference)
+    float_file = float_file_bytes(planned)
+    assert float_file is not None
     allowed = "" if use is None else f" of {math.floor(use.bound):,} allowed"
     return (
         f"file {promised:,} bytes{allowed}, {promised / float_file:.2%} of the float32 file's {float_file:,}; {weights}"

@@ -72,12 +72,15 @@ def test_a_plan_is_followed_in_place_of_a_budget(tmp_path: Path) -> None:
     assert json.loads(first.stdout)["bits"] == json.loads(again.stdout)["bits"]
 
 
-def test_the_last_lines_are_the_file_and_the_loss(tmp_path: Path) -> None:
-    lines = run.invoke(cli.app, call(tmp_path, "--budget", "weight_bits=5")).stdout.strip().splitlines()
+@pytest.mark.parametrize(("budget", "reference"), [("weight_bits=5", "weights"), ("size=100kB", "file")])
+def test_the_last_lines_are_the_file_and_the_loss(budget: str, reference: str, tmp_path: Path) -> None:
+    """A share is of what the percentages of the budget are of."""
+    lines = run.invoke(cli.app, call(tmp_path, "--budget", budget)).stdout.strip().splitlines()
     size = (tmp_path / "model.onnx").stat().st_size
     assert lines[-2].startswith(f"{tmp_path / 'model.onnx'}: ")
     assert f"({size:,} bytes)" in lines[-2]
-    assert lines[-2].endswith("budget weight_bits=5")
+    assert f" of float32's {reference} of " in lines[-2]
+    assert lines[-2].endswith(f"budget {budget}")
     assert lines[-1].startswith("loss on the calibration data: ")
 
 

@@ -224,6 +224,14 @@ def test_a_gradient_that_is_not_finite_names_an_activation_as_users_call_it() ->
         once.check_gradient(1, site.key, [torch.ones(2), torch.tensor([1, float("inf")])])
 
 
+def test_a_loss_that_is_not_finite_names_the_first_tensor_that_is_not() -> None:
+    program, work = double_program(Mlp), double_context()
+    beyond = replace(work, batches=tuple(batch.map(lambda x: x * float("nan")) for batch in work.batches))
+    with pytest.raises(LossError) as caught:
+        run([HawqV2(2, tolerance=0)], program, replace(beyond, loss=lambda output, target: output.sum()))
+    assert caught.value.__notes__[0] == "the first tensor that is not finite there is 'input x'"
+
+
 def test_a_shared_layer_has_one_trace_over_all_its_uses() -> None:
     program = after("cost", SharedLayer)
     work = context()
