@@ -70,7 +70,10 @@ def export(
     for name, bits in legal.about(StoredBits).bits.items():
         packed_weights.pack(model, name, bits, packing)
     packed_weights.define_rows(model, packing)
-    cleanup.clean(model, output_names(legal.graph), legal.dimensions)
+    # fx calls the node of an input `input` input_1, since Python has a function of that name; the file does not
+    inputs = legal.graph.graph.find_nodes(op="placeholder")
+    dimensions = {str(node.target): legal.dimensions.get(node.name, {}) for node in inputs}
+    cleanup.clean(model, output_names(legal.graph), dimensions)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.name = decoders.name_in_file(str(value.name))
     model.ir_version = IR_VERSION[packing]

@@ -120,6 +120,12 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     )
 
 
+def test_an_input_that_python_has_a_function_of_keeps_the_names_of_its_dimensions(tmp_path: Path) -> None:
+    """torch.nn.Sequential calls its input `input`; fx calls the node input_1."""
+    compiled(seeded(lambda: nn.Sequential(nn.Linear(8, 3))), [torch.randn(4, 8)]).export(tmp_path / "model.onnx")
+    assert shapes(tmp_path / "model.onnx") == ([["batch", 8]], [["batch", 3]])
+
+
 def test_an_exported_program_stays_dynamic(tmp_path: Path) -> None:
     example = tokens(6)
     dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in example}
