@@ -112,11 +112,11 @@ def whole_networks(programs: Sequence[Program], example: Batch, data: Batch, thr
 def _check_formats(program: Program) -> None:
     """Every site has the formats that are timed."""
     formats = {site.key: program.facts.get(site.key, Quantizers).by_format for site in program.sites}
-    missing = [site.key for site in program.activations if Format(8) not in formats[site.key]]
-    missing += [site.key for site in program.weights if not formats[site.key]]
+    missing = [site.name for site in program.activations if Format(8) not in formats[site.key]]
+    missing += [site.name for site in program.weights if not formats[site.key]]
     if missing:
         raise HawqfxError(f"latency is timed at 8 bits, and {missing[0]!r} was not measured there: let it have 8")
-    alone = [site.key for site in program.weights if not any(width.is_static for width in formats[site.key])]
+    alone = [site.name for site in program.weights if not any(width.is_static for width in formats[site.key])]
     if alone:
         raise HawqfxError(
             f"latency is timed in integers too, and {alone[0]!r} has formats in blocks alone: let schemes= have "

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -261,6 +262,8 @@ def test_measure_latency_needs_no_sensitivity() -> None:
 def test_profiles_of_missing_dimensions_or_formats_are_refused() -> None:
     with pytest.raises(BudgetError, match="sequence=1: of this network batch varies"):
         profiled(Plain, shape={"sequence": 1})
-    four: dict[str, Fact] = {"conv1.weight": Quantizers({})}
-    with pytest.raises(HawqfxError, match=r"'conv1\.weight' was not measured there: let it have 8"):
-        profiler.profile(measured(Plain).learn(four), context().batches[0])
+    program = measured(Plain)
+    for site in (program.weights[0], program.activations[1]):
+        none: dict[str, Fact] = {site.key: Quantizers({})}
+        with pytest.raises(HawqfxError, match=f"{re.escape(repr(site.name))} was not measured there: let it have 8"):
+            profiler.profile(program.learn(none), context().batches[0])
