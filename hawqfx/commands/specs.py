@@ -109,7 +109,10 @@ def checkpoint(path: Path) -> Mapping[str, torch.Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged or hostile file raises is many things
-        raise HawqfxError(f"the checkpoint {path} cannot be read: {error}") from error
+        reason = str(error)
+        if type(error).__name__ == "UnpicklingError":  # torch's own advice is to run the code in the file
+            reason = "it holds more than tensors, or is damaged, and no code in it is run: save model.state_dict()"
+        raise HawqfxError(f"the checkpoint {path} cannot be read: {reason}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise HawqfxError(f"the checkpoint {path} holds no tensors by name: save model.state_dict()")

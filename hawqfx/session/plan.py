@@ -154,8 +154,12 @@ class Plan:
             return source
         try:
             return Plan.from_json(Path(source).read_text())
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise PlanError(f"the plan {source} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(
+                f"the plan {source} cannot be read: it is neither JSON nor a file of Compiled.save()"
+            ) from error
 
     def write(self, path: str | Path) -> None:
         """Write the JSON, whole or not at all.

@@ -150,6 +150,9 @@ def test_a_damaged_file_is_refused(file: tuple[hawqfx.Compiled, Path], tmp_path:
             saved.read(path)
     with pytest.raises(PlanError, match="cannot be read"):
         saved.read(tmp_path / "missing")
+    path.write_bytes(b"\x08\xd0")  # as an ONNX file begins
+    with pytest.raises(PlanError, match=r"bad\.hawqfx cannot be read: it is neither JSON nor a file of Compiled\.save"):
+        saved.read_plan(path)
 
 
 def test_a_file_that_was_made_to_deceive_is_refused(file: tuple[hawqfx.Compiled, Path], tmp_path: Path) -> None:
