@@ -115,7 +115,7 @@ class _Search:
 
 def _sizes(planner: Planner, limits: Budget, rules: Allocation) -> list[int]:
     """Sizes in bytes from the least to the greatest, or to the limit on size if there is one."""
-    sizes = [math.ceil(size) for size in planner.range_of(rules, "size", STEPS)]
+    sizes = [int(size) for size in planner.range_of(rules, "size", STEPS)]
     if limits.size is None:
         return sizes
     most = math.floor(limits.size.of(planner.measured.about(FileText).float_bytes))

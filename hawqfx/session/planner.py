@@ -218,14 +218,16 @@ class Planner:
         return score
 
     def range_of(self, allocation: Allocation, limit: str, count: int) -> list[float]:
-        """Amounts of a limit from that of the narrowest formats to that of the widest, a constant factor apart."""
+        """Amounts of a limit from that of the narrowest formats to that of the widest, a constant factor apart; whole
+        bytes, where it is in bytes."""
         whole = replace(allocation, budget=Budget(**{limit: Limit(1.0, relative=True)}))
         ends = []
         for pick in (min, max):
             chosen = {key: pick(formats) for key, formats in allocation.rules.formats(self.measured).items()}
-            ends.append(self.explain(whole, chosen).about(Account).limits[limit].amount)
-        low, high = ends
-        return [low * (high / low) ** (step / (count - 1)) for step in range(count)]
+            ends.append(self.explain(whole, chosen).about(Account).limits[limit])
+        low, high = (use.amount for use in ends)
+        amounts = [low * (high / low) ** (step / (count - 1)) for step in range(count)]
+        return [float(round(amount)) for amount in amounts] if ends[0].unit == "bytes" else amounts
 
     def _increase(self, key: str, width: Format) -> float:
         """The increase that is predicted for a site; NaN where nothing was measured."""

@@ -1,6 +1,7 @@
 """Budgets on a drop, the frontier, uniform bits as a rival, plans measured again, formats that are allowed."""
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_a_drop_gives_the_smallest_network_that_keeps_the_metric(trained: Compil
     assert loose.weight_bytes < tight.weight_bytes < trained.planned.float_bytes()
     # the next size down, of 64 from the least to the most, would not keep it on the calibration data
     least, *_, most = tight.session.planner.range_of(tight.session.allocation, "size", 64)
-    size = int(tight.budget.rpartition("=")[2]) / (most / least) ** (1 / 63)
+    found = Budget.parse(tight.budget.partition(", met by ")[2]).size
+    assert found is not None
+    size = found.amount / (most / least) ** (1 / 63)
     planned = run([Allocation(Budget.parse(f"size={size:.0f}"))], tight.session.measured, tight.session.context)
     assert score(tight.session.lowered(planned, ""), calibrating) < 0.98 * score(None, calibrating)
 
@@ -121,6 +124,7 @@ def test_the_frontier_is_a_curve_of_plans() -> None:
     assert frontier.points[0].measured
     assert frontier.points[-1].measured
     for point in frontier.points:
+        assert re.fullmatch(r"size=\d+(\.\d{1,3})?k?B", point.budget)  # whole bytes
         alone = run([Allocation(Budget.parse(point.budget))], compiled.session.measured, compiled.session.context)
         assert alone.about(Account).loss == pytest.approx(point.account.loss, rel=1e-12)
     assert "predicted only" in str([column._cells for column in frontier.table().columns])
