@@ -123,6 +123,7 @@ def _export(model: nn.Module, example: Batch, shapes: Sequence[Any]) -> torch.ex
                 exported = torch.export.export(model, given.args, dict(given.kwargs), dynamic_shapes=dynamic)
             # else torch adds assertions about sizes, which some decompositions cannot evaluate
             exported.example_inputs = None
+            _let_go(exported)
             return exported
         except Exception as error:  # torch.export raises whatever the model's own code raises
             refused = refused or error
@@ -132,6 +133,23 @@ def _export(model: nn.Module, example: Batch, shapes: Sequence[Any]) -> torch.ex
         "If the inputs have the wrong shape or order, mend the data. If control flow depends on tensor values, "
         "rewrite it with torch.where, or export the model yourself and give the ExportedProgram."
     ) from refused
+
+
+def _let_go(exported: torch.export.ExportedProgram) -> None:
+    """Drop what would keep an export's shapes in memory for as long as the process lives, some 0.2 MB each.
+
+    A ShapeEnv lists the fake inputs of its export, and their sizes refer back to it from C++, where Python's garbage
+    collector does not look; and the class caches answers by ShapeEnv, some of them without a bound.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # loads SymPy
+
+    for node in exported.graph.find_nodes(op="placeholder"):
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None and mode.shape_env.tracked_fakes:
+            mode.shape_env.tracked_fakes.clear()
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 def _without_advice(error: Exception | None) -> str:

@@ -1,5 +1,6 @@
 """What torch.export makes of models, brought to one form; and what is refused, by a sentence."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,21 @@ def test_what_is_written_over_a_whole_tensor_has_a_derivative() -> None:
     assert torch.equal(program.run((x,), {}), model(x))
     program.run((x,), {}).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_capture_that_is_dropped_leaves_no_shapes_behind() -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(each) is ShapeEnv for each in gc.get_objects())
+
+    def once() -> None:
+        capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), Batch((X,), {}))
+
+    once()
+    once()  # what is asked of sizes after a capture stays until the next one
+    before = alive()
+    for _ in range(4):
+        once()
+    assert alive() <= before  # torch.export alone leaves one each
