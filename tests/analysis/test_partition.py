@@ -222,3 +222,32 @@ def test_bops_count_products_of_activations() -> None:
     total = sum(bits[one] * bits[other] * macs for one, other, macs in multiplied)
     assert program.about(Account).limits["bops"].amount == total
     assert total <= 0.05 * 32 * 32 * sum(macs for *_, macs in multiplied)
+
+
+class Rectified(nn.Module):
+    """Linear layers and a sum whose rectifiers are theirs; operators in float read one of the layers, and the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.head = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.one(x.reshape(-1, 64)))
+        z = torch.tanh(y)
+        return self.head(torch.tanh(torch.relu(self.two(z).relu() + self.three(z).relu())))
+
+
+def test_a_kernel_with_its_rectifier_hands_out_integers() -> None:
+    graph = run(_before_borders(), captured(Rectified), context()).graph.graph
+    found = partition(graph)
+    rectified = [node for node in found.kernels if fused_output(node) is not node]
+    assert [str(node.target) for node in rectified] == [*["aten.linear.default"] * 3, "aten.add.Tensor"]
+    # a linear layer without a rectifier could hand out floats
+    assert {fused_output(node) for node in rectified} <= found.integer_outputs
+
+
+def test_what_data_movement_makes_of_integers_are_integers() -> None:
+    found = partition(run(_before_borders(), captured(Resized), context()).graph.graph)
+    assert found.data_movement
+    assert found.data_movement <= found.integer_outputs
+    assert {fused_output(node) for node in found.kernels} & found.integer_outputs

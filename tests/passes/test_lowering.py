@@ -4,9 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
-from hawqfx.ir.custom_ops import FAKE_QUANTIZE
+from hawqfx.ir.custom_ops import FAKE_QUANTIZE, FAKE_QUANTIZE_DYNAMIC
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
+from hawqfx.ir.quantizers import activation_at
+from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.observers import graph_text
 from tests.nets import IMAGES, Concat, Plain, Residual, SharedLayer, images
 from tests.tools import quick
@@ -50,6 +53,15 @@ def test_every_site_is_quantized_by_its_own_quantizer(name: str) -> None:
     assert flips.float().mean() <= (0.1 if name.startswith("shared") else 0.02)
 
 
+def test_an_activation_is_rounded_by_the_quantizer_of_its_format() -> None:
+    planned = quick(Plain, "weight_bits=6").planned
+    for site in planned.activations:
+        q = planned.facts.get(site.key, Quantizers).by_format[Format(4)]
+        x = torch.linspace(-20, 20, 401) * q.scale[0]  # beyond both ends of 16 values
+        expected = ((x / q.scale[0]).round() + q.zero_point).clamp(q.low, q.high).sub(q.zero_point) * q.scale[0]
+        assert torch.equal(activation_at(planned, site.key, Format(4), x), expected)
+
+
 def test_values_stay_on_the_grid() -> None:
     compiled = quick(Plain, "weight_bits=5, bops=2%")
     for node in compiled.program.graph.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE):
@@ -82,3 +94,22 @@ def test_a_shared_weight_is_lowered_once_and_right() -> None:
     reference = compiled.session.measured.run((x,), {})
     # 8 bits for everything: a few steps of 1/255 of the range through five layers
     assert (eight.model(x) - reference).abs().max() < 0.05 * reference.abs().max()
+
+
+class TwoReaders(nn.Module):
+    """A tensor that two layers and an operator in float read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.one, self.two, self.head = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.into(x.flatten(1)))
+        return self.head(torch.sin(y) + torch.tanh(self.one(y)) + torch.tanh(self.two(y)))
+
+
+def test_layers_that_read_a_tensor_dynamically_share_its_quantizer() -> None:
+    compiled = quick(TwoReaders, "weight_bits=8", schemes=("dynamic",))
+    nodes = compiled.program.graph.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE_DYNAMIC)
+    assert [len(node.users) for node in nodes] == [1, 2, 1]
+    assert all("linear" in str(user.target) for node in nodes for user in node.users)
