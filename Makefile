@@ -2,6 +2,8 @@
 # make quick: lint, types and the tests that compile no network, in a minute.  make docs: the documentation, in site/.
 # make fuzz COUNT=2000 SEED=0: random networks, compiled and compared with onnxruntime.
 # make faults COUNT=200 SEED=0: kills at random moments, full disks, damaged caches.  make soak COUNT=300: does it grow?
+# make mutants COUNT=30 SEED=0: changes of the sources that a test should catch, so many in each of four folders.
+# make audit: are flaws known of the packages that constraints.txt names?  It asks the package index.
 # make install-test: the release in empty environments with the lowest and the newest versions, and the code of the pages
 # on deployment in a browser and in C++; it installs packages.
 # make report: report pages of a few networks and screenshots of them, in build/report; needs Chromium.
@@ -13,10 +15,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint docs report install-test fuzz faults soak clean
+.PHONY: demo test quick units lint docs report install-test fuzz faults soak mutants audit clean
 fuzz: COUNT ?= 2000
 faults: COUNT ?= 200
 soak: COUNT ?= 300
+mutants: COUNT ?= 30
 SEED ?= 0
 
 demo: $(READY)
@@ -61,6 +64,18 @@ faults: $(READY)
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --count $(COUNT)
+
+# tools that the package does not need have environments of their own, in build/
+mutants: $(READY)
+	$(PYTHON) -m venv build/mutants
+	build/mutants/bin/python -m pip install --quiet cosmic-ray==8.7.0
+	build/mutants/bin/python tests/mutants.py --count $(COUNT) --seed $(SEED) --python $(BIN)/python
+
+# strict: a package that the index does not tell of is a failure, and not one without flaws
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 clean:
 	rm -rf .venv demo site
