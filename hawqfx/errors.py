@@ -79,11 +79,12 @@ class InfeasibleBudget(HawqfxError, ValueError):
         message: names the limit, and the least amount that it could be met with.
         limit: name of the limit.
         least: the least amount, in the limit's unit; NaN if it is not known.
+        reasons: what stands in the way of less; it ends the message.
     """
 
-    def __init__(self, message: str, limit: str = "", least: float = float("nan")) -> None:
-        super().__init__(message)
-        self.limit, self.least = limit, least
+    def __init__(self, message: str, limit: str = "", least: float = float("nan"), reasons: str = "") -> None:
+        super().__init__(message + reasons)
+        self.limit, self.least, self.reasons = limit, least, reasons
 
 
 class PlanError(HawqfxError, ValueError):

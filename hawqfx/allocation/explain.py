@@ -40,14 +40,19 @@ def refusal(task: AllocationTask, obstacle: Infeasible, effort: Effort) -> Infea
     """The error for a budget that cannot be met: the limit, the least that it could be, and the rules in the way."""
     name = next(name for name, resource in task.resources.items() if resource.part(obstacle.name) is not None)
     resource = task.resources[name]
-    others = "" if obstacle.alone else " together with the other limits"
-    text = f"{task.budget.written(name)} cannot be met{others}: the least is {_least(resource, obstacle)}"
-    text += _fixes_in_the_way(task, obstacle, name, effort)
+    text = f"{task.budget.written(name)} cannot be met: the least is {_least(resource, obstacle)}"
+    reasons = "" if obstacle.alone else ", within the other limits"
+    reasons += _fixes_in_the_way(task, obstacle, name, effort)
     if name in ("size", "weight_bits"):
-        text += _floats_in_the_way(task.program, name)
+        reasons += _floats_in_the_way(task.program, name)
     if task.order != "exact":
-        text += f"; the rule {task.order} allows no other"
-    return InfeasibleBudget(text, name, _amount(resource, obstacle))
+        reasons += f"; the rule {task.order} allows no other"
+    return InfeasibleBudget(text, name, _amount(resource, obstacle), reasons)
+
+
+def of_float(amount: float, reference: float) -> str:
+    """An amount of a limit as a part of the float32 network's, rounded up: one that is named as a budget is kept."""
+    return f"{math.ceil(1e4 * amount / reference) / 100}% of float32"
 
 
 def _floats_in_the_way(program: Program, limit: str) -> str:
@@ -78,7 +83,8 @@ def _fixes_in_the_way(task: AllocationTask, obstacle: Infeasible, name: str, eff
         if not isinstance(answer, Infeasible):
             text += f"; fix {pattern!r}: {bits} stands in the way, without it the budget can be met"
         elif answer.name == obstacle.name and answer.least < obstacle.least:
-            least = _least(freed.resources[name], answer)
+            # a size is weighed for the rules that were given alone
+            least = ("about " if name == "size" else "") + _least(freed.resources[name], answer)
             text += f"; fix {pattern!r}: {bits} stands in the way, without it the least is {least}"
     return text
 
@@ -92,9 +98,8 @@ def _amount(resource: Resource, obstacle: Infeasible) -> float:
 def _least(resource: Resource, obstacle: Infeasible) -> str:
     number, least = resource.part(obstacle.name), _amount(resource, obstacle)
     assert number is not None
-    percent = math.ceil(1e4 * least / resource.reference) / 100
     at = f" at {resource.where[number]}" if resource.where else ""
-    return f"{resource.written(least)}{at}, {percent}% of float32"
+    return f"{resource.written(least)}{at}, {of_float(least, resource.reference)}"
 
 
 def _use(task: AllocationTask, resource: Resource, picks: Sequence[int], answer: Choice | None) -> LimitUse:

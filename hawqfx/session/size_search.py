@@ -2,7 +2,8 @@
 
 The allocation counts the file's text as it is where all sites are static and activations have their widest formats; the
 file of another plan takes a little more or less.  Such a plan is exported and weighed, and where its file is too large,
-the limit is held to less by what it has too much.
+the limit is held to less by what it has too much.  Where that is refused, the plan that is predicted to be the least is
+weighed too: what a refusal names is the size of its file, which is a budget that can be met.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hawqfx.allocation.budget import Budget, Limit
+from hawqfx.allocation.explain import of_float
 from hawqfx.errors import InfeasibleBudget
 from hawqfx.ir.facts import Account, FileText
 from hawqfx.ir.program import Program
@@ -28,27 +30,30 @@ def within_size(planner: Planner, budget: Budget, find: Callable[[Budget], Candi
         target: the processors that the file is made for.
 
     Raises:
-        InfeasibleBudget: if no plan that was tried keeps the limit.
+        InfeasibleBudget: if no plan that was tried keeps the limit; its least is the size of a file that was weighed.
     """
-    most = math.inf if budget.size is None else budget.size.of(planner.measured.about(FileText).float_bytes)
-    held, size, refused = budget, 0, None
-    for _ in range(TRIES):
+    reference = planner.measured.about(FileText).float_bytes
+    most = math.inf if budget.size is None else budget.size.of(reference)
+    held, size, refused = budget, 0, InfeasibleBudget("")
+    for tried in range(TRIES + 1):
         try:
             candidate = find(held)
         except InfeasibleBudget as error:
-            if held is budget or error.limit != "size":
+            if refused.limit or error.limit != "size":
                 raise
-            refused = error
-            break
+            refused, held = error, replace(budget, size=Limit(error.least))
+            continue
         size = _file_bytes(planner, candidate, target)
         if size <= most:
             text = candidate.budget.replace(str(held), str(budget))
             return replace(candidate, planned=_with_measurement(candidate.planned, most, size), budget=text)
-        # by how much the file must shrink, below what was predicted for it
-        held = replace(budget, size=Limit(candidate.planned.about(Account).limits["size"].amount - (size - most)))
-    raise InfeasibleBudget(
-        f"{budget.written('size')} cannot be met: the smallest file that was made has {size} bytes", "size", size
-    ) from refused
+        if refused.limit:  # this was the least
+            break
+        # by how much the file must shrink, below what was predicted for it; in the end as far as it can
+        less = candidate.planned.about(Account).limits["size"].amount - (size - most)
+        held = replace(budget, size=Limit(less if tried + 2 < TRIES else 1))
+    text = f"{budget.written('size')} cannot be met: the least is {size} bytes, {of_float(size, reference)}"
+    raise InfeasibleBudget(text, "size", size, refused.reasons) from refused
 
 
 def _file_bytes(planner: Planner, candidate: Candidate, target: str) -> int:

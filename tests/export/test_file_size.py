@@ -95,6 +95,18 @@ def test_plans_of_other_formats_are_weighed(tmp_path: Path) -> None:
     assert written(floats, tmp_path) == floats.file_bytes
 
 
+def test_the_least_that_a_refusal_names_is_that_of_a_file_and_can_be_met(tmp_path: Path) -> None:
+    session = quick(Residual, "size=1MB").session
+    predicted, _ = session.planner.range_of(session.allocation, "size", 2)
+    for budget in ("size=1%", f"size={predicted:.0f}"):  # refused at once, and when its file was weighed
+        with pytest.raises(InfeasibleBudget, match=r"the least is \d+ bytes, [\d.]+% of float32$") as caught:
+            session.at(budget, fix={"relu*": 4})
+        least = caught.value.least
+        assert least > predicted
+        tight = session.at(f"size={least:.0f}", fix={"relu*": 4})
+        assert written(tight, tmp_path) == tight.file_bytes == least
+
+
 def test_a_native_file_promises_nothing_of_its_size(tmp_path: Path) -> None:
     compiled = quick(Plain, "size=1MB")
     least = compiled.session.planner.range_of(compiled.session.allocation, "size", 2)[0]

@@ -109,9 +109,9 @@ def _compiled(found: Case, options: dict[str, Any]) -> hawqfx.Compiled:
         try:
             return hawqfx.compile(found.model, **{**options, "budget": budget})
         except InfeasibleBudget as error:
-            if error.limit in raised and error.limit != "size":  # of a size, the first is predicted, the next weighed
+            if error.limit in raised:
                 raise Wrong(f"{raised[error.limit]}; and then: {error}") from error
-            if not error.least >= 0 or raised.get(error.limit) == str(error):
+            if not error.least >= 0:
                 raise
             raised[error.limit] = str(error)
             budget = replace(budget, **{error.limit: Limit(error.least)})
