@@ -167,7 +167,8 @@ def recoded(
     aim = rows + part * compensation.solved(rows @ whole.cross) if part else rows
     per_row = steps.shape[-1] == 1
     codes, chosen = _best_codes(compensation, aim, steps, ends, scales if per_row else (1.0,))
-    damped = whole.second + compensation.added[:, None, None] * torch.eye(columns).to(whole.second)
+    damped = whole.second.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(compensation.added[:, None])
     codes = _descended(codes, aim, chosen, ends, damped)
     values, shift = codes * chosen, None
     if bias:
