@@ -145,15 +145,14 @@ _NAMES = tuple(field.name for field in fields(Budget))
 
 
 def _amount_in_words(name: str, amount: float) -> str:
-    """An amount in the largest unit of which it is at least one, and from whose text it parses exactly."""
+    """An amount in a unit from whose text it parses exactly: the largest of which it is at least one, or the least."""
     units = _units(name)
     written = _WRITTEN[next(iter(units))]
-    for unit in written:
-        text = f"{amount / units[unit.lower()]:.12g}"
-        if (float(text) >= 1 or unit == written[-1]) and float(text) * units[unit.lower()] == amount:
-            return text + unit
+    texts = {unit: f"{amount / units[unit.lower()]:.12g}" for unit in written}
+    exact = [unit for unit, text in texts.items() if float(text) * units[unit.lower()] == amount]
     base = next(unit for unit in written if units[unit.lower()] == 1)
-    return f"{amount:.12g}{base}"
+    unit = next((unit for unit in exact if float(texts[unit]) >= 1), exact[-1] if exact else base)
+    return texts[unit] + unit
 
 
 def _units(name: str) -> Mapping[str, float]:

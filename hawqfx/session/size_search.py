@@ -39,7 +39,9 @@ def within_size(planner: Planner, budget: Budget, find: Callable[[Budget], Candi
         try:
             candidate = find(held)
         except InfeasibleBudget as error:
-            if refused.limit or error.limit != "size":
+            if refused.limit:  # the least breaks another limit: what was predicted stands
+                raise refused from error
+            if error.limit != "size":
                 raise
             refused, held = error, replace(budget, size=Limit(error.least))
             continue

@@ -207,7 +207,7 @@ def test_a_budget_on_latency_is_kept_and_may_leave_sites_in_float(
     fastest = session.at("latency=0.1ms").plan.bits  # the fastest: what is run decides
     assert fastest == dict.fromkeys((site.key for site in session.measured.sites), 8)
     monkeypatch.setattr(profiler, "whole_networks", lambda *_: [1.0])
-    with pytest.raises(InfeasibleBudget, match=r"latency=100us cannot be met: the fastest network, .* at 1000 ms"):
+    with pytest.raises(InfeasibleBudget, match=r"latency=0\.1ms cannot be met: the fastest network, .* at 1000 ms"):
         session.at("latency=0.1ms")
     with pytest.raises(InfeasibleBudget, match=r"size=10B cannot be met"):
         session.at("latency=1s, size=10B")
