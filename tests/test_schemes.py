@@ -451,11 +451,11 @@ def test_the_choice_of_schemes_equals_brute_force(seed: int, floats: bool) -> No
 def test_a_head_that_multiplies_by_its_table_is_timed_in_blocks() -> None:
     torch.manual_seed(0)
     options = {"sensitivity": "mse", "rounding": "nearest", "weight_bits": (4, 8), "block_sizes": (64,)}
-    compiled = hawqfx.compile(Words().eval(), "latency=100%", words(), schemes=EVERY, **options)  # type: ignore[arg-type]
+    compiled = hawqfx.compile(Words().eval(), "latency=1s", words(), schemes=EVERY, **options)  # type: ignore[arg-type]
     timed = {kernel.weight: dict(kernel.blockwise) for kernel in compiled.planned.about(LatencyModel).timed}
     assert set(timed["table.weight"]) == {blockwise(4, 64), blockwise(8, 64)}
     with pytest.raises(HawqfxError, match="has formats in blocks alone: let schemes= have 'static'"):
-        hawqfx.compile(Words().eval(), "latency=100%", words(), schemes=("weight-only",), **options)  # type: ignore[arg-type]
+        hawqfx.compile(Words().eval(), "latency=1s", words(), schemes=("weight-only",), **options)  # type: ignore[arg-type]
 
 
 def test_schemes_that_there_are_not_are_refused() -> None:
