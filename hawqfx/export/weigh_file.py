@@ -82,7 +82,9 @@ def _all_different(planned: Program) -> Program:
                 # in steps of the products, of which int32 holds so many more than calibration lets a bias have
                 read = planned.facts.get(layer.input, Quantizers).by_format.get(formats[layer.input])
                 step = read.scale[0] if read is not None and formats[layer.input].is_static else 1.0
-                biases[width] = bias + noise * step * max(map(abs, quantizer.scale))
+                scales = torch.tensor(quantizer.scale, device=bias.device).abs()
+                # of each row its own, of which int32 holds the fewest where it is least
+                biases[width] = bias + noise * step * (scales if scales.shape == bias.shape else scales.max())
         rounded[site.key] = replace(fact, codes={**fact.codes, width: codes}, biases=biases)
     return planned.learn(quantizers).learn(rounded)
 
