@@ -167,9 +167,7 @@ def recoded(
     aim = rows + part * compensation.solved(rows @ whole.cross) if part else rows
     per_row = steps.shape[-1] == 1
     codes, chosen = _best_codes(compensation, aim, steps, ends, scales if per_row else (1.0,))
-    damped = whole.second.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(compensation.added[:, None])
-    codes = _descended(codes, aim, chosen, ends, damped)
+    codes = _descended(codes, aim, chosen, ends, compensation.damped(whole.second))
     values, shift = codes * chosen, None
     if bias:
         shift = (rows @ (whole.mean + whole.gap)[..., None] - values @ whole.mean[..., None]).reshape(-1)

@@ -153,6 +153,12 @@ class Compensation:
         for name in ("upper", "damping", "added"):
             getattr(self, name)[groups] = getattr(other, name)[groups]
 
+    def damped(self, moment: Tensor) -> Tensor:
+        """A copy of the moment, (groups, K, K), with what the damping adds to its diagonal."""
+        found = moment.clone()
+        found.diagonal(dim1=1, dim2=2).add_(self.added[:, None])
+        return found
+
     def _sorted(self, x: Tensor) -> Tensor:
         """The columns of (groups, R, K), from the input with the most energy to the input with the least."""
         return x.gather(2, self.order[:, None, :].expand_as(x))

@@ -150,6 +150,7 @@ def test_each_rounding_is_compensated_by_least_squares(
 def test_rows_times_the_inverse_of_the_damped_moment() -> None:
     rows, moment = _randn(2, 5, 7), _correlated(2, 7)
     damped = moment + torch.diag_embed(0.3 * moment.diagonal(dim1=1, dim2=2).mean(1)[:, None].expand(-1, 7))
+    assert torch.allclose(Compensation(moment, 0.3).damped(moment), damped, rtol=1e-12, atol=0)
     assert torch.allclose(Compensation(moment, 0.3).solved(rows) @ damped, rows, rtol=0, atol=1e-9)
 
 
