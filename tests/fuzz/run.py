@@ -1,6 +1,6 @@
 """Compiles random networks and compares their files with onnxruntime; `make fuzz`.
 
-    python -m tests.fuzz.run [--count N] [--seed N] [--only FAMILY:SEED ...]
+    python -m tests.fuzz.run [--count N] [--seed N] [--jobs N] [--only FAMILY:SEED ...]
 
 Every network is compiled under a random budget, with random widths, schemes, packing, target, rounding and so on
 (settings.py), exported, and run.  The file must compute what the graph computes, on batches of other sizes too, and the
@@ -13,12 +13,17 @@ Anything else is a finding, and its FAMILY:SEED is printed.
 import argparse
 import collections
 import logging
+import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +42,7 @@ from tests.fuzz.networks import FAMILIES, Case, Family, Inputs, case, run
 from tests.fuzz.settings import judged, settings
 
 TIES = 0.02  # of the outputs' mean: flipped ties, in networks of a few layers
+RENEWED = 200  # networks after which a process is replaced by a new one
 SUMS = 1e-3  # of the outputs' mean: sums of float32 in another order, and behind ranges that are huge
 
 
@@ -136,33 +142,60 @@ def _compare(name: str, model: Any, batch: Inputs, answers: list[Tensor], most: 
             raise Wrong(f"{what} differs by {away:.2%} of its mean")
 
 
+def _ready() -> None:
+    """Sets up a process that tries networks: one thread, and no warnings."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+
+
+def _in_folder(family: Family, seed: int) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        return tried(family, seed, Path(folder))
+
+
+class _Process(threading.local):
+    """A process that tries the networks of a thread, one after another; where it ends, another takes its place."""
+
+    def __init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _ready, max_tasks_per_child=RENEWED)
+
+    def outcome(self, wanted: tuple[Family, int]) -> Outcome:
+        try:
+            return self.pool.submit(_in_folder, *wanted).result()
+        except BrokenProcessPool:  # onnxruntime aborts where it should raise
+            self._renew()
+            return Outcome("wrong", "the process ended")
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the first network; the others follow")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (one a core)")
     parser.add_argument("--refused", action="store_true", help="print refusals too")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAMILY:SEED")
     args = parser.parse_args(words)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     wanted = [(FAMILIES[n % len(FAMILIES)], n) for n in range(args.seed, args.seed + args.count)]
     if args.only:
         wanted = [(family, int(seed)) for family, _, seed in (each.partition(":") for each in args.only)]
         assert all(family in get_args(Family) for family, _ in wanted)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     refusals: collections.Counter[str] = collections.Counter()
-    start, console = time.perf_counter(), Console(width=160)
-    for number, (family, seed) in enumerate(wanted, 1):
-        with tempfile.TemporaryDirectory() as folder:
-            outcome = tried(family, seed, Path(folder))
-        counts[family, outcome.kind] += 1
-        if outcome.kind == "refused":
-            refusals[outcome.detail.partition(":")[0]] += 1
-        if outcome.kind == "wrong" or args.only or (args.refused and outcome.kind == "refused"):
-            console.print(f"{family}:{seed} {outcome.kind}: {outcome.detail[:600]}", markup=False, soft_wrap=True)
-        if number % 50 == 0:
-            console.print(f"{number} networks in {time.perf_counter() - start:.0f} s")
+    start, console, process = time.perf_counter(), Console(width=160), _Process()
+    with ThreadPoolExecutor(args.jobs) as threads:
+        outcomes = zip(wanted, threads.map(process.outcome, wanted), strict=True)
+        for number, ((family, seed), outcome) in enumerate(outcomes, 1):
+            counts[family, outcome.kind] += 1
+            if outcome.kind == "refused":
+                refusals[outcome.detail.partition(":")[0]] += 1
+            if outcome.kind == "wrong" or args.only or (args.refused and outcome.kind == "refused"):
+                console.print(f"{family}:{seed} {outcome.kind}: {outcome.detail[:600]}", markup=False, soft_wrap=True)
+            if number % 50 == 0:
+                console.print(f"{number} networks in {time.perf_counter() - start:.0f} s")
     table = Table("family", "right", "refused", "wrong", title=f"{len(wanted)} networks from seed {args.seed}")
     for family in FAMILIES:
         table.add_row(family, *(str(counts[family, kind]) for kind in ("right", "refused", "wrong")))
