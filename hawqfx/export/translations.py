@@ -43,18 +43,48 @@ def translate(exported: torch.export.ExportedProgram, opset: int) -> ir.Model:
     """
     with _quiet(), _parsed_once():
         try:
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,  # it would fold the biases' scales into tensors that the file need not hold
-                verbose=False,
-                custom_translation_table=_TRANSLATIONS,
-            )
-        except Exception as error:  # the exporter raises many kinds
-            raise ExportError(f"torch.onnx could not translate the graph: {error}") from error
+            return _translated(_KeptWhole(exported), opset)
+        except Exception:  # of many kinds: torch.onnx knows some operators by their parts alone
+            pass
+        try:
+            return _translated(exported, opset)
+        except Exception as error:
+            raise ExportError(f"torch.onnx could not translate the graph: {_first_cause(error)}") from error
+
+
+def _translated(exported: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    program = torch.onnx.export(
+        exported,
+        dynamo=True,
+        opset_version=opset,
+        optimize=False,  # it would fold the biases' scales into tensors that the file need not hold
+        verbose=False,
+        custom_translation_table=_TRANSLATIONS,
+    )
     assert program is not None
     return program.model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that all others came from: those that torch.onnx wraps around it are advice to its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+class _KeptWhole(torch.export.ExportedProgram):
+    """A program that does not decompose its operators.
+
+    torch.onnx (2.13) has every graph traced twice more to decompose operators, which takes a third of an export's time;
+    most graphs have none that it does not know.
+    """
+
+    def __init__(self, exported: torch.export.ExportedProgram) -> None:
+        self.__dict__ = dict(exported.__dict__)
+
+    def run_decompositions(self, *arguments: Any, **options: Any) -> torch.export.ExportedProgram:
+        self.graph.eliminate_dead_code()
+        return self
 
 
 @contextmanager
@@ -119,8 +149,49 @@ def _conv3d(
     return op.Conv(x, weight, bias, strides=strides, pads=pads * 2, dilations=dilations, group=groups)
 
 
+def _padded_conv(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: str = "valid", dilation: Any = 1, groups: int = 1
+) -> Any:
+    """A convolution whose padding is a word; for "same", an odd one has more at the end."""
+    sizes = weight.shape[2:]
+    strides, dilations = (
+        [each] * len(sizes) if isinstance(each, int) else [*each] * (len(sizes) // len(each))
+        for each in (stride, dilation)
+    )
+    whole = [step * (size - 1) if padding == "same" else 0 for step, size in zip(dilations, sizes, strict=True)]
+    pads = [each // 2 for each in whole] + [each - each // 2 for each in whole]
+    return op.Conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations, group=groups)
+
+
+def _squeeze(x: Any, axes: Sequence[int]) -> Any:
+    return op.Squeeze(x, _constant(axes, np.int64)) if axes else op.Identity(x)
+
+
+def _rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    squares = op.ReduceMean(op.Mul(x, x), _constant(range(-len(shape), 0), np.int64))
+    least = _constant(torch.finfo(torch.float32).eps if eps is None else eps, np.float32)
+    values = op.Div(x, op.Sqrt(op.Add(squares, least)))
+    return values if weight is None else op.Mul(values, weight)
+
+
 def _average(x: Any) -> Any:
     return op.GlobalAveragePool(x)
+
+
+def _adaptive_average(x: Any, sizes: Sequence[int]) -> Any:
+    """The means of windows that share out each dimension, as products with a matrix of their weights: ONNX has no such
+    pool, and torch no decomposition of that of volumes."""
+    rank, first = len(x.shape), len(x.shape) - len(sizes)
+    for axis, length, size in zip(range(first, rank), x.shape[first:], sizes, strict=True):
+        if not isinstance(length, int):
+            raise ExportError(
+                f"an adaptive pool of dimension {axis}, whose size varies, has no ONNX: give it a fixed size"
+            )
+        columns = torch.nn.functional.adaptive_avg_pool1d(torch.eye(length)[None], size)[0]
+        order = [axis if each == rank - 1 else rank - 1 if each == axis else each for each in range(rank)]
+        means = op.MatMul(op.Transpose(x, perm=order), _constant(columns.numpy(), np.float32))
+        x = op.Transpose(means, perm=order)
+    return x
 
 
 def _space_to_depth(x: Any, pads: Sequence[int], block: int) -> Any:
@@ -200,6 +271,12 @@ def _blockwise_rows(codes: Any, scale: Any, rows: Any, columns: int, bits: int) 
 
 _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.conv3d.default: _conv3d,
+    torch.ops.aten.conv1d.padding: _padded_conv,
+    torch.ops.aten.conv2d.padding: _padded_conv,
+    torch.ops.aten.conv3d.padding: _padded_conv,
+    torch.ops.aten.squeeze.dims: _squeeze,
+    torch.ops.aten.rms_norm.default: _rms_norm,
+    torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_average,
     FAKE_QUANTIZE: _activation,
     DEQUANTIZE: _constant_codes,
     DEQUANTIZE_ROWS: _rows,
