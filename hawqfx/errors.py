@@ -33,10 +33,11 @@ class DataError(HawqfxError, ValueError):
 
 
 class LossError(HawqfxError, ValueError):
-    """The loss is not a finite scalar, or cannot be computed from the model's output.
+    """The loss is not a finite scalar, or cannot be computed from the model's output, or the quantized network is not
+    finite.
 
     To do: Return the mean over the batch as a finite scalar of the model's output; look at the tensor that the
-    message names, which is the first that overflows.
+    message names, which is the first that overflows. Leave activations in float that the network divides by.
     """
 
 

@@ -39,7 +39,7 @@ LAW: dict[str, set[str]] = {
     },
     "report": {"analysis", "errors", "frontend", "ir", "maths"},
     "session": {
-        "allocation", "arguments", "atomic_write", "errors", "export", "frontend", "ir", "latency", "maths",
+        "allocation", "analysis", "arguments", "atomic_write", "errors", "export", "frontend", "ir", "latency", "maths",
         "pass_manager", "passes", "pipeline", "report", "runtime",
     },
     "options": {

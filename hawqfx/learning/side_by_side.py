@@ -1,11 +1,12 @@
 """The float network and the quantized one, walked through side by side: what each layer reads and gives in both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 
+from hawqfx.analysis.finite import first_less_finite, refuse_not_finite
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import RoundedWeights
 from hawqfx.ir.operators import ceiling
@@ -81,23 +82,31 @@ class SideBySide:
         Args:
             end: the node.
             quantized: whether `end` goes through its own quantizer.
+
+        Raises:
+            LossError: if a value is not finite in the quantized network alone.
         """
         last = self.numbers[end]
         if last <= self.reached:  # a layer further on reads it, so that its values are here
             return
-        self.reached = last
+        between, self.reached = self.nodes[self.reached + 1 : last + 1], last
         later = [
             node
             for node in self.nodes[: last + 1]
             if node.op != "get_attr" and any(self.numbers[user] > last for user in node.users)
         ]
+        wanted = later if end in later else [*later, end]
 
         def hook(name: str, value: Tensor) -> Tensor:
             return value if name == end.name and not quantized else self._rounded(name, value)
 
-        wanted = later if end in later else [*later, end]
-        self.floats = [self.program.evaluate(wanted, values) for values in self.floats]
-        self.quantized = [self.program.evaluate(wanted, values, hook, self.tensors) for values in self.quantized]
+        def both(nodes: Sequence[fx.Node], exact: Values, rounded: Values) -> tuple[Values, Values]:
+            return self.program.evaluate(nodes, exact), self.program.evaluate(nodes, rounded, hook, self.tensors)
+
+        for index, before in enumerate(zip(self.floats, self.quantized, strict=True)):
+            self.floats[index], self.quantized[index] = both(wanted, *before)
+            if first_less_finite(self.floats[index], self.quantized[index]) is not None:
+                refuse_not_finite(self.program, *both(between, *before))
 
     def recode(self, key: str, codes: Tensor, weight: Tensor) -> None:
         """Give a compensated weight other codes, int8 in its shape, of which `weight` are the values."""

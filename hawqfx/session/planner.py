@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.explain import explained
 from hawqfx.allocation.search_space import Formats
+from hawqfx.analysis.finite import refuse_not_finite
 from hawqfx.errors import HawqfxError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
@@ -167,11 +169,17 @@ class Planner:
         return replace(self.measured, facts=self.measured.facts.without(Account)).learn(choices)
 
     def lower(self, planned: Program, budget: str) -> Candidate:
-        """The lowered network of a plan, which is finished first if it is not."""
+        """The lowered network of a plan, which is finished first if it is not.
+
+        Raises:
+            LossError: if a value of it is not finite on the first batch, and is in the float network.
+        """
         past = {step.name for step in planned.history}
         left = [step for step in self.finish if step.name not in past]
         finished = run(left, planned, self.context, self.observers)
-        return Candidate(finished, run([Lowering()], finished, self.context, self.observers), budget)
+        lowered = run([Lowering()], finished, self.context, self.observers)
+        _require_finite(self.measured, lowered, self.context.batches[0])
+        return Candidate(finished, lowered, budget)
 
     @torch.no_grad()
     def losses(self, *programs: Program, expected: bool = False) -> "list[Losses]":
@@ -250,3 +258,13 @@ def for_budget(allocation: Allocation, limits: Budget) -> Allocation:
         every if bits is None else bits for bits in (allocation.weight_bits, allocation.activation_bits)
     )
     return replace(ruled, weight_bits=weights, activation_bits=activations)
+
+
+@torch.no_grad()
+def _require_finite(measured: Program, lowered: Program, batch: Batch) -> None:
+    """Raises LossError if a network is not finite on a batch on which the one that was measured is."""
+    output = lowered.run(batch.args, batch.kwargs)
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)):
+        _, exact = measured.values(batch.args, batch.kwargs)
+        _, quantized = lowered.values(batch.args, batch.kwargs)
+        refuse_not_finite(measured, exact, quantized)
