@@ -20,6 +20,8 @@ from hawqfx.export.legalize.linear_kernels import LinearKernels
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.export.legalize.runtime_operators import FloatWeights, GlobalAverage, TableRows
 from hawqfx.export.legalize.space_to_depth import SpaceToDepth
+from hawqfx.frontend import capture
+from hawqfx.frontend.data import Batch
 from hawqfx.ir.custom_ops import (
     BLOCKWISE_LINEAR,
     BLOCKWISE_ROWS,
@@ -202,6 +204,37 @@ def test_a_float_weight_beside_integers_is_kept_by_a_maximum() -> None:
     (kept,) = nodes
     assert kept.args[0].name == "conv2d_1"
     assert list(kept.args[0].users) == [kept]
+
+
+class MovedCodes(nn.Module):
+    """A float layer between two quantizers, of which the first makes the values that a reshape moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.tensor(0.05)
+        tokens = FAKE_QUANTIZE(x, scale, 128, 0, 255)
+        rows = self.layer(tokens.transpose(1, 2).reshape(-1, 4)) + 0.0 * tokens.mean()
+        return FAKE_QUANTIZE(rows, scale, 128, 0, 255)
+
+
+class Computed(MovedCodes):
+    """A float layer of values that are no codes, which onnxruntime leaves alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(FAKE_QUANTIZE(x, torch.tensor(0.05), 128, 0, 255).tanh().transpose(1, 2))
+
+
+def test_a_float_weight_of_moved_codes_is_kept_too() -> None:
+    """onnxruntime moves a DequantizeLinear past a reshape, and quantizes the weight then (mixed:30206 of the fuzz)."""
+    x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(3))
+    wanted = {MovedCodes: 1, Computed: 0}
+    for make, count_of_maxima in wanted.items():
+        program = capture.capture(build(make), Batch((x,), {}))
+        kept = FloatWeights().rewrite(program)
+        assert count(kept, torch.ops.aten.maximum.default) == count_of_maxima
 
 
 def test_averages_and_rows_take_over_the_names() -> None:

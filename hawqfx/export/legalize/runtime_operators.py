@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from hawqfx.export.legalize.tolerances import FLIPPED_CODES
 from hawqfx.ir.custom_ops import DEQUANTIZE, DEQUANTIZE_ROWS, FAKE_QUANTIZE, GLOBAL_AVERAGE
 from hawqfx.ir.facts import StoredBits
-from hawqfx.ir.operators import EMBEDDING, PADS, WEIGHTED_LAYERS, operands, spatial_mean
+from hawqfx.ir.operators import EMBEDDING, PADS, WEIGHTED_LAYERS, elements_of, operands, spatial_mean
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Kind, Rewrite
@@ -23,7 +24,8 @@ class FloatWeights(Rewrite):
     """Keeps onnxruntime from quantizing weights that the plan leaves in float.
 
     onnxruntime quantizes a constant weight between a DequantizeLinear and a QuantizeLinear by itself, to 8 bits and
-    with one scale.  It does not look past a maximum, and the maximum with the least number there is changes no value.
+    with one scale, also where what lies between moves values only.  It does not look past a maximum, and the maximum
+    with the least number there is changes no value.
     """
 
     tolerance: ClassVar[float] = 0.0
@@ -34,9 +36,7 @@ class FloatWeights(Rewrite):
             if node.target not in WEIGHTED_LAYERS:
                 continue
             source, weight = operands(node)[:2]
-            if source.target in PADS:
-                source = source.args[0]
-            if source.target is FAKE_QUANTIZE and weight.op == "get_attr":
+            if weight.op == "get_attr" and _moved_from_codes(source):
                 readers = list(node.users)
                 with rewriter.after(node):
                     least = rewriter.buffer(LEAST, torch.tensor(torch.finfo(torch.float32).min))
@@ -44,6 +44,19 @@ class FloatWeights(Rewrite):
                 for reader in readers:
                     reader.replace_input_with(node, kept)
         return rewriter.done()
+
+
+def _moved_from_codes(node: fx.Node) -> bool:
+    """Whether a quantizer makes a tensor, or what moves the values of others."""
+    waiting, seen = [node], set[fx.Node]()
+    while waiting:
+        source = waiting.pop()
+        if source.target is FAKE_QUANTIZE:
+            return True
+        if source not in seen:
+            seen.add(source)
+            waiting += [operands(source)[0]] if source.target in PADS else elements_of(source)
+    return False
 
 
 @dataclass(frozen=True)
