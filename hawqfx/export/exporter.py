@@ -28,6 +28,7 @@ from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.facts import StoredBits
 from hawqfx.ir.graph import output_names
 from hawqfx.ir.program import Program
+from hawqfx.ir.sources import dropped_sources
 from hawqfx.pass_manager.base import Observer
 from hawqfx.pass_manager.manager import run
 
@@ -66,7 +67,8 @@ def export(
         raise ExportError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
     check_writable(Path(path))
     legal = run(legalization(), program, _check(program, example), observers)
-    model = translations.translate(capture.export_again(legal.graph, example), OPSET[packing])
+    with dropped_sources():
+        model = translations.translate(capture.export_again(legal.graph, example), OPSET[packing])
     for name, bits in legal.about(StoredBits).bits.items():
         packed_weights.pack(model, name, bits, packing)
     packed_weights.define_rows(model, packing)

@@ -33,6 +33,7 @@ from hawqfx.ir.operators import (
     training_argument,
 )
 from hawqfx.ir.program import Program
+from hawqfx.ir.sources import dropped_sources
 
 # lines of torch's messages that are of no use to who reads them here
 _ADVICE = (
@@ -62,6 +63,13 @@ def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program
             torch.export), if the graph has control flow or sizes that depend on values, or if a parameter or buffer is
             not finite.
     """
+    with dropped_sources() as kept:
+        program = _capture(model, example, dynamic_shapes)
+        kept.append(program.graph)
+    return program
+
+
+def _capture(model: Model, example: Batch, dynamic_shapes: Any) -> Program:
     left_out: list[str] = []
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:

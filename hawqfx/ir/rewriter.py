@@ -126,7 +126,6 @@ class GraphRewriter:
     def done(self) -> Program:
         """The program with the copy, without nodes and tensors that nothing reads any more."""
         self.graph.eliminate_dead_code(_has_effect)
-        self.module.recompile()
         return replace(self.program, graph=fx.GraphModule(self.module, self.graph))
 
 

@@ -14,6 +14,7 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, NETWORK_FACTS, ActivationHistogram, RoundedWeights
 from hawqfx.ir.program import Program, Step
 from hawqfx.ir.sites import ActivationSite, Site, WeightSite
+from hawqfx.ir.sources import dropped_sources
 from hawqfx.pass_manager.base import Analysis, Kind, Observer, Pass, Rewrite
 from hawqfx.pass_manager.verify import verify
 
@@ -40,6 +41,13 @@ def run(passes: Sequence[Pass], program: Program, context: Context, observers: S
         HawqfxError: from a pass; the error gains a note that names the pass.
     """
     _check_order(passes, program)
+    with dropped_sources() as kept:
+        program = _run(passes, program, context, observers)
+        kept.append(program.graph)
+    return program
+
+
+def _run(passes: Sequence[Pass], program: Program, context: Context, observers: Sequence[Observer]) -> Program:
     for number, step in enumerate(passes, len(program.history) + 1):
         for observer in observers:
             observer.before(number, step, program)

@@ -277,9 +277,9 @@ def test_a_capture_that_is_dropped_leaves_no_shapes_behind() -> None:
     def once() -> None:
         capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), Batch((X,), {}))
 
-    once()
-    once()  # what is asked of sizes after a capture stays until the next one
-    before = alive()
-    for _ in range(4):
+    for _ in range(4):  # the first ones leave what torch makes once, and the last what is asked of its sizes
         once()
-    assert alive() <= before  # torch.export alone leaves one each
+    before = alive()
+    for _ in range(8):
+        once()
+    assert alive() <= before + 2  # caches of torch hold the last ones; torch.export alone leaves one each
