@@ -3,6 +3,7 @@
 # make fuzz COUNT=2000 SEED=0: random networks, compiled and compared with onnxruntime.
 # make faults COUNT=200 SEED=0: kills at random moments, full disks, damaged caches.  make soak COUNT=300: does it grow?
 # make mutants COUNT=30 SEED=0: changes of the sources that a test should catch, so many in each of four folders.
+# make hashes: the hashes of what constraints.txt names, after a change of it or of the dependencies; it asks the index.
 # make audit: are flaws known of the packages that constraints.txt names?  It asks the package index.
 # make install-test: the release in empty environments with the lowest and the newest versions, and the code of the pages
 # on deployment in a browser and in C++; it installs packages.
@@ -15,12 +16,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durati
 UNITS := tests/allocation/solver tests/allocation/test_budget.py tests/benchmarks tests/frontend tests/ir \
     tests/maths tests/pass_manager tests/test_import_law.py
 
-.PHONY: demo test quick units lint docs report install-test fuzz faults soak mutants audit clean
+.PHONY: demo test quick units lint docs report install-test fuzz faults soak mutants audit hashes clean
 fuzz: COUNT ?= 2000
 faults: COUNT ?= 200
 soak: COUNT ?= 300
 mutants: COUNT ?= 30
 SEED ?= 0
+UV := 0.13.9
+NOT_HASHED := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+    cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 
 demo: $(READY)
 	$(BIN)/hawqfx demo
@@ -39,11 +43,20 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(READY): pyproject.toml constraints.txt
+# every package by its hash but torch, of which each index has builds of its own
+$(READY): pyproject.toml constraints.txt hashes.txt
 	@echo "setting up .venv, once: some minutes, and 2 GB of disk"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement hashes.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+hashes:
+	$(PYTHON) -m venv build/hashes
+	build/hashes/bin/python -m pip install --quiet uv==$(UV)
+	build/hashes/bin/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --universal --generate-hashes \
+	    --no-annotate --no-header --quiet $(NOT_HASHED:%=--no-emit-package %) --output-file hashes.txt
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'

@@ -72,3 +72,23 @@ def test_it_compiles_where_it_is_installed_alone(wheel: Path, tmp_path: Path) ->
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.onnx").stat().st_size > 100_000
+
+
+def test_what_is_installed_has_hashes() -> None:
+    """All that the tests install but torch; `make hashes` writes the file."""
+
+    def pins(file: str) -> dict[str, str]:
+        found = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / file).read_text(), re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+    hashed, known = pins("hashes.txt"), pins("constraints.txt")
+    elsewhere = {"httpx2-jsfetch"}  # of WebAssembly alone
+    assert {name: known.get(name) for name in hashed if name not in elsewhere} == {
+        name: version for name, version in hashed.items() if name not in elsewhere
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    named = {re.sub(r"[-_.]+", "-", re.split(r"[^\w-]", name)[0]).lower() for name in wanted}
+    assert named - set(hashed) == {"torch"}
+    parts = re.split(r"^(?=\S)", (ROOT / "hashes.txt").read_text(), flags=re.MULTILINE)
+    assert all("--hash=sha256:" in part for part in parts if "==" in part)
