@@ -64,10 +64,27 @@ def whole_file(path: Path) -> Iterator[Path]:
             _delete_abandoned(path.parent)
             yield temporary
             temporary.chmod(0o644)
-            temporary.replace(path)
+            take_place(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def take_place(written: Path, path: Path) -> None:
+    """Rename a file to its place once its content is on the disk, so that after a loss of power the old file is there
+    or the new one."""
+    _flush(written, os.O_RDWR)
+    written.replace(path)
+    if os.name == "posix":  # Windows opens no folders
+        _flush(path.parent, os.O_RDONLY)
+
+
+def _flush(path: Path, how: int) -> None:
+    handle = os.open(path, how)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,26 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
         full()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_the_disk_before_a_file_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loss of power may not part: content, then name, then the folder that has the name."""
+    events: list[str] = []
+    flush, replace = os.fsync, Path.replace
+
+    def flushed(handle: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"{os.fstat(handle).st_size} bytes")
+        flush(handle)
+
+    def replaced(self: Path, target: Path) -> Path:
+        events.append("name")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", replaced)
+    with whole_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert events == ["3 bytes", "name", "folder"]
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:

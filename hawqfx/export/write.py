@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from hawqfx.atomic_write import folder_beside, whole_file
+from hawqfx.atomic_write import folder_beside, take_place, whole_file
 from hawqfx.errors import ExportError, HawqfxError
 
 LARGEST_FILE = (1 << 31) - (1 << 26)  # bytes of tensors; protobuf takes files below 2 GiB
@@ -53,8 +53,8 @@ def _write_in_two(model: ir.Model, path: Path, most: float, check: Check | None)
         whole = folder / path.name
         ir.save(model, whole, external_data=name, size_threshold_bytes=128)
         size = _checked([whole, folder / name], path, most, check)
-        (folder / name).replace(path.with_name(name))
-        whole.replace(path)
+        take_place(folder / name, path.with_name(name))
+        take_place(whole, path)
     _delete_other_tensors(path, name)
     return size
 
