@@ -1,7 +1,6 @@
 """Checks of single arguments: each refuses what it cannot use, with the argument's name and a way out."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawqfx.errors import CacheError, CaptureError, HawqfxError
+from hawqfx.atomic_write import check_folder
+from hawqfx.errors import CaptureError, UsageError
 from hawqfx.maths.formats import BLOCKS, FLOAT_BITS, STATIC_BITS
 
 
@@ -18,31 +18,28 @@ def whole(name: str, value: Any, least: float = -math.inf, why: str = "") -> Non
     """Refuse a value that is no whole number, or below `least`.
 
     Raises:
-        HawqfxError: with the reason `why`.
+        UsageError: with the reason `why`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise HawqfxError(f"{name}={value!r}: give a whole number")
+        raise UsageError(f"{name}={value!r}: give a whole number")
     if int(value) < least:
-        raise HawqfxError(f"{name}={value}: {why}")
+        raise UsageError(f"{name}={value}: {why}")
 
 
 def cache_folder(cache: str | Path | None) -> Path | None:
     """The folder of a cache, which need not exist.
 
     Raises:
-        CacheError: if it is no folder and none can be made there.
+        UsageError: if it is no folder and none can be made there.
     """
     if cache is None:
         return None
     folder = Path(cache)
     try:
-        existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-        if not existing.is_dir():
-            raise CacheError(f"the cache {folder} cannot be used: {existing} is no folder")
-        if existing != folder.absolute() and not os.access(existing, os.W_OK):
-            raise CacheError(f"the cache {folder} cannot be made: no permission in the folder {existing}")
+        if not folder.is_dir():  # one that takes no files may hold all that is asked for
+            check_folder(folder)
     except OSError as error:
-        raise CacheError(f"the cache {folder} cannot be used: {error}") from error
+        raise UsageError(f"the cache {folder} cannot be used: {error}") from error
     return folder
 
 
@@ -50,14 +47,14 @@ def bits(name: str, wanted: Any) -> tuple[int, ...]:
     """Widths in ascending order, each once.
 
     Raises:
-        HawqfxError: unless they are from 2 to 8, with 32 for float beside them.
+        UsageError: unless they are from 2 to 8, with 32 for float beside them.
     """
     if isinstance(wanted, str) or not isinstance(wanted, (Sequence, set, frozenset)):
-        raise HawqfxError(f"{name}={wanted!r}: give several bit widths, such as (4, 8)")
+        raise UsageError(f"{name}={wanted!r}: give several bit widths, such as (4, 8)")
     widths = tuple(wanted)
     known = all(isinstance(width, Integral) and (width in STATIC_BITS or width == FLOAT_BITS) for width in widths)
     if not known or not set(widths) - {FLOAT_BITS}:
-        raise HawqfxError(f"{name}: bit widths must be from 2 to 8, with 32 for float beside them, not {widths}")
+        raise UsageError(f"{name}: bit widths must be from 2 to 8, with 32 for float beside them, not {widths}")
     return tuple(sorted(set(widths)))
 
 
@@ -65,12 +62,12 @@ def block_sizes(wanted: Any) -> tuple[int, ...]:
     """Inputs of a block in ascending order, each once.
 
     Raises:
-        HawqfxError: unless they are some of those that there are kernels for.
+        UsageError: unless they are some of those that there are kernels for.
     """
     if isinstance(wanted, str) or not isinstance(wanted, (Sequence, set, frozenset)) or not wanted:
-        raise HawqfxError(f"block_sizes={wanted!r}: give several, such as {BLOCKS}")
+        raise UsageError(f"block_sizes={wanted!r}: give several, such as {BLOCKS}")
     if not set(wanted) <= set(BLOCKS):
-        raise HawqfxError(f"block_sizes={wanted!r}: must be some of {', '.join(map(str, BLOCKS))}")
+        raise UsageError(f"block_sizes={wanted!r}: must be some of {', '.join(map(str, BLOCKS))}")
     return tuple(sorted(set(wanted)))
 
 
@@ -78,12 +75,12 @@ def patterns(name: str, wanted: Any) -> tuple[str, ...]:
     """Patterns of names.
 
     Raises:
-        HawqfxError: if they are no sequence of texts.
+        UsageError: if they are no sequence of texts.
     """
     if isinstance(wanted, str):
-        raise HawqfxError(f"{name}={wanted!r}: give a list of patterns, such as [{wanted!r}]")
+        raise UsageError(f"{name}={wanted!r}: give a list of patterns, such as [{wanted!r}]")
     if not isinstance(wanted, (Sequence, set, frozenset)) or not all(isinstance(each, str) for each in wanted):
-        raise HawqfxError(f"{name}={wanted!r}: give a list of patterns of names, such as ['head.*']")
+        raise UsageError(f"{name}={wanted!r}: give a list of patterns of names, such as ['head.*']")
     return tuple(wanted)
 
 
@@ -91,15 +88,15 @@ def fixed(wanted: Any) -> tuple[tuple[str, int], ...]:
     """Pairs of a pattern of names and bits.
 
     Raises:
-        HawqfxError: if they are no mapping from texts to widths that exist.
+        UsageError: if they are no mapping from texts to widths that exist.
     """
     if wanted is None:
         return ()
     if not isinstance(wanted, Mapping) or not all(isinstance(pattern, str) for pattern in wanted):
-        raise HawqfxError(f"fix={wanted!r}: give a dict from patterns of names to bits, such as {{'head.*': 8}}")
+        raise UsageError(f"fix={wanted!r}: give a dict from patterns of names to bits, such as {{'head.*': 8}}")
     for pattern, width in wanted.items():
         if not isinstance(width, Integral) or not (width in STATIC_BITS or width == FLOAT_BITS):
-            raise HawqfxError(f"fix {pattern!r}: bits are from 2 to 8, or 32 for float, not {width!r}")
+            raise UsageError(f"fix {pattern!r}: bits are from 2 to 8, or 32 for float, not {width!r}")
     return tuple(wanted.items())
 
 

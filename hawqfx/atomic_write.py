@@ -21,6 +21,26 @@ from hawqfx.errors import ExportError
 TEMPORARY = re.compile(r"\.hawqfx-(\d+)-\w+@(.*)")
 
 
+def check_folder(folder: Path) -> None:
+    """Check that files can be written in a folder, by a file that is made and deleted.
+
+    Permissions do not tell: of a file system that takes no files, as /proc, they say that it does.
+
+    Args:
+        folder: it need not exist; then it is the folder to make it in that is checked.
+
+    Raises:
+        OSError: if there is no such folder and none can be made, or if it takes no files.
+    """
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is no folder")
+    try:
+        tempfile.TemporaryFile(dir=existing, prefix=_prefix(), suffix=_suffix()).close()
+    except OSError as error:
+        raise OSError(f"nothing can be written in the folder {existing}: {error.strerror}") from error
+
+
 def check_writable(path: Path) -> None:
     """Check that a file can be written at a path, so that long work does not end in an error.
 
@@ -35,10 +55,9 @@ def check_writable(path: Path) -> None:
             raise ExportError(f"{path} is a folder: give the name of a file in it")
         if not path.parent.is_dir():
             raise ExportError(f"{path} cannot be written: the folder {path.parent} does not exist")
+        check_folder(path.parent)
     except OSError as error:  # such as a name that is too long
         raise ExportError(f"{path} cannot be written: {error}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise ExportError(f"{path} cannot be written: no permission in the folder {path.parent}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from hawqfx.compiler import compile
-from hawqfx.errors import BackendError
+from hawqfx.errors import BackendError, UsageError
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.single_precision import in_single_precision, single
@@ -54,8 +54,8 @@ def benchmark(
         For every backend its result, or the reason why it cannot run here.
 
     Raises:
-        BackendError: if there is no backend of a name, if a backend lacks the model, the plan or the data, or if the
-            file was made by another plan.
+        UsageError: if there is no backend of a name, or if a backend lacks the model, the plan or the data.
+        BackendError: if the file was made by another plan.
         BudgetError: if the file has no such shape.
         DataError: if the data are empty or not finite.
         CaptureError: if the model cannot be captured.
@@ -112,6 +112,6 @@ def _planned(
     if not isinstance(plan, Plan) and is_saved(plan):
         return load(plan, model).model
     if batches is None:
-        raise BackendError(f"{plan} has no codes: give the file of Compiled.save(), or the data that it was made with")
+        raise UsageError(f"{plan} has no codes: give the file of Compiled.save(), or the data that it was made with")
     items = [((batch.args or dict(batch.kwargs)), batch.target) for batch in batches]
     return compile(model, None, items, plan=known).model

@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from hawqfx.commands import compiling, looking, running
 from hawqfx.commands.settings import defaults
-from hawqfx.errors import HawqfxError, InfeasibleBudget
+from hawqfx.errors import HawqfxError, InfeasibleBudget, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Mixed-precision integer compiler for PyTorch models.")
 for command in (
@@ -40,13 +40,16 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="options of commands, by default in hawqfx.toml")] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="options of commands, by default in hawqfx.toml")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
 ) -> None:
     context.default_map = defaults(config, get_command(app))  # type: ignore[arg-type]
 
 
-FAILED, INFEASIBLE, INTERRUPTED = 1, 3, 130  # exit codes; typer gives 2 where the command line is wrong
+# exit codes; WRONG_USAGE is also what typer itself ends with
+FAILED, WRONG_USAGE, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
 
 
 def main() -> None:
@@ -59,7 +62,7 @@ def main() -> None:
             sys.exit(INFEASIBLE)
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         print(f"hawqfx: {error}{notes}", file=sys.stderr)
-        sys.exit(FAILED)
+        sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILED)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("hawqfx: interrupted; with --cache FOLDER the same command goes on where it was", file=sys.stderr)

@@ -150,7 +150,7 @@ def compile(
         console: where progress bars go, if it is a terminal; by default stderr.
 
     Raises:
-        HawqfxError: CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError,
+        HawqfxError: UsageError, CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError,
             InfeasibleBudget, PlanError, CacheError or WorkerError; each message says what to do.
     """
     if tokens is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hawqfx import zoo
+from hawqfx.allocation.budget import Budget
 from hawqfx.compiler import compile
 from hawqfx.pass_manager.observers import TimePasses
 from hawqfx.runtime import ort
@@ -56,14 +57,14 @@ class Row:
     many: float
 
 
-def demo(budget: str, folder: Path, console: Console) -> list[Row]:
+def demo(budget: Budget, folder: Path, console: Console) -> list[Row]:
     """Compile ResNet-20, export four files, run them all, and print the table of sites and the comparison.
 
     Beside the network under the budget are uniform 8 bits, and the widest uniform bits that take no more.
 
     Args:
-        budget: as for hawqfx.compile.
-        folder: of the files; it is made if it does not exist.
+        budget: of the network that is compared.
+        folder: of the files.
         console: prints the tables.
 
     Returns:
@@ -73,7 +74,6 @@ def demo(budget: str, folder: Path, console: Console) -> list[Row]:
         HawqfxError: if the network cannot be compiled, or if a file cannot be written.
     """
     start = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     timing = TimePasses()
     compiled = compile(zoo.resnet20(), budget, zoo.calibration(), observers=[timing], console=console)
     console.print(compiled.table())

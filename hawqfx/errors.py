@@ -2,7 +2,14 @@
 
 
 class HawqfxError(Exception):
-    """The base class of all errors of hawqfx; raised itself for arguments that cannot be used together.
+    """The base class of all errors of hawqfx; raised itself where the user's own code or checkpoint fails.
+
+    To do: Mend what the message names, or install the package that it names.
+    """
+
+
+class UsageError(HawqfxError, ValueError):
+    """An argument is wrong, or arguments cannot be used together; the command line ends with the exit code 2.
 
     To do: What the message says of the argument that it names.
     """
@@ -33,8 +40,8 @@ class DataError(HawqfxError, ValueError):
 
 
 class LossError(HawqfxError, ValueError):
-    """The loss is not a finite scalar, or cannot be computed from the model's output, or the quantized network is not
-    finite.
+    """The loss or the metric is not a finite scalar, or cannot be computed from the model's output, or the quantized
+    network is not finite.
 
     To do: Return the mean over the batch as a finite scalar of the model's output; look at the tensor that the
     message names, which is the first that overflows. Leave activations in float that the network divides by.
@@ -63,7 +70,7 @@ class CacheError(HawqfxError):
     """
 
 
-class BudgetError(HawqfxError, ValueError):
+class BudgetError(UsageError):
     """The text of a budget does not parse, or the network cannot take the shape that a latency is for.
 
     To do: Write limits as "size=12.5%, bops=2%"; the message names what is not understood and what there is.
@@ -96,7 +103,7 @@ class PlanError(HawqfxError, ValueError):
 
 
 class BackendError(HawqfxError, ValueError):
-    """A backend does not exist, is not installed, or cannot run the network that it was given.
+    """A backend is not installed, or cannot run the network that it was given.
 
     To do: Install what the message names, or choose another backend; `hawqfx bench --help` lists them.
     """

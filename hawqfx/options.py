@@ -11,7 +11,7 @@ import torch
 from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.rules import Order, default_schemes, known_schemes
-from hawqfx.errors import DataError, HawqfxError
+from hawqfx.errors import DataError, UsageError
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
 from hawqfx.frontend.criteria import Draw, Loss
@@ -20,6 +20,7 @@ from hawqfx.frontend.decoder_inputs import with_decoder_inputs
 from hawqfx.frontend.default_loss import default_criterion
 from hawqfx.frontend.losses import criterion_of, cross_entropy
 from hawqfx.frontend.single_precision import single
+from hawqfx.ir.facts import Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.maths.formats import FLOAT_BITS, Scheme
 from hawqfx.pass_manager.base import Analysis, Observer
@@ -113,19 +114,19 @@ def validated(
     """The arguments of compile() as options; see there for each.
 
     Raises:
-        HawqfxError: if an argument is out of range, or arguments contradict each other.
+        UsageError: if an argument is out of range, or arguments contradict each other.
         BudgetError: if the budget's text is not understood.
         PlanError: if the plan cannot be read.
         DataError: if the data are empty, not finite or of different shapes.
     """
     arguments.model(model)
     if torch.is_inference_mode_enabled():
-        raise HawqfxError("compile() takes gradients: call it outside of torch.inference_mode()")
+        raise UsageError("compile() takes gradients: call it outside of torch.inference_mode()")
     limits = None if budget is None else Budget.of(budget)
     given = None if plan is None else read_plan(plan)
     _check_budget(limits, given, metric, holdout)
     if reround and given is None:
-        raise HawqfxError("reround=True takes the bits of a plan: give plan= too")
+        raise UsageError("reround=True takes the bits of a plan: give plan= too")
     if batch is not None:
         arguments.whole("batch", batch, 1, "at least one sample is measured at a time")
     if samples is not None:
@@ -136,11 +137,14 @@ def validated(
     kept = arguments.patterns("keep_float", keep_float)
     for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):
         if function is not None and not callable(function):
-            raise HawqfxError(f"{name}={function!r}: must be a function")
+            raise UsageError(f"{name}={function!r}: must be a function")
     if not all(isinstance(observer, Observer) for observer in observers):
-        raise HawqfxError(f"observers={observers!r}: give instances of hawqfx.pass_manager.base.Observer")
+        raise UsageError(f"observers={observers!r}: give instances of hawqfx.pass_manager.base.Observer")
     drawn = loss == "auto" or criterion_of(loss, draw).knows_distribution
     predictor = pipeline.metric(sensitivity, drawn=drawn)
+    if rule == "hawq-v2" and given is None and Sensitivity not in predictor.gives:
+        able = ", ".join(name for name, kind in pipeline.METRICS.items() if Sensitivity in kind.gives)
+        raise UsageError(f"rule='hawq-v2' orders by the trace, which {predictor.name} does not measure: take {able}")
     offered = default_schemes(limits) if schemes is None else known_schemes(schemes)
     weights = exact_widths(target, arguments.bits("weight_bits", weight_bits))
     activations = arguments.bits("activation_bits", activation_bits)
@@ -148,7 +152,7 @@ def validated(
     rules = arguments.fixed(fix)
     for pattern, width in rules:
         if given is None and width != FLOAT_BITS and width not in {*weights, *activations}:
-            raise HawqfxError(f"fix {pattern!r}: {width} bits are in neither weight_bits= nor activation_bits=")
+            raise UsageError(f"fix {pattern!r}: {width} bits are in neither weight_bits= nor activation_bits=")
     place = usable_device(device)
     check_device(model, place)
     varying = dynamic_shapes is not None or isinstance(model, torch.export.ExportedProgram)
@@ -224,14 +228,14 @@ def _first_rounding(
     """The rounding that plans are made with, and that learning begins with.
 
     Raises:
-        HawqfxError: if there is no such rounding.
+        UsageError: if there is no such rounding.
     """
     if isinstance(rounding, Rounding):
         return rounding
     if isinstance(rounding, LearnedRounding) or rounding == "learned":
         return Rounding()
     if rounding not in ("sequential", "compensated", "nearest"):
-        raise HawqfxError(
+        raise UsageError(
             f"rounding={rounding!r}: must be 'learned', 'sequential', 'compensated' or 'nearest', or a Rounding or "
             "LearnedRounding"
         )
@@ -256,38 +260,38 @@ def usable_device(device: str | torch.device) -> torch.device:
     """The device of a name.
 
     Raises:
-        HawqfxError: if tensors cannot be made there.
+        UsageError: if tensors cannot be made there.
     """
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise HawqfxError(f"device={str(device)!r} cannot be used: {error}") from error
+        raise UsageError(f"device={str(device)!r} cannot be used: {error}") from error
     return place
 
 
 def check_device(model: Model, device: torch.device) -> None:
-    """Raises HawqfxError if the model is on another device."""
+    """Raises UsageError if the model is on another device."""
     state = model.state_dict if isinstance(model, torch.export.ExportedProgram) else model.state_dict()
     stray = next((tensor.device for tensor in state.values() if tensor.device.type != device.type), None)
     if stray is not None:
-        raise HawqfxError(f"the model is on {stray} and device={str(device)!r}: move it with model.to({str(device)!r})")
+        raise UsageError(f"the model is on {stray} and device={str(device)!r}: move it with model.to({str(device)!r})")
 
 
 def _check_budget(
     limits: Budget | None, plan: Plan | None, metric: Score | None, holdout: Iterable[Any] | None
 ) -> None:
     if limits is None and plan is None:
-        raise HawqfxError("give a budget, such as 'size=12.5%', or a plan")
+        raise UsageError("give a budget, such as 'size=12.5%', or a plan")
     if limits is not None and plan is not None:
-        raise HawqfxError(
+        raise UsageError(
             f"budget={str(limits)!r} beside plan=: a plan has its budget already; give None for the budget to follow "
             "the plan, or no plan"
         )
     if limits is not None and limits.drop is not None and metric is None:
-        raise HawqfxError("a budget on drop needs metric=, a function of (output, target), higher being better")
+        raise UsageError("a budget on drop needs metric=, a function of (output, target), higher being better")
     if holdout is not None and metric is None:
-        raise HawqfxError("holdout= is data that metric= is validated on: give metric= too, or leave it out")
+        raise UsageError("holdout= is data that metric= is validated on: give metric= too, or leave it out")
 
 
 def _quantizers(

@@ -10,12 +10,12 @@ compile(), measure_latency() and `hawqfx passes` all take their passes from here
     export      legalize
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hawqfx.allocation.budget import Budget
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.pass_manager.base import Analysis, Pass
 from hawqfx.passes.allocation import Allocation
@@ -152,7 +152,7 @@ def weighing(target: str = "any") -> Sequence[Pass]:
 
 
 # how the loss increase of a site in a format is predicted, by name on the command line
-METRICS: Mapping[str, Callable[[], Analysis]] = {
+METRICS: Mapping[str, type[Analysis]] = {
     "gauss-newton": GaussNewton,
     "hawq-v2": HawqV2,
     "fisher": Fisher,
@@ -177,14 +177,14 @@ def metric(name: str | Analysis | None, *, drawn: bool = True) -> Analysis:
             loss has.
 
     Raises:
-        HawqfxError: if there is no such name.
+        UsageError: if there is no such name.
     """
     if name is None:
         name = DEFAULT_METRIC if drawn else GENERAL_METRIC
     if isinstance(name, Analysis):
         return name
     if not isinstance(name, str) or name not in METRICS:
-        raise HawqfxError(f"sensitivity={name!r}: must be one of {', '.join(METRICS)}, or such a pass")
+        raise UsageError(f"sensitivity={name!r}: must be one of {', '.join(METRICS)}, or such a pass")
     return METRICS[name]()
 
 

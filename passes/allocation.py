@@ -13,7 +13,7 @@ from hawqfx.allocation.rules import Order, Rules, default_schemes
 from hawqfx.allocation.search_space import NO_FORMATS, Formats
 from hawqfx.allocation.solver.problem import Infeasible
 from hawqfx.allocation.task import AllocationTask, Effort
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, ErrorProducts, FileText, LossIncrease
 from hawqfx.ir.program import Program
@@ -44,7 +44,7 @@ class Allocation(Analysis):
 
     def __post_init__(self) -> None:
         if self.rule not in ("exact", "hawq-v2"):
-            raise HawqfxError(f"rule={self.rule!r}: must be 'exact' or 'hawq-v2'")
+            raise UsageError(f"rule={self.rule!r}: must be 'exact' or 'hawq-v2'")
 
     @property
     def needs(self) -> tuple[Kind, ...]:  # type: ignore[override]

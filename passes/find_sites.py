@@ -18,7 +18,7 @@ from torch import fx
 
 from hawqfx.analysis import partition
 from hawqfx.analysis.partition import Partition
-from hawqfx.errors import CaptureError, HawqfxError, NothingToQuantize
+from hawqfx.errors import CaptureError, NothingToQuantize, UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.names import activation_name, names_of, operator_name, original
@@ -180,11 +180,11 @@ def _obstacle(program: Program, node: fx.Node, parts: Partition) -> str | None:
 
 
 def _check_patterns(program: Program, keep_float: tuple[str, ...]) -> None:
-    """Raises HawqfxError for a pattern that no parameter's name has."""
+    """Raises UsageError for a pattern that no parameter's name has."""
     names = list(program.constants())
     for pattern in keep_float:
         if not any(fnmatch(name, pattern) for name in names):
-            raise HawqfxError(
+            raise UsageError(
                 f"keep_float {pattern!r}: no weight has such a name; weights are {', '.join(names[:5])}, ..."
             )
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ErrorProducts, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
@@ -44,7 +44,7 @@ class Interactions(Analysis):
 
     def __post_init__(self) -> None:
         if self.probes < 1:
-            raise HawqfxError(f"probes={self.probes}: at least one is needed")
+            raise UsageError(f"probes={self.probes}: at least one is needed")
 
     def learn(self, program: Program, context: Context) -> Mapping[str, ErrorProducts]:
         context.require_distribution(self.name)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.analysis.compensation import compensated
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.ir.graph import captured_shape
@@ -60,7 +60,7 @@ class LearnedRounding(Analysis):
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not 0 < self.held_out < 1 or not 0 <= self.drop < 1:
-            raise HawqfxError(f"{self}: steps and batch are 1 or more, held_out and drop are parts of one")
+            raise UsageError(f"{self}: steps and batch are 1 or more, held_out and drop are parts of one")
 
     def learn(self, program: Program, context: Context) -> Program:
         found = blocks(program)

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 
 from hawqfx.analysis.compensation import compensated, nearest
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
@@ -39,9 +39,9 @@ class Rounding(Analysis):
 
     def __post_init__(self) -> None:
         if self.method not in ("sequential", "compensated", "nearest"):
-            raise HawqfxError(f"rounding={self.method!r}: must be 'sequential', 'compensated' or 'nearest'")
+            raise UsageError(f"rounding={self.method!r}: must be 'sequential', 'compensated' or 'nearest'")
         if self.block is not None and self.block < 1:
-            raise HawqfxError(f"block={self.block}: at least one column is compensated at a time")
+            raise UsageError(f"block={self.block}: at least one column is compensated at a time")
 
     @torch.no_grad()
     def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:

@@ -153,36 +153,116 @@ def boom() -> None:
 NUMBER = 3
 
 
+COMPILE = "compile HERE:model --data HERE:loader --out m.onnx --budget size=90%"
+REFUSED = {  # before anything is measured
+    "compile HERE:NUMBER --data HERE:loader --out m.onnx": "is 3: name a function that returns",
+    "compile nowhere:f --data HERE:loader --out m.onnx": "'nowhere:f' cannot be loaded: ModuleNotFoundError",
+    "compile nowhere.py:f --data HERE:loader --out m.onnx": "nowhere.py is no file",
+    "compile HERE:nothing --data HERE:loader --out m.onnx": "tests.test_cli has no 'nothing'",
+    "compile HERE --data HERE:loader --out m.onnx": "write it as pkg.module:function",
+    "compile hf:nowhere --data HERE:loader --out m.onnx": "there is no config.json in this folder",
+    "compile HERE:boom --budget size=90% --data HERE:loader --out no/m.onnx": "the folder no does not exist",
+    "compile HERE:model --budget size=90% --data HERE:loader --out /proc/m.onnx": "written in the folder /proc",
+    "compile HERE:model --data HERE:loader --out m.onnx": "give a budget, such as 'size=12.5%', or a plan",
+    "compile HERE:model --data HERE:loader --out m.onnx --budget sze=3%": "'sze=3%' is not understood",
+    "compile HERE:model --data HERE:loader --out m.onnx --budget drop=1%": "a budget on drop needs metric=",
+    "compile HERE:model --data HERE:loader --out m.onnx --budget latency=1s@length=3": "and no 'length'",
+    "compile HERE:model --data HERE:loader": "Missing option '--out'",
+    f"{COMPILE} --plan no/p": "the folder no does not",
+    f"{COMPILE} --save no/p": "the folder no does not",
+    f"{COMPILE} --from-plan nope.json": "file 'nope.json' does not exist",
+    f"{COMPILE} --reround": "reround=True takes the bits of a plan",
+    f"{COMPILE} --weights nope.safetensors": "file 'nope.safetensors' does not exist",
+    f"{COMPILE} --packing foo": "portable, native",
+    f"{COMPILE} --loss HERE:nothing": "tests.test_cli has no 'nothing'",
+    f"{COMPILE} --loss HERE:NUMBER": "loss=3: must be a function",
+    f"{COMPILE} --draw HERE:NUMBER": "draw=3: must be a function",
+    f"{COMPILE} --metric HERE:NUMBER": "metric=3: must be a function",
+    f"{COMPILE} --holdout HERE:loader": "holdout= is data that metric= is validated on",
+    f"{COMPILE} --sensitivity foo": "sensitivity='foo': must be one of",
+    f"{COMPILE} --sensitivity mse --probes 4": "the metric mse draws none",
+    f"{COMPILE} --probes 1": "Invalid value for '--probes'",
+    f"{COMPILE} --weight-bits 9": "bit widths must be from 2 to 8",
+    f"{COMPILE} --weight-bits two": "write widths as 2,3,4 or 2-8",
+    f"{COMPILE} --activation-bits 1-3": "bit widths must be from 2 to 8",
+    f"{COMPILE} --schemes foo": "must be some of static, dynamic, weight-only",
+    f"{COMPILE} --block-sizes 7": "must be some of 32, 64, 128",
+    f"{COMPILE} --rounding foo": "rounding='foo': must be",
+    f"{COMPILE} --keep-float foo*": "keep_float 'foo*': no weight has such a name",
+    f"{COMPILE} --fix foo": "write it as PATTERN=BITS",
+    f"{COMPILE} --fix foo*=8": "fix 'foo*': no site has such a name",
+    f"{COMPILE} --fix head*=9": "bits are from 2 to 8",
+    f"{COMPILE} --rule foo": "rule='foo': must be",
+    f"{COMPILE} --rule hawq-v2 --sensitivity mse": "by the trace, which mse does not measure: take",
+    f"{COMPILE} --refine -1": "Invalid value for '--refine'",
+    f"{COMPILE} --tokens foo": 'must be "causal"',
+    f"{COMPILE} --dynamic foo": "write it as INPUT:AXIS=NAME",
+    f"{COMPILE} --samples 0": "Invalid value for '--samples'",
+    f"{COMPILE} --batch 0": "Invalid value for '--batch'",
+    f"{COMPILE} --cache /proc/none": "the cache /proc/none cannot be used: nothing can be written in the folder /proc",
+    f"{COMPILE} --device tpu": "device='tpu' cannot be used",
+    f"{COMPILE} --target foo": "target='foo': must be one of any, x86-avx2",
+    f"{COMPILE} --threads 0": "Invalid value for '--threads'",
+    f"{COMPILE} --seed x": "Invalid value for '--seed'",
+    f"{COMPILE} --dump /dev/null/x": "folder /dev/null/x cannot",
+    f"{COMPILE} --print-after foo": "the passes are fold_constants",
+    f"{COMPILE} --nonsense": "No such option: --nonsense",
+    "--config nope.toml passes": "file 'nope.toml' does not exist",
+    "pareto HERE:model --data HERE:loader --limit foo": "limit='foo': a frontier goes along",
+    "pareto HERE:model --data HERE:loader --cache /proc/none": "the cache /proc/none cannot be used",
+    "bench nope.onnx": "file 'nope.onnx' does not exist",
+    "bench FILE --backend foo": "backend 'foo': must be one of",
+    "bench FILE --out no/x.json": "the folder no does not exist",
+    "explain nope.json": "file 'nope.json' does not exist",
+    "report nope.hawqfx HERE:model": "file 'nope.hawqfx' does not exist",
+    "report FILE HERE:model --out no/r.html": "the folder no does not exist",
+    "inspect nope.onnx": "file 'nope.onnx' does not exist",
+    "demo --budget foo": "'foo' is not understood",
+    "demo --out /dev/null/x": "folder /dev/null/x cannot",
+    "nonsense": "No such command 'nonsense'",
+}
+FAILED = {
+    "compile HERE:none --budget size=90% --data HERE:loader --out m.onnx": "returned None",
+    "compile HERE:boom --budget size=90% --data HERE:loader --out m.onnx": "ValueError: the checkpoint is gone",
+    f"{COMPILE} --weights FILE": "the checkpoint file cannot be read",
+    f"{COMPILE} --keep-float *": "the graph has no convolution or linear layer",
+    f"{COMPILE} --loss HERE:boom": "loss= raised TypeError",
+    "compile HERE:model --data HERE:loader --out m.onnx --from-plan FILE": "this is no plan",
+    "bench FILE": "file cannot be loaded by onnxruntime",
+    "explain FILE": "this is no plan",
+    "report FILE HERE:model": "or is no file of Compiled.save()",
+    "inspect FILE": "file cannot be read as an ONNX model",
+}
+
+
 @pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("compile HERE:NUMBER --budget size=12% --data HERE:loader --out m.onnx", "is 3: name a function that returns"),
-        ("compile HERE:none --budget size=12% --data HERE:loader --out m.onnx", "returned None"),
-        ("compile HERE:boom --budget size=12% --data HERE:loader --out m.onnx", "ValueError: the checkpoint is gone"),
-        ("compile HERE:boom --budget size=12% --data HERE:loader --out no/m.onnx", "the folder no does not exist"),
-        ("compile HERE:boom --budget size=12% --data HERE:loader --out m.onnx --plan no/p", "the folder no does not"),
-        ("compile HERE:boom --budget size=12% --data HERE:loader --out m.onnx --packing foo", "portable, native"),
-        (
-            "compile HERE:boom --budget size=12% --data HERE:loader --out m --dump /dev/null/x",
-            "folder /dev/null/x cannot",
-        ),
-        ("compile HERE:boom --budget size=12% --data HERE:loader --out m --device tpu", "device='tpu' cannot be used"),
-        ("pareto HERE:model --data HERE:loader --limit foo", "limit='foo': a frontier goes along"),
-        ("bench nope.onnx", "nope.onnx cannot be loaded by onnxruntime"),
-        ("explain nope.json", "cannot be read"),
-    ],
+    ("command", "message", "code"),
+    [*((*item, 2) for item in REFUSED.items()), *((*item, 1) for item in FAILED.items())],
 )
-def test_slips_on_the_command_line_are_one_line(
-    command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    command: str,
+    message: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("it is being measured")
+
+    monkeypatch.setattr("hawqfx.passes.histograms.Histograms.learn", forbidden)
+    monkeypatch.setenv("COLUMNS", "200")  # typer wraps its messages
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["hawqfx", *command.replace("HERE", "tests.test_cli").split()])
+    Path("file").write_bytes(b"no model")
+    words = command.replace("HERE", "tests.test_cli").replace("FILE", "file").split()
+    monkeypatch.setattr("sys.argv", ["hawqfx", *words])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    assert caught.value.code == 1
     error = capsys.readouterr().err
     assert message in error
+    assert caught.value.code == code
     assert "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_exit_codes_tell_a_budget_that_cannot_be_met_and_an_interrupt(

@@ -58,7 +58,8 @@ def test_links_lead_to_files(page: Path) -> None:
 INTRODUCTION = """# Errors and remedies
 
 All are subclasses of `hawqfx.errors.HawqfxError`; each message names the fault and the next thing to do. On the command
-line the exit code is 1, or 2 for wrong usage and 3 for a budget that cannot be met.
+line the exit code is 2 for a UsageError and what is one, BudgetError, and for options that do not parse; 3 for an
+InfeasibleBudget; and 1 for all others, which tell of a failure in the work.
 
 """
 

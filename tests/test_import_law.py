@@ -19,7 +19,7 @@ LAW: dict[str, set[str]] = {
     "atomic_write": {"errors"},
     "ir": {"errors", "maths"},
     "frontend": {"errors", "ir", "maths"},
-    "arguments": {"errors", "maths"},
+    "arguments": {"atomic_write", "errors", "maths"},
     "analysis": {"errors", "frontend", "ir", "maths"},
     "pass_manager": {"errors", "frontend", "ir"},
     "sensitivity": {"atomic_write", "errors", "frontend", "ir", "maths", "pass_manager"},
@@ -51,12 +51,12 @@ LAW: dict[str, set[str]] = {
         "runtime", "session",
     },
     "benchmark": {"compiler", "errors", "frontend", "runtime", "session"},
-    "demo": {"compiler", "pass_manager", "runtime", "session", "zoo"},
+    "demo": {"allocation", "compiler", "pass_manager", "runtime", "session", "zoo"},
     "forecast": {
         "allocation", "compiler", "errors", "frontend", "ir", "options", "pass_manager", "passes", "sensitivity",
     },
     "commands": {
-        "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "forecast", "frontend", "ir",
+        "allocation", "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "forecast", "frontend", "ir",
         "options", "pass_manager", "pipeline", "runtime", "sensitivity", "session",
     },
     "cli": {"commands", "errors"},

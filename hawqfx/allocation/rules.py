@@ -7,7 +7,7 @@ from typing import Literal
 from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.search_space import SearchSpace
 from hawqfx.allocation.solver.problem import Nogood
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.ir.facts import LossIncrease
 from hawqfx.ir.names import matches
 from hawqfx.ir.program import Program
@@ -25,10 +25,10 @@ def known_schemes(wanted: Sequence[Scheme]) -> tuple[Scheme, ...]:
     """The schemes that a user names, in a fixed order.
 
     Raises:
-        HawqfxError: if there are none, or one is no scheme of a quantized layer.
+        UsageError: if there are none, or one is no scheme of a quantized layer.
     """
     if not wanted or any(scheme not in QUANTIZED for scheme in wanted):
-        raise HawqfxError(f"schemes={tuple(wanted)}: must be some of {', '.join(QUANTIZED)}")
+        raise UsageError(f"schemes={tuple(wanted)}: must be some of {', '.join(QUANTIZED)}")
     return tuple(scheme for scheme in QUANTIZED if scheme in wanted)
 
 
@@ -58,27 +58,25 @@ class Rules:
         """The sites whose format `fix` names, and that format.
 
         Raises:
-            HawqfxError: if a pattern matches no site, or two patterns disagree.
+            UsageError: if a pattern matches no site, or two patterns disagree.
         """
         fixed: dict[str, tuple[int, str]] = {}
         for pattern, bits in self.fix:
             matched = [site for site in program.sites if matches(pattern, site.key, site.name)]
             if not matched:
                 names = ", ".join(site.name for site in program.sites[:5])
-                raise HawqfxError(f"fix {pattern!r}: no site has such a name; sites are {names}, ...")
+                raise UsageError(f"fix {pattern!r}: no site has such a name; sites are {names}, ...")
             for site in matched:
                 before, by = fixed.setdefault(site.key, (bits, pattern))
                 if before != bits:
-                    raise HawqfxError(
-                        f"fix: {site.name!r} is to have {before} bits by {by!r} and {bits} by {pattern!r}"
-                    )
+                    raise UsageError(f"fix: {site.name!r} is to have {before} bits by {by!r} and {bits} by {pattern!r}")
         return {key: FLOAT if bits == FLOAT_BITS else Format(bits) for key, (bits, _) in fixed.items()}
 
     def formats(self, program: Program) -> dict[str, list[Format]]:
         """The formats that each site may take, lowest first.
 
         Raises:
-            HawqfxError: if a site has none.
+            UsageError: if a site has none.
         """
         fixed, may_be_float = self.fixed(program), self._may_be_float(program)
         allowed = {}
@@ -94,7 +92,7 @@ class Rules:
                 floats = [FLOAT] * (FLOAT_BITS in wanted or site.key in may_be_float)
                 allowed[site.key] = [*self._in_schemes(site, static, measured), *floats]
             if not allowed[site.key]:
-                raise HawqfxError(
+                raise UsageError(
                     f"{site.name!r} may take {_listed(wanted)} bits, and was measured at {_listed(measured)}"
                 )
         return allowed

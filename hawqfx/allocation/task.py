@@ -20,7 +20,7 @@ from hawqfx.allocation.rules import Order, Rules
 from hawqfx.allocation.search_space import NO_FORMATS, Formats, SearchSpace
 from hawqfx.allocation.solver.problem import Choice, Infeasible, LinearConstraint, Nogood, Problem, Terms
 from hawqfx.allocation.solver.search import choose
-from hawqfx.errors import HawqfxError, PassError
+from hawqfx.errors import PassError, UsageError
 from hawqfx.ir.facts import ErrorProducts, LossIncrease, Sensitivity
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, Site, WeightSite
@@ -94,7 +94,7 @@ class AllocationTask:
         """The task for a program and a budget; `also`: formats that the space holds although nobody would choose them.
 
         Raises:
-            HawqfxError: if the rules leave a site without a format, or name sites that are not there.
+            UsageError: if the rules leave a site without a format, or name sites that are not there.
             PassError: if a predicted increase is not finite.
         """
         losses = {site.key: increases(program, site) for site in program.sites}
@@ -159,7 +159,7 @@ class AllocationTask:
         if not self.interactions:
             return {}
         if not self.program.knows(ErrorProducts):
-            raise HawqfxError("interactions were asked for and not measured: give interactions=True to compile()")
+            raise UsageError("interactions were asked for and not measured: give interactions=True to compile()")
         known = self.program.about(ErrorProducts)
         number = {choice: row for row, choice in enumerate(known.choices)}
 
@@ -222,7 +222,7 @@ def _monotone(program: Program, space: SearchSpace) -> list[Nogood]:
         sites = [site for site in program.sites if isinstance(site, kind)]
         missing = next((site.key for site in sites if not program.facts.has(site.key, Sensitivity)), None)
         if missing is not None:
-            raise HawqfxError("rule='hawq-v2' orders by the trace, which only hawq-v2, fisher and hawq-v1 measure")
+            raise UsageError("rule='hawq-v2' orders by the trace, which was not measured")
         ranked = sorted(sites, key=lambda site: -program.facts.get(site.key, Sensitivity).curvature)
         for above, below in pairwise(ranked):
             for option, width in enumerate(space.formats[above.key]):

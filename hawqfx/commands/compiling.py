@@ -8,19 +8,21 @@ import typer
 from rich.console import Console
 
 from hawqfx import pipeline
-from hawqfx.atomic_write import check_writable
+from hawqfx.allocation.rules import QUANTIZED, Order
 from hawqfx.commands import specs
-from hawqfx.commands.output import Json, as_json, in_bytes, show
+from hawqfx.commands.output import Json, as_json, check_out, in_bytes, offering, show
 from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.export.opsets import Packing
 from hawqfx.forecast import forecast
 from hawqfx.options import usable_device
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
+from hawqfx.runtime.target import WIDEST
 from hawqfx.sensitivity.distributed import launched
 from hawqfx.session.compiled import Compiled
+from hawqfx.session.frontier import LIMITS
 from hawqfx.session.report import float_file_bytes
 
 Model = Annotated[
@@ -28,11 +30,23 @@ Model = Annotated[
     typer.Argument(help="pkg.module:factory or path/file.py:factory, returning an eval-mode model; or hf:FOLDER"),
 ]
 Data = Annotated[str, typer.Option(help="pkg.module:loader or path/file.py:loader, returning an iterable of batches")]
-Weights = Annotated[Path | None, typer.Option(help="checkpoint of the model: safetensors, or torch's tensors by name")]
-Sensitivity = Annotated[str | None, typer.Option(help=f"one of {', '.join(pipeline.METRICS)}; by default the first")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="checkpoint of the model: safetensors, or torch's tensors by name"),
+]
+Sensitivity = Annotated[
+    str | None,
+    typer.Option(
+        help=f"one of {', '.join(pipeline.METRICS)}; by default the first", autocompletion=offering(*pipeline.METRICS)
+    ),
+]
 Probes = Annotated[int | None, typer.Option(min=2, help="the most probes per batch")]
 Samples = Annotated[int | None, typer.Option(min=1, help="take so many samples of the data")]
 Cache = Annotated[Path | None, typer.Option(help="folder to keep measurements in, and to go on from")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(help="causal, for a language model that is to generate", autocompletion=offering("causal")),
+]
 Dynamic = Annotated[
     list[str] | None, typer.Option(help="INPUT:AXIS=NAME, a size that varies, such as input_ids:1=sequence")
 ]
@@ -40,9 +54,18 @@ Loss = Annotated[str | None, typer.Option(help="pkg.module:function of (output, 
 Draw = Annotated[str | None, typer.Option(help="pkg.module:function of (output, generator) that draws targets")]
 WeightBits = Annotated[str | None, typer.Option(help="widths such as 2-8 or 2,4,8; 32 is float")]
 ActivationBits = Annotated[str | None, typer.Option(help="widths such as 4,6,8; 32 is float")]
-Schemes = Annotated[list[str] | None, typer.Option(help="static, dynamic or weight-only; may be repeated")]
+Schemes = Annotated[
+    list[str] | None,
+    typer.Option(help="static, dynamic or weight-only; may be repeated", autocompletion=offering(*QUANTIZED)),
+]
 BlockSizes = Annotated[str | None, typer.Option(help="inputs that share a scale in weight-only layers: 32,64,128")]
-Rounding = Annotated[str, typer.Option(help="sequential, compensated, nearest or learned")]
+Rounding = Annotated[
+    str,
+    typer.Option(
+        help="sequential, compensated, nearest or learned",
+        autocompletion=offering("sequential", "compensated", "nearest", "learned"),
+    ),
+]
 
 
 def compile(
@@ -55,9 +78,16 @@ def compile(
     weights: Weights = None,
     plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
     save: Annotated[Path | None, typer.Option(help="write plan, codes and ranges here, for bench and load()")] = None,
-    from_plan: Annotated[Path | None, typer.Option(help="follow this plan, in place of a budget")] = None,
+    from_plan: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="follow this plan, in place of a budget")
+    ] = None,
     reround: Annotated[bool, typer.Option("--reround", help="take the bits of --from-plan alone")] = False,
-    packing: Annotated[str, typer.Option(help="portable (onnxruntime >= 1.20) or native (>= 1.24)")] = "portable",
+    packing: Annotated[
+        str,
+        typer.Option(
+            help="portable (onnxruntime >= 1.20) or native (>= 1.24)", autocompletion=offering(*get_args(Packing))
+        ),
+    ] = "portable",
     loss: Loss = None,
     draw: Draw = None,
     metric: Annotated[str | None, typer.Option(help="pkg.module:function of (output, target), for drop=")] = None,
@@ -72,16 +102,20 @@ def compile(
     bias_correction: Annotated[bool | None, typer.Option(help="by default with all but nearest")] = None,
     keep_float: Annotated[list[str] | None, typer.Option(help="pattern of weights that stay in float")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, the width of the sites so named")] = None,
-    rule: Annotated[str, typer.Option(help="exact, or hawq-v2 for the paper's own")] = "exact",
+    rule: Annotated[
+        str, typer.Option(help="exact, or hawq-v2 for the paper's own", autocompletion=offering(*get_args(Order)))
+    ] = "exact",
     interactions: Annotated[bool, typer.Option("--interactions", help="measure pairs of weights too")] = False,
     refine: Annotated[int, typer.Option(min=0, help="times that the plan is measured again where it stands")] = 0,
-    tokens: Annotated[str | None, typer.Option(help="causal, for a language model that is to generate")] = None,
+    tokens: Tokens = None,
     dynamic: Dynamic = None,
     samples: Samples = None,
     batch: Annotated[int | None, typer.Option(min=1, help="the most samples to measure at once")] = None,
     cache: Cache = None,
     device: Annotated[str, typer.Option(help="where to measure, such as cuda")] = "cpu",
-    target: Annotated[str, typer.Option(help="any, or x86-avx2 for x86 without VNNI")] = "any",
+    target: Annotated[
+        str, typer.Option(help="any, or x86-avx2 for x86 without VNNI", autocompletion=offering(*WIDEST))
+    ] = "any",
     threads: Annotated[int, typer.Option(min=1, help="of the runs that latency= is for")] = 1,
     check: Annotated[bool, typer.Option(help="run the file first, and refuse it if it differs")] = True,
     seed: int = 0,
@@ -98,10 +132,8 @@ def compile(
     timing = TimePasses()
     observers = [timing, *_observers(dump, print_after)]
     if packing not in get_args(Packing):
-        raise HawqfxError(f"--packing {packing}: must be one of {', '.join(get_args(Packing))}")
-    for path in (out, plan, save):
-        if path is not None:
-            check_writable(path)
+        raise UsageError(f"--packing {packing}: must be one of {', '.join(get_args(Packing))}")
+    check_out(out, plan, save)
     options: dict[str, Any] = {
         "loss": "auto" if loss is None else specs.named(loss),
         "draw": None if draw is None else specs.named(draw),
@@ -169,7 +201,7 @@ def _observers(dump: Path | None, print_after: str | None) -> list[Observer]:
     if print_after is not None:
         names = [step.name for step in pipeline.every_pass()]
         if print_after not in names:
-            raise HawqfxError(f"--print-after {print_after}: the passes are {', '.join(names)}")
+            raise UsageError(f"--print-after {print_after}: the passes are {', '.join(names)}")
         found.append(PrintAfter(print_after))
     return found
 
@@ -211,7 +243,9 @@ def pareto(
     model: Model,
     data: Data,
     weights: Weights = None,
-    limit: Annotated[str, typer.Option(help="size, weight_bits, bops or activation_memory")] = "size",
+    limit: Annotated[
+        str, typer.Option(help="size, weight_bits, bops or activation_memory", autocompletion=offering(*LIMITS))
+    ] = "size",
     points: Annotated[int, typer.Option(min=2, help="budgets, a constant factor apart")] = 30,
     evaluate: Annotated[int, typer.Option(min=0, help="how many of them to run on the data")] = 5,
     loss: Loss = None,
@@ -261,7 +295,7 @@ def _metric(name: str | None, probes: int | None) -> Analysis | None:
     if probes is None:
         return metric
     if "probes" not in {field.name for field in fields(metric)}:  # type: ignore[arg-type]
-        raise HawqfxError(f"--probes: the metric {name} draws none")
+        raise UsageError(f"--probes: the metric {name} draws none")
     return replace(metric, probes=probes)  # type: ignore[type-var]
 
 
@@ -270,5 +304,5 @@ def folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HawqfxError(f"the folder {path} cannot be made: {error}") from error
+        raise UsageError(f"the folder {path} cannot be made: {error}") from error
     return path

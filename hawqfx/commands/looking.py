@@ -8,17 +8,19 @@ import typer
 from rich.table import Table
 
 from hawqfx import pipeline
-from hawqfx.atomic_write import check_writable
 from hawqfx.commands import specs
+from hawqfx.commands.compiling import Weights
 from hawqfx.commands.doctor import examined
-from hawqfx.commands.output import Json, as_json, in_bytes, show
+from hawqfx.commands.output import Json, as_json, check_out, in_bytes, show
 from hawqfx.pass_manager.base import Analysis, options_of
 from hawqfx.session.load import load
 from hawqfx.session.saved import read_plan
 
 
 def explain(
-    plan: Annotated[Path, typer.Argument(help="a plan, as `compile --plan` or `--save` writes it")],
+    plan: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="a plan, as `compile --plan` or `--save` writes it")
+    ],
     site: Annotated[str | None, typer.Argument(help="a site, or a pattern of sites; without one, the whole")] = None,
     json: Json = False,
 ) -> None:
@@ -34,14 +36,16 @@ def explain(
 
 
 def report(
-    file: Annotated[Path, typer.Argument(help="a compiled network, as `compile --save` writes it")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="a compiled network, as `compile --save` writes it")
+    ],
     model: Annotated[str, typer.Argument(help="the float model, as for compile")],
-    weights: Annotated[Path | None, typer.Option(help="checkpoint of the model, as for compile")] = None,
+    weights: Weights = None,
     out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
     json: Json = False,
 ) -> None:
     """Write a page that shows a compiled network; it needs no network."""
-    check_writable(out)
+    check_out(out)
     load(file, specs.model_of(model, weights)).report(out)
     size = out.stat().st_size
     if json:
@@ -51,7 +55,9 @@ def report(
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="an ONNX file, of hawqfx or of another tool")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="an ONNX file, of hawqfx or of another tool")
+    ],
     json: Json = False,
 ) -> None:
     """List the weights of a file: layer, shape, bits, bytes and how they are stored, from the file alone."""

@@ -1,15 +1,38 @@
 """What commands print: tables for people, or one JSON object for programs."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from hawqfx.atomic_write import check_writable
+from hawqfx.errors import ExportError, UsageError
 from hawqfx.session.plan_json import finite
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object, and nothing else on standard output")]
+
+
+def offering(*values: str) -> Callable[[], list[str]]:
+    """What a shell completes an option with; which values there are is for the compiler to say."""
+    return lambda: list(values)
+
+
+def check_out(*paths: Path | None) -> None:
+    """Refuse files that cannot be written, before any work: then the command line is wrong, and later the disk is.
+
+    Raises:
+        UsageError: names the path.
+    """
+    for path in paths:
+        if path is not None:
+            try:
+                check_writable(path)
+            except ExportError as error:
+                raise UsageError(str(error)) from error
 
 
 def show(table: Table, width: int = 120) -> None:

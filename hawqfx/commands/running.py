@@ -7,22 +7,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hawqfx.atomic_write import check_writable, whole_file
+from hawqfx.allocation.budget import Budget
+from hawqfx.atomic_write import whole_file
 from hawqfx.commands import specs
-from hawqfx.commands.compiling import folder
-from hawqfx.commands.output import Json, as_json, json_of, show
+from hawqfx.commands.compiling import Weights, folder
+from hawqfx.commands.output import Json, as_json, check_out, json_of, offering, show
 from hawqfx.ir.names import sizes_of
 
 
 def bench(
-    file: Annotated[Path, typer.Argument(help="an ONNX file, as `compile` writes it")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="an ONNX file, as `compile` writes it")],
     backend: Annotated[
-        list[str] | None, typer.Option(help="ort-cpu, ort-cuda, ort-tensorrt, torch-cpu or torch-cuda; may be repeated")
+        list[str] | None,
+        typer.Option(
+            help="ort-cpu, ort-cuda, ort-tensorrt, torch-cpu or torch-cuda; may be repeated",
+            autocompletion=offering("ort-cpu", "ort-cuda", "ort-tensorrt", "torch-cpu", "torch-cuda"),
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="the float model, as for compile, to compare with")] = None,
-    weights: Annotated[Path | None, typer.Option(help="checkpoint of the model, as for compile")] = None,
+    weights: Weights = None,
     data: Annotated[str | None, typer.Option(help="the data, as for compile; the first batch is run")] = None,
-    plan: Annotated[Path | None, typer.Option(help="the plan of the file, as --save writes it, for torch")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="the plan of the file, as --save writes it, for torch"),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="samples in a run")] = 1,
     at: Annotated[
         str | None, typer.Option(help="NAME=SIZE of what varies in the file, such as sequence=1@past=128")
@@ -40,8 +48,7 @@ def bench(
     from hawqfx.benchmark import benchmark, check_benchmark
     from hawqfx.runtime.backends import table
 
-    if out is not None:
-        check_writable(out)
+    check_out(out)
     backends, shape = backend or ["ort-cpu"], {} if at is None else sizes_of(at, "--at ")
     check_benchmark(file, backends, shape)
     results = benchmark(
@@ -76,6 +83,6 @@ def demo(
     console = Console(quiet=json)
     if not console.is_terminal and not json:
         console = Console(width=120)
-    rows = run_demo(budget, folder(out), console)
+    rows = run_demo(Budget.of(budget), folder(out), console)
     if json:
         as_json([asdict(row) for row in rows])

@@ -14,7 +14,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 
 FILE = Path("hawqfx.toml")
 
@@ -27,7 +27,7 @@ def defaults(path: Path | None, group: TyperGroup) -> dict[str, Any]:
         group: the commands and their parameters.
 
     Raises:
-        HawqfxError: if the file cannot be read, or names what no command takes.
+        UsageError: if the file cannot be read, or names what no command takes.
     """
     if path is None and not FILE.is_file():
         return {}
@@ -36,16 +36,16 @@ def defaults(path: Path | None, group: TyperGroup) -> dict[str, Any]:
         with path.open("rb") as stream:
             tables = tomllib.load(stream)
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise HawqfxError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {error}") from error
     found = {}
     for name, table in tables.items():
         command = group.commands.get(name)
         if command is None or not isinstance(table, dict):
-            raise HawqfxError(f"{path}: there is no command {name!r}: tables are {', '.join(sorted(group.commands))}")
+            raise UsageError(f"{path}: there is no command {name!r}: tables are {', '.join(sorted(group.commands))}")
         known = {parameter.name for parameter in command.params}
         values = {key.replace("-", "_"): value for key, value in table.items()}
         strangers = sorted(values.keys() - known)
         if strangers:
-            raise HawqfxError(f"{path}: {name} has no option {strangers[0]!r}; see hawqfx {name} --help")
+            raise UsageError(f"{path}: {name} has no option {strangers[0]!r}; see hawqfx {name} --help")
         found[name] = values
     return found

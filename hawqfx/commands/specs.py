@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import HawqfxError, UsageError
 
 HUGGING_FACE = "hf:"
 
@@ -25,25 +25,31 @@ def named(spec: str) -> Any:
     """The object that a spec names.
 
     Raises:
-        HawqfxError: if there is none.
+        UsageError: if there is none.
+        HawqfxError: if the module raises.
     """
     module, _, name = spec.rpartition(":")
     if not module or not name:
-        raise HawqfxError(f"{spec!r}: write it as pkg.module:function or path/file.py:function")
+        raise UsageError(f"{spec!r}: write it as pkg.module:function or path/file.py:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return getattr(_from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), name)
+        found = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except HawqfxError:
         raise
     except Exception as error:  # the module of a user may raise anything
-        raise HawqfxError(f"{spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        kind = UsageError if absent else HawqfxError
+        raise kind(f"{spec!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not hasattr(found, name):
+        raise UsageError(f"{spec!r} cannot be loaded: {module} has no {name!r}")
+    return getattr(found, name)
 
 
 def _from_file(path: Path) -> Any:
     """The module of a file, whose neighbours it may import."""
     if not path.is_file():
-        raise HawqfxError(f"{path} is no file")
+        raise UsageError(f"{path} is no file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -59,11 +65,12 @@ def made(spec: str) -> Any:
     """What the function that a spec names returns.
 
     Raises:
-        HawqfxError: if there is no such function, or it raises or returns None.
+        UsageError: if there is no such function.
+        HawqfxError: if it raises or returns None.
     """
     factory = named(spec)
     if not callable(factory):
-        raise HawqfxError(f"{spec!r} is {factory!r:.60}: name a function that returns the model or the data")
+        raise UsageError(f"{spec!r} is {factory!r:.60}: name a function that returns the model or the data")
     try:
         found = factory()
     except HawqfxError:
@@ -82,13 +89,14 @@ def model_of(spec: str, weights: Path | None = None) -> Any:
     """The model of a spec, with the weights of a checkpoint if there is one.
 
     Raises:
+        UsageError: if there is no such model, or it takes no weights.
         HawqfxError: if either cannot be loaded, or they do not fit.
     """
     model = _hugging_face(Path(spec[len(HUGGING_FACE) :])) if spec.startswith(HUGGING_FACE) else made(spec)
     if weights is None:
         return model
     if not isinstance(model, nn.Module):
-        raise HawqfxError(f"--weights: {spec!r} returns {type(model).__name__}, which takes none")
+        raise UsageError(f"--weights: {spec!r} returns {type(model).__name__}, which takes none")
     try:
         model.load_state_dict(checkpoint(weights))
     except RuntimeError as error:
@@ -122,7 +130,7 @@ def checkpoint(path: Path) -> Mapping[str, torch.Tensor]:
 def _hugging_face(folder: Path) -> nn.Module:
     """The model of a folder, by the class that its configuration names; nothing is fetched and no code of it is run."""
     if not (folder / "config.json").is_file():
-        raise HawqfxError(f"{HUGGING_FACE}{folder}: there is no config.json in this folder")
+        raise UsageError(f"{HUGGING_FACE}{folder}: there is no config.json in this folder")
     try:
         import transformers
     except ImportError as error:
@@ -147,7 +155,7 @@ def fixed(rules: Sequence[str]) -> dict[str, int]:
     for rule in rules:
         pattern, _, bits = rule.rpartition("=")
         if not pattern or not bits.isdecimal():
-            raise HawqfxError(f"--fix {rule}: write it as PATTERN=BITS, such as 'head.*=8'")
+            raise UsageError(f"--fix {rule}: write it as PATTERN=BITS, such as 'head.*=8'")
         found[pattern] = int(bits)
     return found
 
@@ -160,7 +168,7 @@ def widths(name: str, text: str | None, default: Sequence[int]) -> Sequence[int]
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise HawqfxError(f"{name} {text}: write widths as 2,3,4 or 2-8")
+            raise UsageError(f"{name} {text}: write widths as 2,3,4 or 2-8")
         found += range(int(first), int(last or first) + 1)
     return found
 
@@ -173,6 +181,6 @@ def dynamic_shapes(rules: Sequence[str]) -> dict[str, dict[int, Any]] | None:
         place, _, name = rule.partition("=")
         key, _, axis = place.rpartition(":")
         if not key or not axis.isdecimal() or not name.isidentifier():
-            raise HawqfxError(f"--dynamic {rule}: write it as INPUT:AXIS=NAME, such as input_ids:1=sequence")
+            raise UsageError(f"--dynamic {rule}: write it as INPUT:AXIS=NAME, such as input_ids:1=sequence")
         shapes.setdefault(key, {})[int(axis)] = dims.setdefault(name, torch.export.Dim(name))
     return shapes or None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from hawqfx.atomic_write import check_writable
-from hawqfx.errors import ExportError
+from hawqfx.errors import UsageError
 from hawqfx.export import cleanup, packed_weights, translations
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.export.opsets import IR_VERSION, OPSET, Packing
@@ -62,9 +62,10 @@ def export(
 
     Raises:
         ExportError: if the graph cannot be translated, or the file cannot be written or would be too large.
+        UsageError: if there is no such packing.
     """
     if packing not in OPSET:
-        raise ExportError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
+        raise UsageError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
     check_writable(Path(path))
     legal = run(legalization(), program, _check(program, example), observers)
     with dropped_sources():

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from hawqfx.errors import CaptureError
+from hawqfx.errors import CaptureError, UsageError
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.dimensions import name_dimensions, named_keywords, shapes_of, shapes_to_capture, varying_axes
 from hawqfx.frontend.experts import dense_experts
@@ -62,6 +62,7 @@ def capture(model: Model, example: Batch, dynamic_shapes: Any = None) -> Program
         CaptureError: if the model is in train mode, if torch.export refuses the model (the message contains that of
             torch.export), if the graph has control flow or sizes that depend on values, or if a parameter or buffer is
             not finite.
+        UsageError: if an ExportedProgram is given other dynamic shapes.
     """
     with dropped_sources() as kept:
         program = _capture(model, example, dynamic_shapes)
@@ -73,7 +74,7 @@ def _capture(model: Model, example: Batch, dynamic_shapes: Any) -> Program:
     left_out: list[str] = []
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
-            raise CaptureError("dynamic_shapes= is for models: an ExportedProgram has those that it was exported with")
+            raise UsageError("dynamic_shapes= is for models: an ExportedProgram has those that it was exported with")
         exported = model
     else:
         _refuse_training(model)

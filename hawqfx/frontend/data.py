@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from hawqfx.errors import DataError
+from hawqfx.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +106,13 @@ def gather(
         among the inputs are the same in each, and all floats are finite.
 
     Raises:
-        DataError: if `data` cannot give such batches, or if `samples` is below 1.
+        DataError: if `data` cannot give such batches.
+        UsageError: if `samples` is below 1.
     """
     if isinstance(data, (Tensor, np.ndarray, Mapping)):
         data = [data]
     if samples is not None and samples < 1:
-        raise DataError(f"samples={samples}: at least one sample is needed")
+        raise UsageError(f"samples={samples}: at least one sample is needed")
     try:
         items = iter(data)
     except TypeError as error:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from hawqfx.errors import CaptureError, DataError, HawqfxError
+from hawqfx.errors import CaptureError, DataError, UsageError
 from hawqfx.frontend.criteria import IGNORED_LABEL
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.dimensions import Names
@@ -99,14 +99,14 @@ def inputs(
     out, and its `dynamic_shapes`.
 
     Raises:
-        HawqfxError: if `tokens` is no kind of a model, or `shapes` are given beside it.
+        UsageError: if `tokens` is no kind of a model, or `shapes` are given beside it.
         CaptureError: if the model has no cache of keys and values.
         DataError: if the data are no texts.
     """
     if tokens != "causal":
-        raise HawqfxError(f'tokens={tokens!r}: must be "causal", or left out')
+        raise UsageError(f'tokens={tokens!r}: must be "causal", or left out')
     if shapes is not None:
-        raise HawqfxError("dynamic_shapes= beside tokens=: a decoder's sequence, past and batch vary already")
+        raise UsageError("dynamic_shapes= beside tokens=: a decoder's sequence, past and batch vary already")
     decoder = causal_decoder(model)
     batches = decoder_batches(decoder, data, samples)
     held = None if holdout is None else decoder_batches(decoder, holdout)

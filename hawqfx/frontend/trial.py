@@ -16,7 +16,7 @@ from hawqfx.ir.program import Program
 T = TypeVar("T")
 
 
-def called(name: str, function: Callable[[], T], output: Any, target: Any, error: type[HawqfxError]) -> T:
+def called(name: str, function: Callable[[], T], output: Any, target: Any) -> T:
     """What a call of the user's function returns.
 
     Args:
@@ -24,17 +24,16 @@ def called(name: str, function: Callable[[], T], output: Any, target: Any, error
         function: calls it.
         output: what it is given, for messages.
         target: likewise.
-        error: the class of the error to raise.
 
     Raises:
-        HawqfxError: of that class, if the function raises anything but an error of hawqfx.
+        LossError: if the function raises anything but an error of hawqfx.
     """
     try:
         return function()
     except HawqfxError:
         raise
     except Exception as cause:  # the user's function may raise anything
-        raise error(
+        raise LossError(
             f"{name} raised {type(cause).__name__}: {cause}; it is called with an output {_described(output)} and a "
             f"target {_described(target)}"
         ) from cause
@@ -59,7 +58,7 @@ def try_loss(program: Program, context: Context, derivatives: int) -> None:
     with torch.enable_grad():
         loss = called(
             "loss= or draw=" if context.draw else "loss=", lambda: context.loss_of(output, batch, 0), output,
-            batch.target, LossError,
+            batch.target,
         )  # fmt: skip
         if derivatives > 0:
             _differentiate(loss, [leaf for leaf in pytree.tree_leaves(output) if _is_float(leaf)], derivatives)
@@ -120,6 +119,6 @@ def score_of(score: Callable[[Any, Any], Any], output: Any, batch: Batch) -> flo
     """The score of an output on a batch.
 
     Raises:
-        HawqfxError: if the function raises, or returns no single number.
+        LossError: if the function raises, or returns no single number.
     """
-    return called("metric=", lambda: float(score(output, batch.target)), output, batch.target, HawqfxError)
+    return called("metric=", lambda: float(score(output, batch.target)), output, batch.target)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.atomic_write import scratch_folder
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.export.exporter import export
 from hawqfx.frontend.context import Progress, silent
 from hawqfx.frontend.data import Batch
@@ -69,7 +69,7 @@ def profile(
         The latency model of the network, in seconds.
 
     Raises:
-        HawqfxError: if an activation has no quantizer at 8 bits, or a weight has no static one.
+        UsageError: if an activation has no quantizer at 8 bits, or a weight has no static one.
         BudgetError: if the network cannot take the shape.
         CacheError: if timings cannot be kept.
     """
@@ -115,10 +115,10 @@ def _check_formats(program: Program) -> None:
     missing = [site.name for site in program.activations if Format(8) not in formats[site.key]]
     missing += [site.name for site in program.weights if not formats[site.key]]
     if missing:
-        raise HawqfxError(f"latency is timed at 8 bits, and {missing[0]!r} was not measured there: let it have 8")
+        raise UsageError(f"latency is timed at 8 bits, and {missing[0]!r} was not measured there: let it have 8")
     alone = [site.name for site in program.weights if not any(width.is_static for width in formats[site.key])]
     if alone:
-        raise HawqfxError(
+        raise UsageError(
             f"latency is timed in integers too, and {alone[0]!r} has formats in blocks alone: let schemes= have "
             "'static'"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 import torch
 from torch import fx
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import ExportError
 from hawqfx.frontend.context import Progress as Report
 from hawqfx.ir.program import Program
 from hawqfx.pass_manager.base import Observer, Pass
@@ -47,7 +47,7 @@ class Dump(Observer):
         folder: of the files; it is made if it does not exist.
 
     Raises:
-        HawqfxError: from `after`, if a file cannot be written.
+        ExportError: from `after`, if a file cannot be written.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Dump(Observer):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / f"{number:02d}_{step.name}.txt").write_text(graph_text(program))
         except OSError as error:
-            raise HawqfxError(f"the graph was not written into {self.folder}: {error}") from error
+            raise ExportError(f"the graph was not written into {self.folder}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hawqfx.errors import BackendError
+from hawqfx.errors import BackendError, UsageError
 from hawqfx.frontend.data import Batch
 from hawqfx.runtime import ort
 
@@ -97,10 +97,10 @@ def available(backend: str) -> str | None:
     """The reason why a backend cannot run here; None if it can.
 
     Raises:
-        BackendError: if there is no backend of this name.
+        UsageError: if there is no backend of this name.
     """
     if backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r}: must be one of {', '.join(BACKENDS)}")
+        raise UsageError(f"backend {backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend in PROVIDERS:
         there = ort.providers()
         if PROVIDERS[backend] in there:
@@ -208,7 +208,7 @@ def every(
         For each backend its result, or the reason why it cannot run here.
 
     Raises:
-        BackendError: if there is no backend of a name, or if torch has no network to run.
+        UsageError: if there is no backend of a name, or if torch has no network to run.
     """
     results: dict[str, Result | str] = {}
     for backend in backends:
@@ -219,7 +219,7 @@ def every(
             arrays = [tensor.numpy() for tensor in batch.tensors]
             results[backend] = run_file(path, backend, arrays, reference, threads=threads, rounds=rounds)
         elif graph is None:
-            raise BackendError(f"{backend} runs the graph: give the model and the plan that the file was made by")
+            raise UsageError(f"{backend} runs the graph: give the model and the plan that the file was made by")
         else:
             results[backend] = run_graph(graph, backend, batch, reference, threads=threads, rounds=rounds)
     return results
@@ -284,7 +284,7 @@ def _check_available(backend: str) -> None:
 def _timed(step: Callable[[], Any], rounds: int) -> list[float]:
     """Seconds of each timed run."""
     if rounds < 2:
-        raise BackendError(f"rounds={rounds}: a median takes at least two runs")
+        raise UsageError(f"rounds={rounds}: a median takes at least two runs")
     seconds = []
     for turn in range(rounds + WARM):
         start = time.perf_counter()

@@ -8,7 +8,7 @@ saturate.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.maths.formats import FLOAT_BITS
 
 # target -> bits of the widest weights whose sums are exact there; "any": with VNNI, an ARM processor, or a GPU
@@ -46,13 +46,13 @@ def exact_widths(target: str, widths: Sequence[int]) -> tuple[int, ...]:
         The members of `widths` that are exact, in the same order.
 
     Raises:
-        HawqfxError: if there is no such target, or if no member is exact.
+        UsageError: if there is no such target, or if no member is exact.
     """
     if target not in WIDEST:
-        raise HawqfxError(f"target={target!r}: must be one of {', '.join(WIDEST)}")
+        raise UsageError(f"target={target!r}: must be one of {', '.join(WIDEST)}")
     kept = tuple(bits for bits in widths if bits <= WIDEST[target] or bits == FLOAT_BITS)
     if not kept:
-        raise HawqfxError(
+        raise UsageError(
             f"target={target!r} takes weights of at most {WIDEST[target]} bits, and there are only {tuple(widths)}"
         )
     return kept

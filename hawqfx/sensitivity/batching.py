@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.memory import free_memory as free_memory
 from hawqfx.ir.graph import batch_size, captured_shape
@@ -37,12 +37,12 @@ def fit_into_memory(
         second_order: whether second derivatives are measured.
 
     Raises:
-        HawqfxError: if the program has a fixed batch that is larger than the user's limit.
+        UsageError: if the program has a fixed batch that is larger than the user's limit.
     """
     largest = max(batch.size for batch in context.batches)
     if not program.dynamic_batch:
         if context.batch is not None and context.batch < largest:
-            raise HawqfxError(
+            raise UsageError(
                 f"batch={context.batch}: the exported program has a fixed batch of {largest}: use dynamic_shapes"
             )
         return context

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from hawqfx.errors import HawqfxError, LossError
+from hawqfx.errors import LossError, UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Fact, LossIncrease, QuantizationError, Quantizers, RoundedWeights, Sensitivity
 from hawqfx.ir.program import Program
@@ -42,7 +42,7 @@ class SensitivityMetric(Analysis):
 
     def __post_init__(self) -> None:
         if not self.exact and self.probes < 2:
-            raise HawqfxError(f"probes={self.probes}: a standard error needs at least two")
+            raise UsageError(f"probes={self.probes}: a standard error needs at least two")
 
     @abstractmethod
     def quantities(self, program: Program) -> Sequence[Quantity]:

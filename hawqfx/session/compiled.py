@@ -217,7 +217,7 @@ class Compiled:
             points: budgets on the frontier, at least two.
 
         Raises:
-            HawqfxError: if there are fewer than two points.
+            UsageError: if there are fewer than two points.
             ExportError: if the file cannot be written.
         """
         from hawqfx.report.page import page

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from hawqfx.allocation.budget import Budget, Limit
-from hawqfx.errors import HawqfxError, InfeasibleBudget
+from hawqfx.errors import InfeasibleBudget, UsageError
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.facts import FileText
 from hawqfx.passes.allocation import Allocation
@@ -30,12 +30,12 @@ def smallest(planner: Planner, limits: Budget, rules: Allocation) -> Candidate:
         rules: the allocation's other options.
 
     Raises:
-        HawqfxError: if there is no scoring.
+        UsageError: if there is no scoring.
         InfeasibleBudget: if no network keeps the score on the data held out.
     """
     scoring, drop = planner.scoring, limits.drop
     if scoring is None or drop is None:
-        raise HawqfxError("a budget on drop needs metric=, a function of (output, target), given to compile()")
+        raise UsageError("a budget on drop needs metric=, a function of (output, target), given to compile()")
     search = _Search(planner, limits, rules, _sizes(planner, limits, rules))
     calibration, holdout = (search.floor(batches, drop) for batches in (planner.context.batches, scoring.holdout))
     step = search.first(0, calibration)

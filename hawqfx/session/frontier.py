@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hawqfx import arguments
 from hawqfx.allocation.budget import Budget
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.ir.facts import Account, LimitUse
 from hawqfx.maths.formats import Format
 from hawqfx.passes.allocation import Allocation
@@ -25,25 +25,25 @@ def checked(points: int, limit: str, budgets: Sequence[Budget | str] | None, eva
     """The budgets that are given, parsed; None if the frontier goes along a limit.
 
     Raises:
-        HawqfxError: if there are fewer than two points, no such limit, or budgets that a frontier cannot have.
+        UsageError: if there are fewer than two points, no such limit, or budgets that a frontier cannot have.
         BudgetError: if the text of a budget does not parse.
     """
     arguments.whole("evaluate", evaluate, 0, "so many points are lowered and run; zero or more")
     if budgets is None:
         arguments.whole("points", points, 2, "a frontier has at least two")
         if limit not in LIMITS:
-            raise HawqfxError(f"limit={limit!r}: a frontier goes along {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
+            raise UsageError(f"limit={limit!r}: a frontier goes along {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
         return None
     if isinstance(budgets, (str, Budget)):
-        raise HawqfxError(f"budgets={str(budgets)!r}: give a list of budgets")
+        raise UsageError(f"budgets={str(budgets)!r}: give a list of budgets")
     parsed = [Budget.of(each) for each in budgets]
     if not parsed:
-        raise HawqfxError("budgets is empty: give at least one, or leave it out")
+        raise UsageError("budgets is empty: give at least one, or leave it out")
     if any(each.drop is not None for each in parsed):
-        raise HawqfxError("a frontier plans for budgets on resources: a budget on drop is searched for, by compile()")
+        raise UsageError("a frontier plans for budgets on resources: a budget on drop is searched for, by compile()")
     shapes = [each.latency.shape for each in parsed if each.latency is not None]
     if any(shape != shapes[0] for shape in shapes):
-        raise HawqfxError("the budgets are latencies at several shapes: a frontier has one, so make one of each shape")
+        raise UsageError("the budgets are latencies at several shapes: a frontier has one, so make one of each shape")
     return parsed
 
 
@@ -116,7 +116,7 @@ class Frontier:
             axes: of matplotlib, to draw on; None: those of a new figure.
 
         Raises:
-            HawqfxError: if matplotlib is not installed.
+            UsageError: if matplotlib is not installed.
         """
         from hawqfx.session import figures
 

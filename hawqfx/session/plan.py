@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hawqfx.atomic_write import whole_file
-from hawqfx.errors import PlanError
+from hawqfx.errors import PlanError, UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, ChosenFormat, Quantizers, QuantParams
 from hawqfx.ir.names import matches
@@ -88,12 +88,12 @@ class Plan:
         """The keys of the site of this name, or of those whose name matches the pattern.
 
         Raises:
-            PlanError: if there is none.
+            UsageError: if there is none.
         """
         keys = [key for key in self.chosen if matches(site, key, self.name(key))]
         if not keys:
             some = ", ".join(self.name(key) for key in list(self.chosen)[:8])
-            raise PlanError(f"the plan has no site {site!r}; it has {some}, ...")
+            raise UsageError(f"the plan has no site {site!r}; it has {some}, ...")
         return keys
 
     def explain(self, site: str | None = None) -> str:
@@ -101,7 +101,7 @@ class Plan:
         that the plan takes of its limits.
 
         Raises:
-            PlanError: if there is no such site.
+            UsageError: if there is no such site.
         """
         if site is None:
             return plan_text.whole(self.budget, self.account)

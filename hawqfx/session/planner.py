@@ -13,7 +13,7 @@ from hawqfx.allocation.budget import Budget, Limit
 from hawqfx.allocation.explain import explained
 from hawqfx.allocation.search_space import Formats
 from hawqfx.analysis.finite import refuse_not_finite
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
 from hawqfx.frontend.trial import score_of
@@ -214,7 +214,7 @@ class Planner:
         """The mean score of a program over batches, weighed by their size.
 
         Raises:
-            HawqfxError: if the metric raises, returns no number, or is not finite.
+            LossError: if the metric raises, returns no number, or is not finite.
         """
         assert self.scoring is not None
         total = 0.0
@@ -222,7 +222,7 @@ class Planner:
             total += batch.size * score_of(self.scoring.score, program.run(batch.args, batch.kwargs), batch)
         score = total / sum(batch.size for batch in batches)
         if not math.isfinite(score):
-            raise HawqfxError(f"the metric is {score}: it must be finite, the mean over a batch, higher being better")
+            raise LossError(f"the metric is {score}: it must be finite, the mean over a batch, higher being better")
         return score
 
     def range_of(self, allocation: Allocation, limit: str, count: int) -> list[float]:

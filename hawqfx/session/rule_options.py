@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from hawqfx import arguments
 from hawqfx.allocation.rules import Order, known_schemes
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.maths.formats import Scheme
 from hawqfx.passes.allocation import Allocation
 
@@ -25,11 +25,11 @@ def ruled(allocation: Allocation, rules: RuleOptions) -> Allocation:
     """The allocation with these rules in place of its own.
 
     Raises:
-        HawqfxError: if a rule is unknown, or has a value that it cannot have.
+        UsageError: if a rule is unknown, or has a value that it cannot have.
     """
     unknown = rules.keys() - RuleOptions.__annotations__
     if unknown:
-        raise HawqfxError(f"{', '.join(sorted(unknown))}: the rules are {', '.join(RuleOptions.__annotations__)}")
+        raise UsageError(f"{', '.join(sorted(unknown))}: the rules are {', '.join(RuleOptions.__annotations__)}")
     changes: dict[str, Any] = dict(rules)
     for name in ("weight_bits", "activation_bits"):
         if name in changes:

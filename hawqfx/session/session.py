@@ -6,7 +6,7 @@ from typing import Unpack
 
 from hawqfx import pipeline
 from hawqfx.allocation.budget import Budget, Limit
-from hawqfx.errors import HawqfxError
+from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.facts import FileText, LossIncrease, Quantizers
@@ -88,7 +88,7 @@ class Session:
         Raises:
             BudgetError: if the text is no budget.
             InfeasibleBudget: if no choice keeps it.
-            HawqfxError: if the rules contradict each other, or a score is missing.
+            UsageError: if the rules contradict each other, or a score is missing.
         """
         limits = Budget.of(budget)
         self._require_measured()
@@ -129,7 +129,7 @@ class Session:
                 measured.
 
         Raises:
-            HawqfxError: if there are fewer than two points, no such limit, or a budget on drop.
+            UsageError: if there are fewer than two points, no such limit, or a budget on drop.
             InfeasibleBudget: if no choice keeps one of the budgets.
         """
         parsed = checked(points, limit, budgets, evaluate)
@@ -150,17 +150,17 @@ class Session:
         calibrated in blocks alone take the longest, and activations are in float then.
 
         Raises:
-            HawqfxError: if a site was not calibrated in these formats.
+            UsageError: if a site was not calibrated in these formats.
         """
         try:
             chosen = calibrated_uniform(self.measured, format_of(weight_bits), format_of(activation_bits))
         except ValueError as error:
-            raise HawqfxError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
+            raise UsageError(f"uniform({weight_bits}, {activation_bits}): {error}") from error
         self._require_measured()
         for site in self.measured.sites:
             width = chosen[site.key]
             if not width.is_float and width not in self.measured.facts.get(site.key, Quantizers).by_format:
-                raise HawqfxError(f"{site.name!r} was not calibrated at {width}: give such bits to compile()")
+                raise UsageError(f"{site.name!r} was not calibrated at {width}: give such bits to compile()")
         return self.lowered(self.planner.given(chosen), f"uniform W{weight_bits}A{activation_bits}")
 
     def lowered(self, planned: Program, budget: str) -> Compiled:
@@ -168,9 +168,9 @@ class Session:
         return self._compiled(self.planner.lower(planned, budget))
 
     def _require_measured(self) -> None:
-        """Raises HawqfxError if the network follows a plan: then nothing is known of other formats."""
+        """Raises UsageError if the network follows a plan: then nothing is known of other formats."""
         if not all(self.measured.facts.has(site.key, LossIncrease) for site in self.measured.sites):
-            raise HawqfxError(
+            raise UsageError(
                 "this network follows a plan, and no other formats were calibrated or measured: compile() the model "
                 "with a budget for other plans"
             )
@@ -179,7 +179,7 @@ class Session:
         known = (self.measured.facts.get(site.key, Quantizers).by_format for site in self.measured.sites)
         calibrated = {width.scheme for by_format in known for width in by_format}
         if not calibrated & set(schemes):
-            raise HawqfxError(f"schemes={tuple(schemes)} were not calibrated: give schemes= to compile()")
+            raise UsageError(f"schemes={tuple(schemes)} were not calibrated: give schemes= to compile()")
 
     def _compiled(self, candidate: Candidate) -> Compiled:
         if self.learning is not None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hawqfx import cli
 from hawqfx.benchmark import benchmark
-from hawqfx.errors import BackendError, PlanError
+from hawqfx.errors import BackendError, PlanError, UsageError
 from hawqfx.runtime import ort
 from hawqfx.runtime.backends import BACKENDS, PROVIDERS, Result, available, compare, run_file, run_graph
 from hawqfx.runtime.file_inputs import random_inputs
@@ -69,7 +69,7 @@ def test_the_graph_that_is_timed_is_that_of_the_file(made: tuple[Path, Path], tm
     assert found["torch-cpu"].parity == wanted
     with pytest.raises(PlanError, match="made with other data"):
         benchmark(made[0], ["torch-cpu"], model(), images(seed=9), made[1])
-    with pytest.raises(BackendError, match=r"plan\.json has no codes: give the file of Compiled\.save\(\)"):
+    with pytest.raises(UsageError, match=r"plan\.json has no codes: give the file of Compiled\.save\(\)"):
         benchmark(made[0], ["torch-cpu"], model(), None, made[1])
     quick(Plain, "weight_bits=4").plan.write(tmp_path / "other.json")
     with pytest.raises(BackendError, match=r"m\.onnx was made by the plan .*other\.json is .*: give the file's own"):
@@ -104,11 +104,11 @@ def test_another_provider_is_asked_for(made: tuple[Path, Path], monkeypatch: pyt
 
 
 def test_bad_input_is_refused(made: tuple[Path, Path]) -> None:
-    with pytest.raises(BackendError, match="backend 'gpu': must be one of ort-cpu, ort-cuda"):
+    with pytest.raises(UsageError, match="backend 'gpu': must be one of ort-cpu, ort-cuda"):
         benchmark(made[0], ["gpu"])
-    with pytest.raises(BackendError, match="torch-cpu runs the graph: give the model and the plan"):
+    with pytest.raises(UsageError, match="torch-cpu runs the graph: give the model and the plan"):
         benchmark(made[0], ["torch-cpu"])
-    with pytest.raises(BackendError, match="rounds=1: a median takes at least two runs"):
+    with pytest.raises(UsageError, match="rounds=1: a median takes at least two runs"):
         benchmark(made[0], rounds=1)
     with pytest.raises(BackendError, match="they are not alike"):
         compare(np.zeros((2, 3)), np.zeros((2, 4)))

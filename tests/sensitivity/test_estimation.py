@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hawqfx
-from hawqfx.errors import CacheError, DataError, HawqfxError
+from hawqfx.errors import CacheError, HawqfxError, UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import gather
 from hawqfx.frontend.losses import cross_entropy
@@ -155,7 +155,7 @@ def test_too_little_data_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert sum(batch.size for batch in gather(images(count=2), 40)) == 32
     assert "samples=40 were asked for, and the data has 32" in caplog.text
     assert [batch.size for batch in gather(images(count=3), 20)] == [16, 4]
-    with pytest.raises(DataError, match="samples=0"):
+    with pytest.raises(UsageError, match="samples=0"):
         gather(images(), 0)
 
 
@@ -294,7 +294,7 @@ def test_a_cache_that_cannot_be_trusted_is_refused(tmp_path: Path) -> None:
             build(Plain), "weight_bits=5", images(), **options, loss=lambda o, t: cross_entropy(o, t) * bool(held)
         )
     (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match=r"cannot be used: .*file is no folder"):  # before anything runs
+    with pytest.raises(UsageError, match=r"cannot be used: .*file is no folder"):  # before anything runs
         hawqfx.compile(build(Plain), "weight_bits=5", images(), cache=tmp_path / "file" / "below")
 
 

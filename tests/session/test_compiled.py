@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hawqfx
 from hawqfx import Budget, Plan
-from hawqfx.errors import PlanError
+from hawqfx.errors import UsageError
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.runtime import ort, parity
@@ -35,7 +35,7 @@ def test_a_plan_explains_itself_also_from_json() -> None:
     )
     assert "proven to be the least" in plan.explain()
     assert plan.explain("*.weight").count("predicted loss increase") == 3
-    with pytest.raises(PlanError, match="the plan has no site 'nothing'"):
+    with pytest.raises(UsageError, match="the plan has no site 'nothing'"):
         plan.explain("nothing")
     assert compiled.plan.explain().splitlines()[0] in compiled.summary()
 
