@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
 
 from hawqfx.compiler import compile
 from hawqfx.errors import BackendError, UsageError
+from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model, capture
 from hawqfx.frontend.data import Batch, gather
 from hawqfx.frontend.single_precision import in_single_precision, single
@@ -32,6 +33,7 @@ def benchmark(
     shape: Mapping[str, int] = {},
     threads: int = 1,
     rounds: int = 100,
+    tokens: Literal["causal"] | None = None,
 ) -> dict[str, Result | str]:
     """Time a file on several backends.
 
@@ -49,6 +51,7 @@ def benchmark(
             are cut or repeated to them.
         threads: of one operator.
         rounds: timed runs, at least two.
+        tokens: as for compile(): data are texts, of which the first half becomes the past.
 
     Returns:
         For every backend its result, or the reason why it cannot run here.
@@ -62,7 +65,12 @@ def benchmark(
         PlanError: if the plan does not belong to the model.
     """
     check_benchmark(file, backends, shape)
-    batches = None if data is None else gather(data)
+    shapes = None
+    if tokens is not None:
+        if model is None or data is None:
+            raise UsageError("tokens= makes a past of the texts by the model: give the model and the data")
+        model, data, _, shapes = decoders.inputs(model, data, None, tokens, None, None)
+    batches = None if data is None else gather(data, varying=tokens is not None)
     if batches is not None:
         sample = batches[0].first(batch).map(single)
         sizes = sizes_in_file(file, shape, data=sample)
@@ -78,7 +86,7 @@ def benchmark(
         reference = [leaf.numpy() for leaf in pytree.tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
     quantized = None
     if model is not None and plan is not None:
-        quantized = _planned(file, model, batches, plan)
+        quantized = _planned(file, model, batches, shapes, plan)
     results = every(file, quantized, backends, sample, reference, threads=threads, rounds=rounds)
     for backend in DEVICES.keys() & results.keys():
         if floating is not None and not isinstance(results[backend], str):
@@ -98,7 +106,7 @@ def check_benchmark(file: str | Path, backends: Sequence[str], shape: Mapping[st
 
 
 def _planned(
-    file: str | Path, model: Model, batches: Sequence[Batch] | None, plan: Plan | str | Path
+    file: str | Path, model: Model, batches: Sequence[Batch] | None, shapes: Any, plan: Plan | str | Path
 ) -> torch.nn.Module:
     """The fake-quantized network that the file was made of.
 
@@ -114,4 +122,4 @@ def _planned(
     if batches is None:
         raise UsageError(f"{plan} has no codes: give the file of Compiled.save(), or the data that it was made with")
     items = [((batch.args or dict(batch.kwargs)), batch.target) for batch in batches]
-    return compile(model, None, items, plan=known).model
+    return compile(model, None, items, plan=known, dynamic_shapes=shapes).model

@@ -69,7 +69,7 @@ def inspect(
             {"file": str(file), "bytes": file.stat().st_size, "metadata": said, "weights": list(map(asdict, weights))}
         )
         return
-    table = Table("weight", "read by", "shape", "bits", "bytes", "stored as")
+    table = Table("weight", "layer", "shape", "bits", "bytes", "stored as")
     for each in weights:
         shape = "x".join(map(str, each.shape))
         table.add_row(each.name, each.layer, shape, str(each.bits), f"{each.bytes:,}", each.format)
@@ -77,7 +77,7 @@ def inspect(
     for key, text in sorted(said.items()):
         print(f"{key}: {text}")
     total = sum(each.bytes for each in weights)
-    print(f"{file}: {in_bytes(file.stat().st_size)}, {in_bytes(total)} of them weights of {len(weights)} layers")
+    print(f"{file}: {in_bytes(file.stat().st_size)}, {in_bytes(total)} of them {len(weights)} weights")
 
 
 def passes(json: Json = False) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from hawqfx.allocation.budget import Budget
 from hawqfx.atomic_write import whole_file
 from hawqfx.commands import specs
-from hawqfx.commands.compiling import Weights, folder
+from hawqfx.commands.compiling import Tokens, Weights, folder
 from hawqfx.commands.output import Json, as_json, check_out, json_of, offering, show
 from hawqfx.ir.names import sizes_of
 
@@ -35,6 +35,7 @@ def bench(
     at: Annotated[
         str | None, typer.Option(help="NAME=SIZE of what varies in the file, such as sequence=1@past=128")
     ] = None,
+    tokens: Tokens = None,
     threads: Annotated[int, typer.Option(min=1, help="of onnxruntime or torch")] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="runs that are timed")] = 100,
     out: Annotated[Path | None, typer.Option(help="write the figures here, as JSON")] = None,
@@ -61,6 +62,7 @@ def bench(
         shape=shape,
         threads=threads,
         rounds=rounds,
+        tokens=tokens,  # type: ignore[arg-type]
     )
     kept = {name: result if isinstance(result, str) else result.to_json() for name, result in results.items()}
     if json:

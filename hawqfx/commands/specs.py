@@ -135,6 +135,7 @@ def _hugging_face(folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise HawqfxError(f"{HUGGING_FACE}{folder} needs transformers: pip install 'hawqfx[hf]'") from error
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         names: Sequence[str] = config.architectures or ()

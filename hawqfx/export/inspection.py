@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,8 @@ class StoredWeight:
     """A weight of a layer, as a file has it.
 
     Args:
-        layer: the operator that reads it.
+        layer: what kind of layer reads it, such as "linear".
+        operator: that layer's operator in the file.
         name: the key of its site, in files of hawqfx; else that of the tensor.
         shape: of the weight.
         bits: of an element in the file.
@@ -54,6 +55,7 @@ class StoredWeight:
     """
 
     layer: str
+    operator: str
     name: str
     shape: tuple[int, ...]
     bits: int
@@ -66,10 +68,12 @@ _BITS: dict[int, int] = {
     _TYPES.FLOAT: 32, _TYPES.FLOAT16: 16, _TYPES.BFLOAT16: 16, _TYPES.DOUBLE: 64, _TYPES.INT8: 8, _TYPES.UINT8: 8,
     _TYPES.INT4: 4, _TYPES.UINT4: 4, _TYPES.INT2: 2, _TYPES.UINT2: 2,
 }  # fmt: skip
-# operator -> the input that is its weight
-_WEIGHT_AT = {
-    "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "MatMulInteger": 1, "ConvInteger": 1, "QLinearConv": 3,
-    "QLinearMatMul": 3, "MatMulNBits": 1, "Gather": 0, ROWS: 0,
+# operator -> the layer that it is, and the input that is its weight
+_LAYERS = {
+    "Conv": ("convolution", 1), "ConvInteger": ("convolution", 1), "QLinearConv": ("convolution", 3),
+    "ConvTranspose": ("transposed convolution", 1), "Gemm": ("linear", 1), "MatMul": ("linear", 1),
+    "MatMulInteger": ("linear", 1), "QLinearMatMul": ("linear", 3), "MatMulNBits": ("linear", 1),
+    "Gather": ("embedding", 0), ROWS: ("embedding", 0),
 }  # fmt: skip
 # operators between a tensor and the layer that reads it -> the input that is the tensor
 _THROUGH = {
@@ -103,15 +107,17 @@ def _stored_weights(model: onnx.ModelProto) -> list[StoredWeight]:
         return name, makers.get(name)
 
     for node in model.graph.node:
-        at = _WEIGHT_AT.get(node.op_type)
-        if at is None or len(node.input) <= at:
+        if node.op_type not in _LAYERS:
+            continue
+        at = _LAYERS[node.op_type][1]
+        if len(node.input) <= at:
             continue
         name, maker = origin(node.input[at])
         if node.op_type == "MatMulInteger" and node.input[0] in stored:  # lays codes out in blocks
             continue
         if maker is not None and maker.domain == DOMAIN:
             found[name] = _packed_entry(node, maker, stored)
-        elif name in stored and (stored[name].dims or node.op_type == "MatMulNBits"):
+        elif name in stored and (len(stored[name].dims) > 1 or node.op_type == "MatMulNBits"):  # not scales of rows
             found.setdefault(name, _plain_entry(node, stored[name]))  # a table that a head multiplies by keeps its name
     return list(found.values())
 
@@ -121,15 +127,13 @@ def _packed_entry(layer: onnx.NodeProto, call: onnx.NodeProto, stored: Mapping[s
     codes = [stored[name] for name in call.input if name in stored and stored[name].data_type != _TYPES.FLOAT]
     kind = "whole bytes" if call.op_type.endswith("8") else "bit-planes"
     if call.op_type not in ("Weight", "Codes", "Weight8", "Codes8"):
-        kind = " and ".join(_TYPES.Name(tensor.data_type) for tensor in codes)
-    return StoredWeight(
-        layer.op_type, site_of(call.name), tuple(attributes["shape"]), attributes["bits"], sum(map(_bytes, codes)), kind
-    )
+        kind = " and ".join(map(_type, codes))
+    return _entry(layer, site_of(call.name), tuple(attributes["shape"]), attributes["bits"], codes, kind)
 
 
 def _plain_entry(layer: onnx.NodeProto, tensor: onnx.TensorProto) -> StoredWeight:
     bits, shape = _BITS.get(tensor.data_type, 0), tuple(tensor.dims)
-    kind = _TYPES.Name(tensor.data_type)
+    kind = _type(tensor)
     attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in layer.attribute}
     if layer.op_type == "MatMulNBits":
         bits, shape = attributes["bits"], (attributes["N"], attributes["K"])
@@ -137,7 +141,20 @@ def _plain_entry(layer: onnx.NodeProto, tensor: onnx.TensorProto) -> StoredWeigh
     if layer.op_type == ROWS:
         bits, shape = attributes["bits"], tuple(attributes["shape"])
         kind = f"blocks of {tensor.dims[2] * 8 // bits}"
-    return StoredWeight(layer.op_type, site_of(layer.name) or tensor.name, shape, bits, _bytes(tensor), kind)
+    return _entry(layer, site_of(layer.name) or tensor.name, shape, bits, [tensor], kind)
+
+
+def _entry(
+    layer: onnx.NodeProto, name: str, shape: tuple[int, ...], bits: int, codes: Sequence[onnx.TensorProto], kind: str
+) -> StoredWeight:
+    known = _LAYERS[layer.op_type][0]
+    return StoredWeight(known, layer.op_type, name, shape, bits, sum(map(_bytes, codes)), kind)
+
+
+def _type(tensor: onnx.TensorProto) -> str:
+    """The type of a tensor's elements, such as float32 or int8."""
+    name = _TYPES.Name(tensor.data_type).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

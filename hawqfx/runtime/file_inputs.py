@@ -30,11 +30,10 @@ def sizes_in_file(path: str | Path, asked: Shape, batch: int = 1, data: Batch | 
     """
     inputs = ort.inputs(path)
     tensors = [None] * len(inputs) if data is None else data.tensors
-    if len(tensors) != len(inputs):
-        raise BackendError(
-            f"{path} takes {', '.join(name for name, *_ in inputs)}; the data have {len(tensors)} tensors"
-        )
     names = {name: _varying(shape) for name, shape, _ in inputs}
+    if len(tensors) != len(inputs):
+        of_texts = '; tokens="causal" makes them of texts' if decoders.sums(names) else ""
+        raise BackendError(f"{path} takes {', '.join(names)}; the data have {len(tensors)} tensors{of_texts}")
     known: dict[str, int] = {}
     for own, tensor in zip(names.values(), tensors, strict=True):
         for axis, name in own.items():

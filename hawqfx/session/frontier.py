@@ -1,7 +1,8 @@
 """The curve of a budget against the loss: one plan per budget, all from one measurement."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hawqfx import arguments
@@ -57,6 +58,7 @@ class Point:
         account: the amounts of the limits and the predicted loss.
         loss: the mean loss on the calibration data, if the lowered network was run.
         score: the score on the data held out, if the network was run and there is a score.
+        names: site -> what users call it.
     """
 
     budget: str
@@ -64,6 +66,7 @@ class Point:
     account: Account
     loss: float | None = None
     score: float | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -71,10 +74,11 @@ class Point:
         return {key: width.bits for key, width in self.formats.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The point as dicts, texts and numbers."""
+        """The point as dicts, texts and numbers; sites by what users call them."""
+        bits = {self.names.get(key, key): bits for key, bits in self.bits.items()}
         limits = {name: {"amount": _taken(use), "unit": use.unit} for name, use in self.account.limits.items()}
         return {
-            "budget": self.budget, "limits": limits, "bits": self.bits, "predicted_loss_increase": self.account.loss,
+            "budget": self.budget, "limits": limits, "bits": bits, "predicted_loss_increase": self.account.loss,
             "proven": self.account.optimal, "loss": self.loss, "score": self.score,
         }  # fmt: skip
 
@@ -137,7 +141,7 @@ class Frontier:
             uses = point.account.limits.values()
             table.add_row(
                 point.budget,
-                ", ".join(f"{_taken(use):.6g} {use.unit}" for use in uses),
+                ", ".join(f"{_in_digits(_taken(use))} {use.unit}" for use in uses),
                 ", ".join(f"{_taken(use) / use.reference:.2%}" for use in uses),
                 f"{point.account.loss:.4g}",
                 "least" if point.account.optimal else f">= {point.account.bound:.4g}",
@@ -145,6 +149,17 @@ class Frontier:
                 "" if point.score is None else f"{point.score:.4f}",
             )
         return table
+
+
+def rounded_up(amount: float) -> float:
+    """An amount in four digits, as people write a budget; not below it, since the least that can be kept may be it."""
+    step = 10.0 ** (math.floor(math.log10(amount)) - 3)
+    return float(f"{math.ceil(round(amount / step, 6)) * step:.12g}")
+
+
+def _in_digits(amount: float) -> str:
+    """Whole where it is large, in four digits where it is small."""
+    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"
 
 
 def _taken(use: LimitUse) -> float:
@@ -171,7 +186,8 @@ def plan_each(planner: Planner, allocation: Allocation, budgets: Sequence[Budget
             planned = within_latency(planner, ruled, threads).planned
         else:
             planned = planner.plan(replace(ruled, start=tuple(points[-1].formats.items()) if points else ()))
-        points.append(Point(str(budget), planned.formats(), planned.about(Account)))
+        names = {site.key: site.name for site in planned.sites}
+        points.append(Point(str(budget), planned.formats(), planned.about(Account), names=names))
     return points
 
 

@@ -18,7 +18,7 @@ from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.session.compiled import Compiled
 from hawqfx.session.drop_search import smallest
-from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each
+from hawqfx.session.frontier import Frontier, checked, evaluated, plan_each, rounded_up
 from hawqfx.session.latency_search import timing, within_latency
 from hawqfx.session.planner import Candidate, Planner, Scoring, for_budget
 from hawqfx.session.refine import refined
@@ -137,7 +137,7 @@ class Session:
         if parsed is None:
             ready = self.measured_for(Budget(**{limit: Limit(1.0, relative=True)}))
             amounts = ready.planner.range_of(self.allocation, limit, points)
-            parsed = [Budget(**{limit: Limit(amount)}) for amount in amounts]
+            parsed = [Budget(**{limit: Limit(rounded_up(amount))}) for amount in amounts]
         else:
             ready = self.measured_for(*parsed)
         curve = plan_each(ready.planner.quiet, self.allocation, parsed, self.threads)

@@ -2,6 +2,10 @@
 
 import inspect
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from hawqfx.latency.micro_timing import MicroTimer
 from tests.nets import Plain, build, images
 from tests.tools import quick
 
+ROOT = Path(__file__).parents[2]
 HERE = "tests.commands.test_commands"
 run = CliRunner()
 
@@ -113,9 +118,36 @@ def test_a_file_with_slips_is_refused(text: str, message: str, tmp_path: Path) -
     assert message in str(result.exception)
 
 
-def test_version_and_completion() -> None:
+def test_version() -> None:
     assert run.invoke(cli.app, ["--version"]).stdout == f"hawqfx {hawqfx.__version__}\n"
-    assert "--install-completion" in run.invoke(cli.app, ["--help"]).stdout
+
+
+# what bash does when tab is pressed at the end of a line
+COMPLETED = """
+eval "$(hawqfx --show-completion bash)"
+while read -r -a COMP_WORDS; do
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    $(complete -p hawqfx | sed 's/.*-F \\([^ ]*\\).*/\\1/') hawqfx
+    echo "${COMPREPLY[*]}"
+done
+"""
+
+
+def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
+    program = tmp_path / "hawqfx"
+    program.write_text(f"#!{sys.executable}\nfrom hawqfx.cli import main\n\nmain()\n")
+    program.chmod(0o755)
+    lines = {
+        "hawqfx comp": "compile",
+        "hawqfx compile --packi": "--packing",
+        "hawqfx compile --sensitivity hawq": "hawq-v2 hawq-v1",
+    }
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", COMPLETED], input="\n".join(lines) + "\n", env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == list(lines.values()), done.stderr
 
 
 @pytest.mark.parametrize("packing", ["portable", "native"])
@@ -143,10 +175,12 @@ def test_inspect_reads_files_of_other_tools(tmp_path: Path) -> None:
     plain, integer = tmp_path / "float.onnx", tmp_path / "int8.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), plain)
     (entry,) = stored_weights(plain)
-    assert (entry.layer, entry.bits, entry.bytes, entry.format) == ("MatMul", 32, 96, "FLOAT")
+    assert (entry.layer, entry.operator) == ("linear", "MatMul")
+    assert (entry.bits, entry.bytes, entry.format) == (32, 96, "float32")
     quantize_dynamic(plain, integer, weight_type=QuantType.QInt8)
     (entry,) = stored_weights(integer)
-    assert (entry.layer, entry.bits, entry.bytes, entry.format) == ("MatMulInteger", 8, 24, "INT8")
+    assert (entry.layer, entry.operator) == ("linear", "MatMulInteger")
+    assert (entry.bits, entry.bytes, entry.format) == (8, 24, "int8")
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", bytes(range(256))])
@@ -180,6 +214,8 @@ def test_explain_pareto_and_passes_speak_json(tmp_path: Path) -> None:
         point["limits"]["weight_bits"]["amount"] for point in points
     )
     assert len(points) == 3
+    assert "relu output" in points[0]["bits"]  # by the names of the summary
+    assert re.fullmatch(r"weight_bits=\d(\.\d{1,3})?", points[1]["budget"])
     passes = json.loads(run.invoke(cli.app, ["passes", "--json"]).stdout)
     assert passes[0]["pass"] == "fold_constants"
 

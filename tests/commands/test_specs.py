@@ -3,14 +3,18 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from hawqfx import cli
 from hawqfx.commands import specs
 from hawqfx.errors import HawqfxError
+from hawqfx.runtime import ort
 from tests.nets import Plain, build
 
 NET = "import neighbour\nfrom torch import nn\n\n\ndef make():\n    return nn.Linear(neighbour.SIZE, 2).eval()\n"
@@ -90,6 +94,35 @@ def test_a_folder_of_hugging_face_is_loaded_by_its_own_class(tmp_path: Path) -> 
     assert torch.equal(found.classifier.weight, model.classifier.weight)
     with pytest.raises(HawqfxError, match=r"no config\.json"):
         specs.model_of(f"hf:{tmp_path / 'nowhere'}")
+
+
+def reviews() -> list[dict[str, torch.Tensor]]:
+    words = torch.randint(0, 30, (8, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words[:, 0] % 2}]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "decoder"])
+def test_a_folder_of_hugging_face_becomes_a_file(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "classifier":
+        BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16)).save_pretrained(tmp_path)
+        options, inputs = ["--data", f"{__name__}:reviews"], {"input_ids", "attention_mask"}
+    else:
+        LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=16)).save_pretrained(tmp_path)
+        options = ["--data", f"{__name__}:words", "--tokens", "causal"]
+        inputs = {"input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"}
+    file = tmp_path / "m.onnx"
+    words = ["compile", f"hf:{tmp_path}", "--budget", "weight_bits=6", "--out", str(file), *options]
+    result = CliRunner().invoke(cli.app, [*words, "--sensitivity", "mse"])
+    assert result.exit_code == 0, result.output
+    assert {name for name, *_ in ort.inputs(file)} == inputs
+    assert "hf:" not in result.stderr  # nor bars of what is loaded
+    assert "Loading" not in result.stderr
+
+
+def words() -> list[torch.Tensor]:
+    return [reviews()[0]["input_ids"]]
 
 
 def test_widths_and_rules_are_read() -> None:

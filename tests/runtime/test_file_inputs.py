@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from hawqfx import cli
 from hawqfx.benchmark import benchmark
-from hawqfx.errors import BackendError, BudgetError
+from hawqfx.errors import BackendError, BudgetError, UsageError
 from hawqfx.frontend.data import gather
 from hawqfx.runtime.backends import Result
 from hawqfx.runtime.file_inputs import at_sizes, random_inputs, sizes_in_file
 from tests.frontend.test_dimensions import Pixels, seeded
 from tests.latency.test_at_shape import decoder, images
+from tests.test_decoders import model
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,10 @@ def pictures() -> list[torch.Tensor]:
 
 def network() -> nn.Module:
     return seeded(Pixels)
+
+
+def language() -> nn.Module:
+    return model("grouped-query")
 
 
 def unread() -> Any:
@@ -90,7 +95,9 @@ def test_what_follows_from_others_is_not_asked_for(files: tuple[Path, Path]) -> 
 
 
 def test_data_of_another_number_of_inputs_are_refused(files: tuple[Path, Path]) -> None:
-    with pytest.raises(BackendError, match=r"takes input_ids, attention_mask, past.*; the data have 1 tensors"):
+    with pytest.raises(
+        BackendError, match=r'takes input_ids, attention_mask, past.*; the data have 1 tensors; tokens="causal"'
+    ):
         benchmark(files[1], data=pictures())
 
 
@@ -99,3 +106,23 @@ def test_the_command_times_a_decoder_after_a_past(files: tuple[Path, Path]) -> N
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["ort-cpu"]["sizes"] == {"batch": 1, "sequence": 1, "past": 12, "total": 13}
+
+
+def test_a_decoder_is_compared_with_the_model_that_it_is_of(files: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = tmp_path / "net.hawqfx"
+    decoder().at("weight_bits=6").save(plan)
+    command = ["bench", str(files[1]), "--model", f"{__name__}:language", "--data", "tests.test_decoders:texts"]
+    command += ["--tokens", "causal"]
+    command += ["--backend", "ort-cpu", "--backend", "torch-cpu", "--plan", str(plan), "--rounds", "2", "--json"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads(result.stdout)
+    assert found["ort-cpu"]["sizes"] == {"batch": 1, "sequence": 6, "past": 6, "total": 12}  # halves of a text
+    assert found["ort-cpu"]["parity"]["agreement"] > 0.8
+    # the file and the graph that it was made of are as far from the model
+    assert found["ort-cpu"]["parity"]["mean"] == pytest.approx(found["torch-cpu"]["parity"]["mean"], rel=1e-3)
+    assert found["torch-cpu, float"]["parity"]["largest"] == 0
+    at = json.loads(CliRunner().invoke(cli.app, [*command[:8], "--at", "sequence=1@past=20", "--json"]).output)
+    assert at["ort-cpu"]["sizes"] == {"batch": 1, "sequence": 1, "past": 20, "total": 21}
+    with pytest.raises(UsageError, match="makes a past of the texts by the model"):
+        benchmark(files[1], tokens="causal")

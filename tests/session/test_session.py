@@ -17,6 +17,7 @@ from hawqfx.ir.facts import Account, LossIncrease
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.hawq_v2 import HawqV2
+from hawqfx.session.frontier import rounded_up
 from hawqfx.session.planner import Candidate, Planner, Scoring
 from hawqfx.session.session import Session
 from tests.nets import Plain, Residual, build, images
@@ -124,10 +125,18 @@ def test_the_frontier_is_a_curve_of_plans() -> None:
     assert frontier.points[0].measured
     assert frontier.points[-1].measured
     for point in frontier.points:
-        assert re.fullmatch(r"size=\d+(\.\d{1,3})?k?B", point.budget)  # whole bytes
+        assert re.fullmatch(r"size=[\d.]{1,5}k?B", point.budget)  # as people write it
         alone = run([Allocation(Budget.parse(point.budget))], compiled.session.measured, compiled.session.context)
         assert alone.about(Account).loss == pytest.approx(point.account.loss, rel=1e-12)
     assert "predicted only" in str([column._cells for column in frontier.table().columns])
+
+
+@pytest.mark.parametrize(
+    ("amount", "written"),
+    [(2.82842712475, 2.829), (2.0, 2.0), (8.000000000000002, 8.0), (71234.2, 71240), (123, 123), (0.03123456, 0.03124)],
+)
+def test_amounts_along_a_frontier_have_four_digits(amount: float, written: float) -> None:
+    assert rounded_up(amount) == written
 
 
 def test_pareto_measures_once() -> None:
