@@ -21,7 +21,7 @@ from hawqfx.analysis.partition import Partition
 from hawqfx.errors import CaptureError, NothingToQuantize, UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.graph import batch_size, captured_shape
-from hawqfx.ir.names import activation_name, names_of, operator_name, original
+from hawqfx.ir.names import activation_name, names_of, operator_name, original, some_of
 from hawqfx.ir.operators import (
     BATCH_NORM,
     EMBEDDING,
@@ -184,9 +184,7 @@ def _check_patterns(program: Program, keep_float: tuple[str, ...]) -> None:
     names = list(program.constants())
     for pattern in keep_float:
         if not any(fnmatch(name, pattern) for name in names):
-            raise UsageError(
-                f"keep_float {pattern!r}: no weight has such a name; weights are {', '.join(names[:5])}, ..."
-            )
+            raise UsageError(f"keep_float {pattern!r}: no weight has such a name; weights are {some_of(names)}")
 
 
 @dataclass(frozen=True)

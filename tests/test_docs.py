@@ -2,11 +2,13 @@
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hawqfx import cli, errors
@@ -36,6 +38,25 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
         line = text.count("\n", 0, block.start(1))
         code = compile("\n" * line + block[1], str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         exec(code, names)
+
+
+def test_the_commands_of_the_page_on_the_command_line_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the page's own files beside them."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    Path("net.py").write_text(re.findall(r'^```python title="net.py"\n(.*?)^```', text, re.MULTILINE | re.DOTALL)[0])
+    (settings,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    *commands, last = (line.split() for line in re.findall(r"^    hawqfx (.+)$", text, re.MULTILINE))
+    listed = re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+    assert set(listed) == set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert set(listed) - {"demo"} == {command[0] for command in commands}
+    for command in commands:
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    Path("hawqfx.toml").write_text(settings)
+    done = CliRunner().invoke(cli.app, [*last, "--json"])
+    assert json.loads(done.stdout)["budget"] == "weight_bits=4"
+    assert json.loads(done.stdout)["bits"]["6.weight"] == 8
 
 
 def test_the_commands_of_the_readme_run_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

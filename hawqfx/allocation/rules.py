@@ -9,7 +9,7 @@ from hawqfx.allocation.search_space import SearchSpace
 from hawqfx.allocation.solver.problem import Nogood
 from hawqfx.errors import UsageError
 from hawqfx.ir.facts import LossIncrease
-from hawqfx.ir.names import matches
+from hawqfx.ir.names import matches, some_of
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Site, WeightSite
 from hawqfx.maths.formats import DYNAMIC, FLOAT, FLOAT_BITS, Format, Scheme
@@ -64,8 +64,8 @@ class Rules:
         for pattern, bits in self.fix:
             matched = [site for site in program.sites if matches(pattern, site.key, site.name)]
             if not matched:
-                names = ", ".join(site.name for site in program.sites[:5])
-                raise UsageError(f"fix {pattern!r}: no site has such a name; sites are {names}, ...")
+                known = some_of(site.name for site in program.sites)
+                raise UsageError(f"fix {pattern!r}: no site has such a name; sites are {known}")
             for site in matched:
                 before, by = fixed.setdefault(site.key, (bits, pattern))
                 if before != bits:

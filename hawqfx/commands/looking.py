@@ -113,11 +113,14 @@ def doctor(json: Json = False) -> None:
     for key, value in found.items():
         if key == "advice":
             continue
-        if isinstance(value, dict):
-            value = "\n".join(f"{name}: {entry}" for name, entry in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        table.add_row(key, str(value))
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        table.add_row(key, "\n".join(f"{name}: " * bool(name) + _in_words(entry) for name, entry in entries))
     show(table)
     for line in found["advice"]:
         print(line)
+
+
+def _in_words(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

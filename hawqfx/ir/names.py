@@ -15,7 +15,7 @@ that torch.export records; nodes that passes make have the path of the node that
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 
 from torch import Tensor, fx
@@ -105,6 +105,12 @@ def activation_name(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
     """The name of an activation whose first value is that of a node, given the names of all values."""
     node = original(node)
     return names[node] if node.op == "placeholder" else f"{names[node]} output"
+
+
+def some_of(names: Iterable[str], most: int = 8) -> str:
+    """The first of some names, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:most] + ["..."] * (len(listed) > most))
 
 
 def matches(pattern: str, *names: str) -> bool:

@@ -10,7 +10,7 @@ from hawqfx.atomic_write import whole_file
 from hawqfx.errors import PlanError, UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Account, ChosenFormat, Quantizers, QuantParams
-from hawqfx.ir.names import matches
+from hawqfx.ir.names import matches, some_of
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.maths.formats import Format
@@ -92,8 +92,7 @@ class Plan:
         """
         keys = [key for key in self.chosen if matches(site, key, self.name(key))]
         if not keys:
-            some = ", ".join(self.name(key) for key in list(self.chosen)[:8])
-            raise UsageError(f"the plan has no site {site!r}; it has {some}, ...")
+            raise UsageError(f"the plan has no site {site!r}; it has {some_of(map(self.name, self.chosen))}")
         return keys
 
     def explain(self, site: str | None = None) -> str:
