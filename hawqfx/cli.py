@@ -48,8 +48,9 @@ def options(
     context.default_map = defaults(config, get_command(app))  # type: ignore[arg-type]
 
 
-# exit codes; WRONG_USAGE is also what typer itself ends with
-FAILED, WRONG_USAGE, INFEASIBLE, INTERRUPTED = 1, 2, 3, 130
+# exit codes; 2 is also what typer itself ends with
+FAILED, INTERRUPTED = 1, 130
+CODES = {UsageError: 2, InfeasibleBudget: 3}
 
 
 def main() -> None:
@@ -57,12 +58,11 @@ def main() -> None:
     try:
         app()
     except HawqfxError as error:
-        if isinstance(error, InfeasibleBudget):  # which pass found it out is nothing to a user
-            print(f"hawqfx: {error}", file=sys.stderr)
-            sys.exit(INFEASIBLE)
-        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+        code = next((code for kind, code in CODES.items() if isinstance(error, kind)), FAILED)
+        # which pass found it out is nothing to a user who is to change the command
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()) if code == FAILED)
         print(f"hawqfx: {error}{notes}", file=sys.stderr)
-        sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILED)
+        sys.exit(code)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("hawqfx: interrupted; with --cache FOLDER the same command goes on where it was", file=sys.stderr)

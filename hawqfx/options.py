@@ -133,6 +133,8 @@ def validated(
         arguments.whole("samples", samples, 1, "at least one sample is needed")
     arguments.whole("threads", threads, 1, "onnxruntime needs at least one")
     arguments.whole("refine", refine, 0, "a plan is refined zero times or more")
+    if refine and limits is not None and (limits.latency is not None or limits.drop is not None):
+        raise UsageError(f"refine={refine}: plans for a latency or a drop are not refined: leave it out")
     arguments.whole("seed", seed)
     kept = arguments.patterns("keep_float", keep_float)
     for name, function in (("loss", None if loss == "auto" else loss), ("metric", metric), ("draw", draw)):

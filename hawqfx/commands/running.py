@@ -72,6 +72,8 @@ def bench(
     if out is not None:
         with whole_file(out) as temporary, temporary.open("w") as stream:
             stream.write(json_of(kept) + "\n")
+    if all(isinstance(result, str) for result in results.values()):  # no backend is here
+        raise typer.Exit(1)
 
 
 def demo(

@@ -127,6 +127,7 @@ def test_the_command_prints_a_line_each_and_writes_json(made: tuple[Path, Path],
     assert kept["ort-cpu"]["versions"]["onnxruntime"] == ort.version()
     if available("ort-tensorrt") is not None:
         assert kept["ort-tensorrt"].startswith("not here: this onnxruntime has")
+        assert CliRunner().invoke(cli.app, ["bench", str(made[0]), "--backend", "ort-tensorrt"]).exit_code == 1
     assert "ort-tensorrt" in result.output
 
 
