@@ -159,11 +159,11 @@ def _categorical(axis: int, made_by: Ending | None, dimensions: int, causal: boo
 def _cross_entropy(criterion: Categorical) -> str:
     over = "the last dimension" if criterion.axis == -1 else f"dimension {criterion.axis}"
     of = "" if criterion.form == "logits" else f" of {criterion.form}"
-    return f"cross-entropy{of} over {over}"
+    return f"cross-entropy (nats){of} over {over}"
 
 
 def _sigmoids(scores: Tensor) -> str:
-    return f"binary cross-entropy of the {scores[0].numel()} sigmoids"
+    return f"binary cross-entropy (nats) of the {scores[0].numel()} sigmoids"
 
 
 def _labels_are_inputs(targets: Sequence[Any], batches: Sequence[Batch]) -> bool:
