@@ -170,6 +170,7 @@ REFUSED = {  # before anything is measured
     "compile HERE:model --data HERE:loader": "Missing option '--out'",
     f"{COMPILE} --plan no/p": "the folder no does not",
     f"{COMPILE} --save no/p": "the folder no does not",
+    f"{COMPILE} --report no/p": "the folder no does not",
     f"{COMPILE} --from-plan nope.json": "file 'nope.json' does not exist",
     f"{COMPILE} --reround": "reround=True takes the bits of a plan",
     f"{COMPILE} --weights nope.safetensors": "file 'nope.safetensors' does not exist",
@@ -292,12 +293,15 @@ def test_exit_codes_tell_a_budget_that_cannot_be_met_and_an_interrupt(
 
 
 def test_report_writes_the_page_of_a_saved_network(tmp_path: Path) -> None:
-    saved, out = tmp_path / "net.hawqfx", tmp_path / "report.html"
-    assert run.invoke(cli.app, arguments(tmp_path, "--save", str(saved))).exit_code == 0
+    saved, out, whole = tmp_path / "net.hawqfx", tmp_path / "report.html", tmp_path / "whole.html"
+    assert run.invoke(cli.app, arguments(tmp_path, "--save", str(saved), "--report", str(whole))).exit_code == 0
     result = run.invoke(cli.app, ["report", str(saved), "tests.test_cli:model", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert f"{out.stat().st_size:,} bytes" in result.output.replace("\n", "")
     assert "conv1.weight" in out.read_text(encoding="utf-8")
+    without = "No other plans are known"  # the frontier
+    assert without in out.read_text(encoding="utf-8")
+    assert without not in whole.read_text(encoding="utf-8")
     with pytest.raises(HawqfxError, match="does not exist"):
         run.invoke(
             cli.app,

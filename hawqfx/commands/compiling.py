@@ -78,6 +78,9 @@ def compile(
     weights: Weights = None,
     plan: Annotated[Path | None, typer.Option(help="write the plan here, as JSON")] = None,
     save: Annotated[Path | None, typer.Option(help="write plan, codes and ranges here, for bench and load()")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write the page here, with the frontier, which a saved file does not know")
+    ] = None,
     from_plan: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="follow this plan, in place of a budget")
     ] = None,
@@ -133,7 +136,7 @@ def compile(
     observers = [timing, *_observers(dump, print_after)]
     if packing not in get_args(Packing):
         raise UsageError(f"--packing {packing}: must be one of {', '.join(get_args(Packing))}")
-    check_out(out, plan, save)
+    check_out(out, plan, save, report)
     options: dict[str, Any] = {
         "loss": "auto" if loss is None else specs.named(loss),
         "draw": None if draw is None else specs.named(draw),
@@ -185,6 +188,8 @@ def compile(
         compiled.plan.write(plan)
     if save is not None:
         compiled.save(save)
+    if report is not None:
+        compiled.report(report)
     if json:
         as_json(_result(compiled, out))
         return

@@ -112,7 +112,8 @@ LABELS, BITS = torch.arange(8) % 6, (X[:, :6] > 0).long()
     [
         (
             lambda z: z.softmax(1), LABELS, Categorical(1, "probabilities"),
-            "cross-entropy (nats) of probabilities over dimension 1, for output (N, 6) that ends in a softmax and targets (N)",
+            "cross-entropy (nats) of probabilities over dimension 1, for output (N, 6) that ends in a softmax and "
+            "targets (N)",
         ),
         (
             lambda z: z.log_softmax(1), None, Categorical(1, "log-probabilities"),
@@ -193,8 +194,8 @@ def test_logits_are_judged_alone_and_outputs_without_them_together() -> None:
     assert squared.scale == pytest.approx(1 / float(variance), rel=1e-6)  # outputs in float32
     assert reason == (
         "the sum over 2 outputs; boxes: squared error to the float output, for output (N, 2, 2), without targets, "
-        "over the output's variance; scores: binary cross-entropy (nats) of the 2 sigmoids, for output (N, 2) that ends in a "
-        "sigmoid, without targets; without hidden"
+        "over the output's variance; scores: binary cross-entropy (nats) of the 2 sigmoids, for output (N, 2) that "
+        "ends in a sigmoid, without targets; without hidden"
     )
 
 
@@ -241,7 +242,8 @@ def test_compile_says_in_its_first_lines_what_it_minimises(targets: bool) -> Non
 def test_two_outputs_compile(target: Any) -> None:
     both = lambda z: (z[:, :6].sigmoid(), z[:, 6:])  # noqa: E731
     compiled = hawqfx.compile(build(lambda: Sigmoids(both)), "weight_bits=5", [(X, target)])
-    assert compiled.summary().startswith("loss: the sum over 2 outputs; 0: binary cross-entropy (nats) of the 6 sigmoids")
+    what = "the sum over 2 outputs; 0: binary cross-entropy (nats) of the 6 sigmoids"
+    assert compiled.summary().startswith(f"loss: {what}")
     before, after = compiled.calibration_loss()
     assert 0 < before != after
     if target is None:  # the expected loss is least at the float network
