@@ -11,6 +11,7 @@ FOUND: tuple[tuple[Family, int], ...] = (
     ("transformer", 11002),  # weight-only rows of one block, whose scales were no numbers of bfloat16
     ("convolutional", 11046),  # a file was weighed with biases that int32 does not hold
     ("mixed", 30206),  # onnxruntime quantized a weight that was to stay in float
+    ("convolutional", 30786),  # an output that is rounding alone was held to a tolerance
     ("transformer", 6091),  # likewise, of rows with scales far below those of others
 )
 

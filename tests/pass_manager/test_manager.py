@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hawqfx.errors import PassError
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.export.weigh_file import WeighFile
+from hawqfx.frontend.capture import capture
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Fact, Sensitivity
 from hawqfx.ir.graph import copy_graph
@@ -22,7 +24,7 @@ from hawqfx.pass_manager.verify import verify
 from hawqfx.passes.fold_batchnorm import FoldBatchnorm
 from hawqfx.passes.lowering import Lowering
 from hawqfx.pipeline import every_pass
-from tests.nets import Plain, images
+from tests.nets import Plain, build, images
 from tests.tools import after, captured, context
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,25 @@ def test_the_runner_holds_passes_to_their_promises() -> None:
         "'insert_copies', "
         "'find_sites']" in caught.value.__notes__[0]
     )
+
+
+class OnlyRounding(nn.Module):
+    """An instance-norm of pixels that are all the same: its output is zero, and what sums in float32 leave of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(1, 4, 8), nn.BatchNorm2d(4), nn.InstanceNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.conv(x)).expand(-1, -1, 1, 3))
+
+
+def test_an_output_that_is_rounding_alone_is_no_broken_promise() -> None:
+    program = capture(build(OnlyRounding), context().batches[0])
+    outputs = [each.run(*((images()[0][0],), {})) for each in (program, run([FoldBatchnorm()], program, context()))]
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-4 * outputs[0].abs().max()
+    with pytest.raises(PassError, match="spoiler changed output 0"):
+        run([Spoiler()], capture(build(Plain), context().batches[0]), context())
 
 
 def test_the_order_is_checked_before_anything_runs() -> None:
