@@ -1,5 +1,7 @@
 """compile(), pareto() and measure_latency(): a trained network and calibration data become an integer network."""
 
+import inspect
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,8 @@ from hawqfx.session.session import Session
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+log = logging.getLogger(__name__)
 
 
 def compile(
@@ -153,6 +157,8 @@ def compile(
         HawqfxError: UsageError, CaptureError, NothingToQuantize, DataError, LossError, DerivativeError, BudgetError,
             InfeasibleBudget, PlanError, CacheError or WorkerError; each message says what to do.
     """
+    if plan is not None:
+        _warn_of_ignored({name: value for name, value in locals().items() if name in _CHOOSING})
     if tokens is not None:
         decoding = decoders.inputs(model, data, holdout, tokens, samples, dynamic_shapes)
         model, data, holdout, dynamic_shapes, samples = *decoding, None
@@ -172,6 +178,26 @@ def compile(
     # bars are over: later calls are silent
     quiet = replace(compiled.session, context=replace(options.context, progress=silent))
     return replace(compiled, session=quiet)
+
+
+# arguments that say how formats are chosen, which a plan has behind it
+_CHOOSING = {
+    "sensitivity", "weight_bits", "activation_bits", "schemes", "block_sizes", "fix", "rule", "interactions", "refine",
+}  # fmt: skip
+
+
+def _warn_of_ignored(choosing: Mapping[str, Any]) -> None:
+    """Tell which arguments have no effect beside a plan: those that differ from the defaults of compile()."""
+    parameters = inspect.signature(compile).parameters
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+    ignored = [
+        f"{name}=" for name, value in choosing.items() if value and plain(value) != plain(parameters[name].default)
+    ]
+    if ignored:
+        log.warning("plan= has its formats: %s have no effect", ", ".join(ignored))
 
 
 def prepare(model: Model, options: Options) -> tuple[Program, Options]:

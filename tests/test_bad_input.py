@@ -340,6 +340,14 @@ def test_a_budget_beside_a_plan_is_refused() -> None:
         hawqfx.compile(build(Plain), "weight_bits=8", images(), plan=plan)
 
 
+def test_what_has_no_effect_beside_a_plan_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    plan = quick(Plain, "weight_bits=4").plan
+    hawqfx.compile(build(Plain), None, images(), plan=plan, weight_bits=[2, 3, 4, 5, 6, 7, 8], fix=None)
+    assert "no effect" not in caplog.text
+    hawqfx.compile(build(Plain), None, images(), plan=plan, sensitivity="mse", fix={"conv1.weight": 8})
+    assert "plan= has its formats: sensitivity=, fix= have no effect" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,6 +11,7 @@ from hawqfx import pipeline
 from hawqfx.allocation.rules import QUANTIZED, Order
 from hawqfx.commands import specs
 from hawqfx.commands.output import Json, as_json, check_out, in_bytes, offering, show
+from hawqfx.commands.settings import either
 from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
 from hawqfx.errors import UsageError
@@ -69,6 +70,7 @@ Rounding = Annotated[
 
 
 def compile(
+    context: typer.Context,
     model: Model,
     data: Data,
     out: Annotated[Path, typer.Option(help="the ONNX file to write")],
@@ -137,6 +139,7 @@ def compile(
     if packing not in get_args(Packing):
         raise UsageError(f"--packing {packing}: must be one of {', '.join(get_args(Packing))}")
     check_out(out, plan, save, report)
+    budget, from_plan = either(context, budget=budget, from_plan=from_plan)
     options: dict[str, Any] = {
         "loss": "auto" if loss is None else specs.named(loss),
         "draw": None if draw is None else specs.named(draw),

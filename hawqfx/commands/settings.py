@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import typer
 from typer.core import TyperGroup
 
 from hawqfx.errors import UsageError
@@ -49,3 +50,10 @@ def defaults(path: Path | None, group: TyperGroup) -> dict[str, Any]:
             raise UsageError(f"{path}: {name} has no option {strangers[0]!r}; see hawqfx {name} --help")
         found[name] = values
     return found
+
+
+def either(context: typer.Context, **values: Any) -> tuple[Any, ...]:
+    """Options that exclude each other: where some stand on the command line, without those of the file."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    written = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return tuple(value if not written or name in written else None for name, value in values.items())

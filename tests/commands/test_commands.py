@@ -98,8 +98,11 @@ def test_a_file_holds_a_call_and_the_line_wins(tmp_path: Path, monkeypatch: pyte
     found = json.loads(run.invoke(cli.app, ["compile", "--json"]).stdout)
     assert found["budget"] == "weight_bits=4"
     assert "head.weight" not in found["bits"]
-    found = json.loads(run.invoke(cli.app, ["compile", "--json", "--budget", "weight_bits=6"]).stdout)
+    found = json.loads(run.invoke(cli.app, ["compile", "--json", "--budget", "weight_bits=6", "--plan", "p"]).stdout)
     assert found["budget"] == "weight_bits=6"
+    # a plan on the line takes the place of the file's budget
+    followed = json.loads(run.invoke(cli.app, ["compile", "--json", "--from-plan", "p"]).stdout)
+    assert followed["bits"] == found["bits"]
 
 
 @pytest.mark.parametrize(
