@@ -16,6 +16,7 @@ from hawqfx.errors import BudgetError
         ("size=300 kB", Budget(size=Limit(300_000))),
         ("size=1KiB", Budget(size=Limit(1024))),
         ("size=4096", Budget(size=Limit(4096))),
+        ("size=1", Budget(size=Limit(1))),
         ("weight_bits=4", Budget(weight_bits=Limit(4))),
         (" size = 10% , bops=3%", Budget(size=Limit(0.1, relative=True), bops=Limit(0.03, relative=True))),
         ("bops=.5%", Budget(bops=Limit(0.005, relative=True))),

@@ -204,6 +204,11 @@ def test_every_move_is_what_it_would_do() -> None:
     for site in planned.sites:
         why = planned.facts.get(site.key, ChosenFormat).reason
         assert why is not None
+        widths = sorted(
+            losses[site.key], key=losses[site.key].__getitem__, reverse=True
+        )  # the one that loses most first
+        at = widths.index(bits[site.key])
+        assert why.narrower is None if at == 0 else why.narrower is not None and why.narrower.format == widths[at - 1]
         for move in filter(None, (why.wider, why.narrower)):
             after = totals(program, {**bits, site.key: move.format})
             assert move.loss == pytest.approx(losses[site.key][move.format] - losses[site.key][bits[site.key]])
@@ -229,6 +234,25 @@ def test_fixed_widths_are_kept_and_named_where_they_stand_in_the_way() -> None:
     run([Allocation(Budget.parse(tight))], program, context())
     with pytest.raises(InfeasibleBudget, match=r"fix 'conv2\*': 8 stands in the way, without it the budget can be met"):
         run([Allocation(Budget.parse(tight), fix=(("conv2*", 8),))], program, context())
+    # without one of the entries the other is still there, so that the least alone falls
+    with pytest.raises(InfeasibleBudget) as refused:
+        run([Allocation(Budget.parse(tight), fix=(("conv1*", 8), ("conv2*", 8)))], program, context())
+    freed = r"fix '(conv\d)\*': 8 stands in the way, without it the least is about (\d+) bytes"
+    found = re.findall(freed, str(refused.value))
+    assert [name for name, _ in found] == ["conv1", "conv2"]
+    assert all(float(amount) < refused.value.least for _, amount in found)
+
+
+def test_a_plan_is_admitted_if_it_keeps_every_limit_and_every_rule() -> None:
+    program = measured(Plain)
+    allocation = Allocation(Budget.parse("weight_bits=5"), fix=(("conv1*", 7),))
+    planned = run([allocation], program, context())
+    chosen = planned.formats()
+    task = allocation.task(program, chosen)
+    assert task.admits(chosen)
+    assert not task.admits({**chosen, "conv1.weight": Format(6)})
+    widest = {key: max(formats) for key, formats in allocation.rules.formats(program).items()}
+    assert not task.admits(widest)
 
 
 @pytest.mark.parametrize(
