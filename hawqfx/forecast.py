@@ -9,6 +9,10 @@ product of matrices.  From these, by the number of passes of each step:
     compensated codes          about ten factors and solutions of K x K for a weight of K columns
     the plan and uniform bits  six forward passes, four of them fake-quantized
 
+Memory, at the peak: what the process holds already and the libraries that it will load; the weights with their codes;
+the second moments of all layers' inputs, and a few matrices as large as the largest of them; and either the tensors of
+the passes of the metric, or what sequential rounding keeps of all samples, whichever is larger.
+
 Learned rounding, interactions, refinement and budgets on latency and drop come on top, and are named.
 """
 
@@ -19,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -29,11 +34,12 @@ from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, silent
 from hawqfx.ir.program import Program
+from hawqfx.learning.side_by_side import KEPT
 from hawqfx.options import Options, validated
 from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.rounding import Rounding
-from hawqfx.sensitivity.batching import PEAK_PER_FORWARD
+from hawqfx.sensitivity.batching import bytes_kept
 from hawqfx.sensitivity.estimation import PARTS, SAMPLES
 from hawqfx.sensitivity.forward import forward
 from hawqfx.sensitivity.metrics import SensitivityMetric
@@ -42,7 +48,12 @@ _TIMED = 8  # samples of the passes that are timed
 _FAKE = 3.0  # a fake-quantized forward pass in forward passes: each tensor is also rounded
 _SECOND = 2.5  # a Hessian-vector product in gradients (benchmarks/sensitivity.py)
 _FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge, one for all, and their inverses
-_BASE = 400 * 2**20  # bytes of Python, torch and its libraries
+# of memory; the shares are those of benchmarks/forecast.py
+_LIBRARIES = 100e6  # bytes of what is loaded after the capture
+_CODES = 5.0  # float weights: themselves, int8 codes of seven widths, compensated ones, and a lowered copy
+_MATRICES = 9.0  # of the largest moment: damped, factored, inverted
+_ROOM = 0.5  # of what sequential rounding makes room for
+_GRADIENT, _PRODUCT = 1.0, 1.5  # tensors of a forward pass that a gradient keeps, and a Hessian-vector product
 _FIXED = 5.0  # seconds of torch.export's imports and of rewrites
 
 
@@ -59,7 +70,7 @@ class Forecast:
         metric: the name of the pass that predicts loss increases.
         passes: of how many samples, and of what kind, it will ask.
         seconds: of all, in order of magnitude; a factor of two either way.
-        bytes: of memory at the peak, likewise.
+        bytes: of memory at the peak, within a third.
         more: options that add to that, which is not foreseen.
     """
 
@@ -83,7 +94,7 @@ class Forecast:
             f"would choose the bits of {self.weights} weights and {self.activations} activations for {self.budget!r}\n"
             f"loss: {self.loss}\n"
             f"by {self.metric} on {self.samples} samples: {self.passes}\n"
-            f"in about {_rounded(self.seconds)} s and {self.bytes / 1e9:.1f} GB, a factor of two either way{more}"
+            f"in about {_rounded(self.seconds)} s, a factor of two either way, and {self.bytes / 1e9:.1f} GB{more}"
         )
 
 
@@ -131,8 +142,6 @@ def _of(program: Program, options: Options) -> Forecast:
     compensates = any(isinstance(step, Rounding) and step.method != "nearest" for step in recipe.price)
     rounding = _FACTORS * _solving(program) if compensates else 0.0
     total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
-    tensors = program.forward_bytes() * _largest(context) * PEAK_PER_FORWARD[metric is not None and metric.second_order]
-    moments = sum(2 * 8 * min(_columns(program, site.key), 8192) ** 2 for site in program.weights)
     more = [
         text
         for text, there in (
@@ -152,9 +161,25 @@ def _of(program: Program, options: Options) -> Forecast:
         name,
         kind,
         total,
-        _BASE + 3 * program.float_bytes() + tensors + moments,
+        _peak(program, context, metric if options.plan is None else None, compensates, bool(recipe.finish)),
         tuple(more),
     )
+
+
+def _peak(
+    program: Program, context: Context, metric: SensitivityMetric | None, compensates: bool, sequential: bool
+) -> float:
+    """Bytes at the peak."""
+    moments = [2 * 8 * min(_columns(program, site.key), 8192) ** 2 for site in program.weights] if compensates else [0]
+    measuring = 0.0
+    if metric is not None and not metric.exact:
+        size = context.batch or _largest(context)
+        if metric.shares_probes:
+            size = min(size, -(-context.samples // _parts(metric, context.samples)))
+        measuring = (_PRODUCT if metric.second_order else _GRADIENT) * size * program.forward_bytes()
+    keeping = _ROOM * bytes_kept(program, KEPT) * context.samples if sequential else 0
+    held = psutil.Process().memory_info().rss + _LIBRARIES
+    return held + _CODES * program.float_bytes() + sum(moments) + _MATRICES / 2 * max(moments) + max(measuring, keeping)
 
 
 def _times(program: Program, context: Context) -> tuple[float, float]:
@@ -192,11 +217,16 @@ def _of_metric(metric: SensitivityMetric, widths: int, samples: int, once: float
         return f"{widths} forward passes of each sample", widths * samples * once / 2
     count = metric.probes
     if metric.shares_probes:
-        parts = min(count, max(PARTS, samples // SAMPLES))
+        parts = _parts(metric, samples)
         return f"{count} backward passes, each on a {parts}th of them", count / parts * samples * gradient
     kind = "Hessian-vector products" if metric.second_order else "backward passes"
     cost = gradient * (_SECOND if metric.second_order else 1.0)
     return f"at most {count} {kind} of each sample", count * samples * cost
+
+
+def _parts(metric: SensitivityMetric, samples: int) -> int:
+    """The parts of the samples that passes are shared out over."""
+    return min(metric.probes, max(PARTS, samples // SAMPLES))
 
 
 def _widths(program: Program, price: Sequence[Pass]) -> int:

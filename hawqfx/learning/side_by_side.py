@@ -17,7 +17,7 @@ from hawqfx.sensitivity.batching import with_room
 
 Values = dict[fx.Node, Any]
 
-_KEPT = 6  # tensors of all samples, in float and quantized: what later layers read, as over residual connections
+KEPT = 6  # tensors of all samples, in float and quantized: what later layers read, as over residual connections
 
 
 def quantized_layers(program: Program) -> list[Layer]:
@@ -52,7 +52,7 @@ class SideBySide:
     """
 
     def __init__(self, program: Program, context: Context, purpose: str) -> None:
-        context = with_room(program, context, _KEPT, purpose)
+        context = with_room(program, context, KEPT, purpose)
         self.program, self.formats = program, program.formats()
         self.site_of = {node: site.key for site in program.activations for node in site.nodes}
         self.nodes = list(program.graph.graph.nodes)

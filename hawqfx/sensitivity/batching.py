@@ -94,9 +94,7 @@ def with_room(program: Program, context: Context, tensors: int, purpose: str) ->
     """
     if not program.dynamic_batch:
         return context
-    nodes = (node for node in program.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
-    largest = max(math.prod(captured_shape(node)) for node in nodes if node.op == "call_function")
-    bytes_of_sample = tensors * 4 * largest // batch_size(program.graph.graph)
+    bytes_of_sample = bytes_kept(program, tensors)
     most = max(1, free_memory(context.device) // 2 // bytes_of_sample)
     if most >= context.samples:
         return context
@@ -107,3 +105,10 @@ def with_room(program: Program, context: Context, tensors: int, purpose: str) ->
             kept.append(batch.first(most))
             most -= batch.size
     return replace(context, batches=tuple(kept))
+
+
+def bytes_kept(program: Program, tensors: int) -> int:
+    """Bytes of so many tensors of a sample, as large as the largest of the network."""
+    nodes = (node for node in program.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    largest = max(math.prod(captured_shape(node)) for node in nodes if node.op == "call_function")
+    return tensors * 4 * largest // batch_size(program.graph.graph)
