@@ -20,6 +20,7 @@ from tests.report.browser import CHROMIUM, Tab, chromium
 from tests.report.made_up import chain
 
 PHONE = {"width": 390, "height": 844}
+TOP = {"width": 1100, "height": 1340}  # to the strip of bits: docs/report.png
 
 
 def resnet(path: Path) -> None:
@@ -50,16 +51,17 @@ NETWORKS: dict[str, Callable[[Path], None]] = {"resnet20": resnet, "bert": bert,
 
 
 def shots(browser: Any, written: Path) -> Iterator[Path]:
-    """Pictures beside a page: the whole of it in light, in dark and on a phone, a node clicked, and paper."""
+    """Pictures beside a page: the whole of it in light, in dark and on a phone, its top, a node clicked, and paper."""
 
-    def whole(tab: Tab, name: str) -> Path:
+    def whole(tab: Tab, name: str, *, full_page: bool = True) -> Path:
         path = written.with_name(f"{written.stem}-{name}.png")
-        tab.page.screenshot(path=path, full_page=True)
+        tab.page.screenshot(path=path, full_page=full_page)
         return path
 
     for theme in ("light", "dark"):
         yield whole(Tab(browser, written, color_scheme=theme), theme)
     yield whole(Tab(browser, written, viewport=PHONE), "phone")
+    yield whole(Tab(browser, written, viewport=TOP), "top", full_page=False)
     tab = Tab(browser, written)
     middle = tab.page.evaluate("(() => { const all = graph.cy.nodes(); return all[all.length >> 1].id(); })()")
     tab.tap(middle)
