@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.ir.graph import constants_of, copy_graph, set_tensor
 from hawqfx.ir.program import Program
+from hawqfx.ir.sources import dropped_sources
 
 OTHERS = (torch.float16, torch.bfloat16, torch.float64)
 _LARGEST = torch.finfo(torch.float32).max
@@ -34,7 +35,17 @@ def single(tensor: Tensor) -> Tensor:
 
 def in_single_precision(program: Program) -> Program:
     """The captured program in float32, with a note if parameters or buffers had another type until now."""
-    module, found = copy_graph(program.graph), set()
+    with dropped_sources() as kept:
+        module, found = _converted(program.graph)
+        kept.append(module)
+    kinds = " and ".join(sorted(found))
+    note = f"the model's {kinds} tensors are measured and lowered in float32, and so are its inputs and outputs"
+    return replace(program, graph=module, notes=(*program.notes, *[note] * bool(found)))
+
+
+def _converted(graph: fx.GraphModule) -> tuple[fx.GraphModule, set[str]]:
+    """A copy of a graph in float32, and the names of the other types of its tensors."""
+    module, found = copy_graph(graph), set[str]()
     for key, tensor in constants_of(module).items():
         if tensor.dtype in OTHERS:
             found.add(str(tensor.dtype).removeprefix("torch."))
@@ -46,9 +57,7 @@ def in_single_precision(program: Program) -> Program:
     _drop_casts(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
-    kinds = " and ".join(sorted(found))
-    note = f"the model's {kinds} tensors are measured and lowered in float32, and so are its inputs and outputs"
-    return replace(program, graph=module, notes=(*program.notes, *[note] * bool(found)))
+    return module, found
 
 
 def _argument(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import hawqfx
-from hawqfx.errors import ExportError
+from hawqfx.errors import ExportError, UsageError
 from hawqfx.export.inspection import packed_weights
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.ir.operators import elementwise
@@ -196,7 +196,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
         compiled.export(tmp_path / "missing" / "model.onnx")
     with pytest.raises(ExportError, match="is a folder"):
         compiled.export(tmp_path)
-    with pytest.raises(ExportError, match="must be one of portable, native"):
+    with pytest.raises(UsageError, match="must be one of portable, native"):
         compiled.export(tmp_path / "model.onnx", "zip")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

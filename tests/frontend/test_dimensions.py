@@ -11,7 +11,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import hawqfx
-from hawqfx.errors import CaptureError, DataError
+from hawqfx.errors import DataError, UsageError
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.data import Batch
 from hawqfx.runtime import ort
@@ -135,7 +135,7 @@ def test_an_exported_program_stays_dynamic(tmp_path: Path) -> None:
     made.export_float(tmp_path / "float.onnx")
     for file in ("model.onnx", "float.onnx"):
         assert shapes(tmp_path / file) == ([["batch", "sequence"]] * 2, [["batch", "sequence", 5]])
-    with pytest.raises(CaptureError, match="an ExportedProgram has those that it was exported with"):
+    with pytest.raises(UsageError, match="an ExportedProgram has those that it was exported with"):
         compiled(exported, [example], dynamic_shapes=dynamic)
 
 

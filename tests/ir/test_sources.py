@@ -3,7 +3,6 @@
 import gc
 import linecache
 
-import torch
 from torch import fx, nn
 
 import hawqfx
@@ -43,8 +42,9 @@ def test_a_compiled_network_has_its_source_and_leaves_few() -> None:
     compiled = once()
     assert isinstance(compiled.model, fx.GraphModule)
     assert any("fake_quantize" in line for line in lines(compiled.model))
+    gc.collect()
     before = len(_SOURCES)
-    again = once()
-    # those of the float network, the measured one and the lowered one
-    assert len(_SOURCES) - before <= 4
-    assert torch.equal(again.model(images()[0][0]), compiled.model(images()[0][0]))
+    for _ in range(3):
+        once()
+        gc.collect()
+    assert len(_SOURCES) - before <= 1  # a cycle that is not collected yet
