@@ -63,6 +63,25 @@ def test_what_is_imported_is_declared() -> None:
     assert imported - sys.stdlib_module_names - {"hawqfx"} == declared
 
 
+def test_import_loads_nothing_and_every_name_is_there() -> None:
+    """torch alone takes seconds; a name is loaded when it is first used."""
+    code = """
+import hawqfx, sys
+assert "torch" not in sys.modules
+assert set(hawqfx.__all__) <= set(dir(hawqfx))
+names = {name: getattr(hawqfx, name) for name in hawqfx.__all__}
+assert all(value.__name__ == name and value.__module__.startswith("hawqfx.") for name, value in names.items())
+assert "torch" in sys.modules and issubclass(hawqfx.errors.UsageError, hawqfx.errors.HawqfxError)
+try:
+    hawqfx.compiel
+except AttributeError as error:
+    assert "hawqfx" in str(error) and "compiel" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_it_compiles_where_it_is_installed_alone(wheel: Path, tmp_path: Path) -> None:
     """From a folder that holds nothing else of hawqfx, with the dependencies of this environment."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel)]
