@@ -41,11 +41,15 @@ EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
 # Operators that choose entries of a table by numbers that are not known before.
 GATHERS: set[Target] = {_aten.index.Tensor, _aten.index_select.default}
 
-# Operators that multiply, and for which onnxruntime has no integer kernel.
-FLOAT_ONLY: dict[Target, str] = {
+TRANSPOSED_CONVOLUTIONS: dict[Target, str] = {
     _aten.conv_transpose1d.default: "conv_transpose1d",
     _aten.conv_transpose2d.input: "conv_transpose2d",
     _aten.conv_transpose3d.input: "conv_transpose3d",
+}
+
+# Operators that multiply, and for which onnxruntime has no integer kernel.
+FLOAT_ONLY: dict[Target, str] = {
+    **TRANSPOSED_CONVOLUTIONS,
     _aten.scaled_dot_product_attention.default: "scaled_dot_product_attention",
     _aten.lstm.input: "lstm",
     _aten.gru.input: "gru",

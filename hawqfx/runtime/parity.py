@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -82,7 +84,7 @@ def optimized_sites(program: Program, path: str | Path, inputs: ort.Arrays) -> l
     """The codes of each quantized activation of a file, in its order: by onnxruntime's exact integer kernels, and with
     its optimizations off."""
     content, keys = expose_codes(path)
-    both = ort.run(_plain_session(program, content), inputs), ort.run_exactly(content, inputs)
+    both = _run_plainly(program, content, inputs), ort.run_exactly(content, inputs)
     plain, optimized = (outputs[-len(keys) or None :] for outputs in both)
     return [
         SiteCodes.of(key, torch.from_numpy(one), torch.from_numpy(other))
@@ -146,8 +148,7 @@ def _run_exposed(
         of each of these nodes -> the tensor that the file has there.
     """
     content, keys = expose_sites(path)
-    plain = _plain_session(program, content)
-    values = [torch.from_numpy(value) for value in ort.run(plain, inputs)]
+    values = [torch.from_numpy(value) for value in _run_plainly(program, content, inputs)]
     quantizers = _quantizers(program)
     for name in _quantizers_in_parts(program, quantizers, keys):
         del quantizers[name]
@@ -157,15 +158,15 @@ def _run_exposed(
     return scales, values[0], dict(zip(quantizers, values[len(values) - len(keys) :], strict=True))
 
 
-def _plain_session(program: Program, content: bytes) -> Any:
-    """A session with as few optimizations as layers compute with as the graph does.
+def _run_plainly(program: Program, content: bytes, inputs: ort.Arrays) -> list[NDArray[np.generic]]:
+    """All outputs of a file, with as few of onnxruntime's optimizations as layers compute with as the graph does.
 
     Integer kernels run whatever the optimizations in layers that quantize their input in each run.
     """
     targets = {node.target for node in program.graph.graph.nodes}
-    return ort.session(
-        content, optimize=False, exact=FAKE_QUANTIZE_DYNAMIC in targets, folded=FAKE_QUANTIZE_BLOCKS in targets
-    )
+    if FAKE_QUANTIZE_DYNAMIC in targets:
+        return ort.run_exactly(content, inputs, optimize=False)
+    return ort.run(ort.session(content, optimize=False, folded=FAKE_QUANTIZE_BLOCKS in targets), inputs)
 
 
 def _quantizers(program: Program) -> dict[str, tuple[str, float]]:

@@ -211,7 +211,7 @@ class MovedCodes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        self.layer: nn.Module = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.tensor(0.05)
@@ -227,10 +227,23 @@ class Computed(MovedCodes):
         return self.layer(FAKE_QUANTIZE(x, torch.tensor(0.05), 128, 0, 255).tanh().transpose(1, 2))
 
 
+class Transposed(MovedCodes):
+    """A transposed convolution, which is never quantized here, and which onnxruntime quantizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ConvTranspose1d(4, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.tensor(0.05)
+        return FAKE_QUANTIZE(self.layer(FAKE_QUANTIZE(x, scale, 128, 0, 255)), scale, 128, 0, 255)
+
+
 def test_a_float_weight_of_moved_codes_is_kept_too() -> None:
-    """onnxruntime moves a DequantizeLinear past a reshape, and quantizes the weight then (mixed:30206 of the fuzz)."""
+    """onnxruntime moves a DequantizeLinear past a reshape, and quantizes the weight then (mixed:30206 of the fuzz); it
+    quantizes weights of transposed convolutions (convolutional:40257)."""
     x = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(3))
-    wanted = {MovedCodes: 1, Computed: 0}
+    wanted = {MovedCodes: 1, Computed: 0, Transposed: 1}
     for make, count_of_maxima in wanted.items():
         program = capture.capture(build(make), Batch((x,), {}))
         kept = FloatWeights().rewrite(program)

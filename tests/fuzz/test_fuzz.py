@@ -10,9 +10,11 @@ from tests.fuzz.run import tried
 FOUND: tuple[tuple[Family, int], ...] = (
     ("transformer", 11002),  # weight-only rows of one block, whose scales were no numbers of bfloat16
     ("convolutional", 11046),  # a file was weighed with biases that int32 does not hold
-    ("mixed", 30206),  # onnxruntime quantized a weight that was to stay in float
-    ("convolutional", 30786),  # an output that is rounding alone was held to a tolerance
     ("transformer", 6091),  # likewise, of rows with scales far below those of others
+    ("mixed", 30206),  # onnxruntime quantized a weight that was to stay in float
+    ("convolutional", 40257),  # and that of a transposed convolution
+    ("mixed", 40163),  # onnxruntime's exact kernels fail on a float layer's codes, beside inputs quantized in each run
+    ("convolutional", 30786),  # an output that is rounding alone was held to a tolerance
 )
 
 

@@ -9,7 +9,15 @@ from torch import fx
 from hawqfx.export.legalize.tolerances import FLIPPED_CODES
 from hawqfx.ir.custom_ops import DEQUANTIZE, DEQUANTIZE_ROWS, FAKE_QUANTIZE, GLOBAL_AVERAGE
 from hawqfx.ir.facts import StoredBits
-from hawqfx.ir.operators import EMBEDDING, PADS, WEIGHTED_LAYERS, elements_of, operands, spatial_mean
+from hawqfx.ir.operators import (
+    EMBEDDING,
+    PADS,
+    TRANSPOSED_CONVOLUTIONS,
+    WEIGHTED_LAYERS,
+    elements_of,
+    operands,
+    spatial_mean,
+)
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.pass_manager.base import Kind, Rewrite
@@ -24,8 +32,8 @@ class FloatWeights(Rewrite):
     """Keeps onnxruntime from quantizing weights that the plan leaves in float.
 
     onnxruntime quantizes a constant weight between a DequantizeLinear and a QuantizeLinear by itself, to 8 bits and
-    with one scale, also where what lies between moves values only.  It does not look past a maximum, and the maximum
-    with the least number there is changes no value.
+    with one scale, that of a transposed convolution too, and also where what lies between moves values only.  It does
+    not look past a maximum, and the maximum with the least number there is changes no value.
     """
 
     tolerance: ClassVar[float] = 0.0
@@ -33,7 +41,7 @@ class FloatWeights(Rewrite):
     def rewrite(self, program: Program) -> Program:
         rewriter = GraphRewriter(program)
         for node in rewriter.calls():
-            if node.target not in WEIGHTED_LAYERS:
+            if node.target not in WEIGHTED_LAYERS and node.target not in TRANSPOSED_CONVOLUTIONS:
                 continue
             source, weight = operands(node)[:2]
             if weight.op == "get_attr" and _moved_from_codes(source):
