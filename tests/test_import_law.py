@@ -156,6 +156,18 @@ def test_each_backend_is_imported_in_one_place() -> None:
             assert owner is None or (ROOT / owner) in (path, *path.parents), f"{path} imports {name}"
 
 
+def test_values_never_change() -> None:
+    """Every dataclass is frozen, so that facts, options and plans may be shared; but those that gather as they go."""
+    gather = {"SearchSpace", "TimingCache", "_BlockwiseWeights", "_Search", "_SubgraphModels", "MicroTimer"}
+    found = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                ways = {way for way in map(ast.unparse, node.decorator_list) if way.startswith("dataclass")}
+                found |= {node.name} if ways and not any("frozen=True" in way for way in ways) else set()
+    assert found == gather
+
+
 def test_nothing_is_unpickled() -> None:
     """A pickle runs what its author likes: files are JSON, safetensors and ONNX, and checkpoints tensors alone."""
     loaders = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle")

@@ -150,32 +150,6 @@ def test_blocks_of_zeros_and_of_tiny_values_have_scales() -> None:
     assert (values - weight).abs().max() < 1e-31
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_dynamic_ranges_are_those_of_onnx(seed: int) -> None:
-    """Against onnxruntime's DynamicQuantizeLinear, bit for bit."""
-    graph = onnx.parser.parse_graph(
-        "g (float[N] x) => (float[N] y) { q, s, z = DynamicQuantizeLinear(x)  y = DequantizeLinear(q, s, z) }"
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
-    x = torch.randn(999, generator=torch.Generator().manual_seed(seed)) * 3 + seed
-    (theirs,) = ort.run(ort.session(model.SerializeToString()), [x.numpy()])
-    assert torch.equal(affine.fake_quantize_dynamic(x), torch.from_numpy(theirs))
-    assert torch.equal(affine.fake_quantize_dynamic(torch.zeros(3)), torch.zeros(3))
-
-
-def test_blocks_of_an_input_are_rounded_alone() -> None:
-    x = torch.randn(2, 3, BLOCK + 5, generator=torch.Generator().manual_seed(0))
-    x[0, 0, :BLOCK] *= 1000
-    found = affine.fake_quantize_blocks(x, BLOCK)
-    for part in (slice(0, BLOCK), slice(BLOCK, None)):
-        step = x[..., part].abs().amax(-1, keepdim=True) / 127
-        codes = found[..., part] / step
-        # half a step, and the last bits of a quotient of floats
-        assert (found[..., part] - x[..., part]).abs().le(0.5001 * step).all()
-        assert (codes - codes.round()).abs().max() < 1e-4
-    assert torch.equal(affine.fake_quantize_blocks(torch.zeros(2, 5), BLOCK), torch.zeros(2, 5))
-
-
 @pytest.mark.parametrize(
     ("schemes", "kernel", "count"),
     [(("static",), "Weight", 3), (("dynamic",), "MatMulInteger", 3), (("weight-only",), "MatMulNBits", 3)],
