@@ -42,7 +42,7 @@ def after(name: str, make: Callable[[], nn.Module], probes: int = 4) -> Program:
     return run(steps[: last + 1], captured(make), context())
 
 
-def quick(make: Callable[[], nn.Module], budget: str = "weight_bits=4", **options: Any) -> hawqfx.Compiled:
+def quick(make: Callable[[], nn.Module], budget: str | None = "weight_bits=4", **options: Any) -> hawqfx.Compiled:
     """Compile a tiny network with few probes."""
     few = HawqV2(4, tolerance=0)
     return hawqfx.compile(build(make), budget, options.pop("data", images()), sensitivity=few, **options)

@@ -98,7 +98,7 @@ def test_biases_stay_where_they_are_told_to() -> None:
 @pytest.mark.parametrize("make", [Plain, Depthwise, Residual, Attention, Mlp])
 def test_a_plan_that_is_followed_has_the_same_codes_and_scales(make: type[torch.nn.Module]) -> None:
     compiled = quick(make, "weight_bits=3.5")
-    again = quick(make, None, plan=compiled.plan)  # type: ignore[arg-type]
+    again = quick(make, None, plan=compiled.plan)
     assert scales_of(again) == scales_of(compiled)
     codes = codes_of(again)
     assert all(torch.equal(codes[key], each) for key, each in codes_of(compiled).items())
