@@ -9,8 +9,12 @@ ICLR 2022).
 
 A quarter of the samples judge.  Learning begins with codes that the others alone give, and these are what a block must
 beat on the samples that judge: codes that are made by all samples fit the judges too, and would win where they are
-worse for everyone else.  A block that does not gain keeps the codes and scales that it had.  Codes
-stay whole numbers all the time; those that come out are lowered and exported bit for bit.
+worse for everyone else.  A block that does not gain keeps the codes and scales that it had.  Codes stay whole numbers
+all the time; those that come out are lowered and exported bit for bit.
+
+Learning a block that gained again by all samples brings nothing: KL divergence of ResNet-20 from float on data held
+out, 128 images, 3 / 2.5 / 2 bits on average, before learning .0021 / .0057 / .0182, as here .0020 / .0045 / .0181,
+again by all .0021 / .0048 / .0191, errors .0003 / .0006 / .0022.
 """
 
 import logging
