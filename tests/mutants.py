@@ -74,7 +74,9 @@ FOLDERS = {
         ("hawqfx/export/**/*.py",),
         (
             FROZEN,
+            "tests/export/test_translations.py",
             "tests/export/test_legalize.py",
+            "tests/latency/test_profiler.py",
             "tests/export/test_exporter.py",
             "tests/export/test_file_size.py::test_the_file_keeps_the_budget_and_the_promise",
             "tests/test_schemes.py",

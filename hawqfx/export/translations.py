@@ -44,7 +44,7 @@ def translate(exported: torch.export.ExportedProgram, opset: int) -> ir.Model:
     with _quiet(), _parsed_once():
         try:
             return _translated(_KeptWhole(exported), opset)
-        except Exception:  # of many kinds: torch.onnx knows some operators by their parts alone
+        except torch.onnx.OnnxExporterError:  # torch.onnx knows some operators by their parts alone
             pass
         try:
             return _translated(exported, opset)
