@@ -155,7 +155,9 @@ class Calibration(Analysis):
         return facts
 
     def _of_activations(self, program: Program) -> dict[str, Quantizers]:
-        linear = {layer.input for layer in program.layers if layer.operator == "linear"}
+        # those that convolutions read too have no kernel that quantizes them in each run
+        convolved = {layer.input for layer in program.layers if layer.operator != "linear"}
+        linear = {layer.input for layer in program.layers} - convolved
         facts = {}
         for site in program.activations:
             after = function_of(program.graph.graph, site.tensors)

@@ -150,6 +150,29 @@ def test_blocks_of_zeros_and_of_tiny_values_have_scales() -> None:
     assert (values - weight).abs().max() < 1e-31
 
 
+class Forked(nn.Module):
+    """A tensor that a linear layer and a convolution read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear, self.convolution = nn.Linear(6, 8), nn.Linear(8, 8), nn.Conv1d(5, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return (self.linear(x) * torch.sigmoid(self.convolution(x))).mean(1)
+
+
+def test_what_a_convolution_reads_too_is_not_dynamic(tmp_path: Path) -> None:
+    """No kernel of a convolution quantizes its input in each run (convolutional:41148 of the fuzz)."""
+    data = [torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0))]
+    options = {"data": data, "sensitivity": "mse", "schemes": ("dynamic",)}
+    compiled = hawqfx.compile(Forked().eval(), "weight_bits=8", **options)  # type: ignore[arg-type]
+    sites = {site.name: site for site in compiled.planned.activations}
+    assert DYNAMIC in compiled.planned.facts.get(sites["input x"].key, Quantizers).by_format
+    assert DYNAMIC not in compiled.planned.facts.get(sites["first relu output"].key, Quantizers).by_format
+    compiled.export(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     ("schemes", "kernel", "count"),
     [(("static",), "Weight", 3), (("dynamic",), "MatMulInteger", 3), (("weight-only",), "MatMulNBits", 3)],
