@@ -50,6 +50,13 @@ OWN: dict[str, tuple[Function, Tensor]] = {
         partial(F.conv2d, weight=normal(6, 4, 3, 2), padding="valid", stride=(2, 3)),
         normal(3, 4, 9, 8),
     ),
+    "convolution of a volume": (partial(F.conv3d, weight=normal(5, 2, 2, 3, 4)), normal(2, 2, 5, 6, 7)),
+    "strides and pads of a volume": (
+        partial(
+            F.conv3d, weight=normal(4, 1, 2, 3, 4), stride=(1, 2, 3), padding=(2, 1, 0), dilation=(2, 1, 1), groups=2
+        ),
+        normal(2, 2, 5, 6, 7),
+    ),
     "same padding of a volume": (
         partial(F.conv3d, weight=normal(5, 2, 2, 3, 4), bias=normal(5), padding="same"),
         normal(2, 2, 5, 6, 7),
