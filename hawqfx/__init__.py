@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from hawqfx import errors as errors
+from hawqfx import errors as errors  # for `except hawqfx.errors.HawqfxError`
 
 if TYPE_CHECKING:
     from hawqfx.allocation.budget import Budget, Limit
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 __version__ = version("hawqfx")
 __all__ = ["Budget", "Compiled", "Frontier", "Limit", "Plan", "Session", "compile", "load", "measure_latency", "pareto"]
 
-# where each name lives; it is imported when it is first asked for, so that `import hawqfx` takes milliseconds and a
-# module of one name does not wait for the rest
+# name -> its module, which is loaded when the name is first used: torch alone takes seconds
 _MODULES = {
     "Budget": "hawqfx.allocation.budget",
     "Compiled": "hawqfx.session.compiled",

@@ -155,7 +155,7 @@ def _suffix() -> str:
 
 def _delete_abandoned(folder: Path) -> None:
     """Delete the temporary files that processes of this machine left in a folder when they were killed."""
-    import psutil  # `import hawqfx` does without
+    import psutil  # `hawqfx.compile` loads without it
 
     for name in os.listdir(folder):
         made = TEMPORARY.fullmatch(name)

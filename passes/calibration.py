@@ -155,7 +155,7 @@ class Calibration(Analysis):
         return facts
 
     def _of_activations(self, program: Program) -> dict[str, Quantizers]:
-        # those that convolutions read too have no kernel that quantizes them in each run
+        # no kernel of a convolution quantizes its input in each run: what one reads has no dynamic format
         convolved = {layer.input for layer in program.layers if layer.operator != "linear"}
         linear = {layer.input for layer in program.layers} - convolved
         facts = {}

@@ -61,7 +61,7 @@ def _sample_shape(node: fx.Node) -> tuple[int, ...]:
 
 def _groups(graph: fx.Graph, parts: Partition) -> dict[fx.Node, set[fx.Node]]:
     """Node -> the nodes whose tensors share a quantizer with its tensor, itself among them."""
-    import networkx  # `import hawqfx` does without
+    import networkx  # `hawqfx.compile` loads without it
 
     ties: networkx.Graph[fx.Node] = networkx.Graph()
     for node in graph.nodes:

@@ -68,7 +68,7 @@ def test_import_loads_nothing_and_every_name_is_there() -> None:
     code = """
 import hawqfx, sys
 assert "torch" not in sys.modules
-assert set(hawqfx.__all__) <= set(dir(hawqfx))
+assert set(hawqfx.__all__) == set(hawqfx._MODULES) <= set(dir(hawqfx))
 names = {name: getattr(hawqfx, name) for name in hawqfx.__all__}
 assert all(value.__name__ == name and value.__module__.startswith("hawqfx.") for name, value in names.items())
 assert "torch" in sys.modules and issubclass(hawqfx.errors.UsageError, hawqfx.errors.HawqfxError)

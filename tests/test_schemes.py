@@ -45,7 +45,6 @@ from tests.tools import context
 EVERY: tuple[Scheme, ...] = ("static", "dynamic", "weight-only")
 BLOCKWISE = tuple(blockwise(bits, block) for bits in BLOCKWISE_BITS for block in reversed(BLOCKS))
 FORMATS = (*map(Format, range(2, 9)), *BLOCKWISE, DYNAMIC, FLOAT)
-BLOCK = 128
 
 
 class Words(nn.Module):

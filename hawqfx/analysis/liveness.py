@@ -114,7 +114,7 @@ class _Storage:
 
 def _storages(program: Program) -> list[_Storage]:
     """The storages of a graph: the connected components, if nodes are tied to the source of their storage."""
-    import networkx  # `import hawqfx` does without
+    import networkx  # `hawqfx.compile` loads without it
 
     nodes = list(program.graph.graph.nodes)
     step = {node: number for number, node in enumerate(nodes)}

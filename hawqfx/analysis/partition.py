@@ -139,7 +139,7 @@ class _MinimumCut:
 
     def integer_side(self) -> set[object]:
         """The vertices on the integer side of the minimum cut."""
-        import networkx  # `import hawqfx` does without
+        import networkx  # `hawqfx.compile` loads without it
 
         edges: networkx.DiGraph[object] = networkx.DiGraph()
         edges.add_nodes_from((INTEGER, FLOAT))

@@ -38,7 +38,8 @@ Weights = Annotated[
 Sensitivity = Annotated[
     str | None,
     typer.Option(
-        help=f"one of {', '.join(pipeline.METRICS)}; by default the first", autocompletion=offering(*pipeline.METRICS)
+        help=f"one of {', '.join(pipeline.METRICS)}; by default the first, or hawq-v2 for a loss of one's own",
+        autocompletion=offering(*pipeline.METRICS),
     ),
 ]
 Probes = Annotated[int | None, typer.Option(min=2, help="the most probes per batch")]

@@ -13,7 +13,7 @@ from hawqfx.atomic_write import check_writable
 from hawqfx.errors import ExportError, UsageError
 from hawqfx.session.plan_json import finite
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object, and nothing else on standard output")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON value, and nothing else on standard output")]
 
 
 def offering(*values: str) -> Callable[[], list[str]]:

@@ -43,11 +43,10 @@ def translate(exported: torch.export.ExportedProgram, opset: int) -> ir.Model:
     """
     with _quiet(), _parsed_once():
         try:
-            return _translated(_KeptWhole(exported), opset)
-        except torch.onnx.OnnxExporterError:  # torch.onnx knows some operators by their parts alone
-            pass
-        try:
-            return _translated(exported, opset)
+            try:
+                return _translated(_KeptWhole(exported), opset)
+            except torch.onnx.OnnxExporterError:  # torch.onnx knows some operators by their parts alone
+                return _translated(exported, opset)
         except Exception as error:
             raise ExportError(f"torch.onnx could not translate the graph: {_first_cause(error)}") from error
 

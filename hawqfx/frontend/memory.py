@@ -13,7 +13,7 @@ def free_memory(device: torch.device) -> int:
     the shell allows."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil  # `import hawqfx` does without
+    import psutil  # `hawqfx.compile` loads without it
 
     free = min(psutil.virtual_memory().available, _free_in_group(), _free_address_space())
     return max(0, int(free)) // local_count()

@@ -41,6 +41,7 @@ EMBEDDING: OpOverload[..., Any] = _aten.embedding.default
 # Operators that choose entries of a table by numbers that are not known before.
 GATHERS: set[Target] = {_aten.index.Tensor, _aten.index_select.default}
 
+# Layers with these arguments too; dimension 1 of the weight is the output channel of a group.
 TRANSPOSED_CONVOLUTIONS: dict[Target, str] = {
     _aten.conv_transpose1d.default: "conv_transpose1d",
     _aten.conv_transpose2d.input: "conv_transpose2d",

@@ -82,7 +82,7 @@ def _joins(before: int, weights: int) -> bool:
 
 def _cuts(graph: fx.Graph, changed: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes through which all paths to the output go."""
-    import networkx  # `import hawqfx` does without
+    import networkx  # `hawqfx.compile` loads without it
 
     paths: networkx.DiGraph[Any] = networkx.DiGraph()
     among = set(changed)

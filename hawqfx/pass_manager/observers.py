@@ -92,7 +92,7 @@ class TimePasses(Observer):
 
     def table(self) -> "Table":
         """The seconds, a row for every pass."""
-        from rich.table import Table  # `import hawqfx` does without
+        from rich.table import Table  # `hawqfx.compile` loads without it
 
         table = Table("pass", "seconds", title="time per pass")
         for name, seconds in self.seconds.items():
@@ -110,7 +110,7 @@ def progress_bars(console: "Console | None" = None) -> Iterator[Report]:
     Yields:
         A function for Context.progress, which shows a bar for every label.
     """
-    from rich.console import Console  # `import hawqfx` does without
+    from rich.console import Console  # `hawqfx.compile` loads without it
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = console or Console(stderr=True)

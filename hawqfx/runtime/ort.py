@@ -35,8 +35,8 @@ def session(
         save: a file to write the graph to, as onnxruntime optimized it for this machine.
         provider: runs the operators that it supports; the processor runs the others.
         exact: whether x86 processors without VNNI run integer kernels that are slower, and do not saturate sums.  That
-            takes optimizations: with optimize=False, all stay but the choice of integer kernels for QuantizeLinear and
-            DequantizeLinear.
+            takes optimizations: with optimize=False, most stay, but not the choice of integer kernels for
+            QuantizeLinear and DequantizeLinear.
         folded: whether constants are folded with optimize=False too, and whatever else leaves values as they are
             (onnxruntime's basic level): kernels of weight-only layers are fast, and round their input, only where the
             weight is a constant.
@@ -53,8 +53,8 @@ def session(
     disabled = [] if optimize or not exact else ["QDQSelectorActionTransformer"]
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
-        # 1.32 gives weights in float layers one zero-point for all their scales by this, and fails to run them; weights
-        # of integer kernels are changed by another
+        # by this, 1.32 makes the codes of float layers unsigned, with one zero-point for all their scales, and fails to
+        # run them; those of integer kernels are another's work
         disabled.append("QDQS8ToU8Transformer")
     if save is not None:
         options.optimized_model_filepath = str(save)
@@ -71,8 +71,9 @@ def session(
 def run_exactly(model: str | Path | bytes, inputs: Arrays, *, optimize: bool = True) -> list[NDArray[np.generic]]:
     """All outputs for one batch, by integer kernels that do not saturate.
 
-    1.32 cannot load weights that layers share for those kernels: then by no integer kernels, so that nothing saturates
-    either.
+    1.32 cannot load weights that layers share for those kernels: then without kernels in place of QuantizeLinear and
+    DequantizeLinear, and, where layers that quantize their input in each run share weights too, by fast ones, which
+    may saturate.
 
     Args:
         model: a file, or the content of one.
@@ -82,10 +83,12 @@ def run_exactly(model: str | Path | bytes, inputs: Arrays, *, optimize: bool = T
     Raises:
         BackendError: if the model does not load, or if a kernel fails.
     """
-    try:
-        return run(session(model, optimize=optimize, exact=True), inputs)
-    except BackendError:  # a file that is wrong fails again
-        return run(session(model, optimize=False, folded=True), inputs)
+    for optimized in (True, False) if optimize else (False,):
+        try:
+            return run(session(model, optimize=optimized, exact=True), inputs)
+        except BackendError:  # a file that is wrong fails again
+            pass
+    return run(session(model, optimize=False, folded=True), inputs)
 
 
 def run(model: onnxruntime.InferenceSession, inputs: Arrays) -> list[NDArray[np.generic]]:

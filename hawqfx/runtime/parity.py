@@ -159,7 +159,7 @@ def _run_exposed(
 
 
 def _run_plainly(program: Program, content: bytes, inputs: ort.Arrays) -> list[NDArray[np.generic]]:
-    """All outputs of a file, with as few of onnxruntime's optimizations as layers compute with as the graph does.
+    """All outputs of a file, with no more of onnxruntime's optimizations than it takes to compute as the graph does.
 
     Integer kernels run whatever the optimizations in layers that quantize their input in each run.
     """

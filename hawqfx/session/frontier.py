@@ -134,7 +134,7 @@ class Frontier:
 
     def table(self) -> "Table":
         """A row per plan: budget, amounts of its limits, predicted loss increase with its proof, measured loss."""
-        from rich.table import Table  # `import hawqfx` does without
+        from rich.table import Table  # `hawqfx.compile` loads without it
 
         table = Table("budget", "takes", "of float32", "predicted", "proven", "loss", "score", title="frontier")
         for point in self.points:

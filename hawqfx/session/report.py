@@ -126,9 +126,10 @@ def predicted_loss(planned: Program) -> float:
 
 
 def metric_of(planned: Program) -> str | None:
-    """The metric, a key of pipeline.METRICS, that predicted the loss increases; None where a plan brought them."""
-    ran = [step.name.replace("_", "-") for step in planned.history]
-    return next((name for name in reversed(ran) if name in pipeline.METRICS), None)
+    """The metric, a key of pipeline.METRICS, that predicted the loss increases; None where a plan brought them, or a
+    pass of the user's own did."""
+    known = {make().name: metric for metric, make in pipeline.METRICS.items()}
+    return next((known[step.name] for step in reversed(planned.history) if step.name in known), None)
 
 
 def _by_metric(planned: Program) -> str:
@@ -152,7 +153,7 @@ def summary(
         trials: what was tried beside the plan.
         checks: what was found in the files that were exported, by their names.
     """
-    from rich.console import Console  # `import hawqfx` does without
+    from rich.console import Console  # `hawqfx.compile` loads without it
 
     text = io.StringIO()
     console = Console(file=text, width=110)

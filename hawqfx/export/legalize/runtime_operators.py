@@ -31,9 +31,9 @@ _aten = torch.ops.aten
 class FloatWeights(Rewrite):
     """Keeps onnxruntime from quantizing weights that the plan leaves in float.
 
-    onnxruntime quantizes a constant weight between a DequantizeLinear and a QuantizeLinear by itself, to 8 bits and
-    with one scale, that of a transposed convolution too, and also where what lies between moves values only.  It does
-    not look past a maximum, and the maximum with the least number there is changes no value.
+    onnxruntime quantizes a constant weight, of a transposed convolution too, between a DequantizeLinear and a
+    QuantizeLinear by itself, to 8 bits and with one scale; also where what lies between only moves values.  It does not
+    look past a maximum, and the maximum with the least number there is changes no value.
     """
 
     tolerance: ClassVar[float] = 0.0
@@ -41,7 +41,7 @@ class FloatWeights(Rewrite):
     def rewrite(self, program: Program) -> Program:
         rewriter = GraphRewriter(program)
         for node in rewriter.calls():
-            if node.target not in WEIGHTED_LAYERS and node.target not in TRANSPOSED_CONVOLUTIONS:
+            if node.target not in WEIGHTED_LAYERS | TRANSPOSED_CONVOLUTIONS:
                 continue
             source, weight = operands(node)[:2]
             if weight.op == "get_attr" and _moved_from_codes(source):
