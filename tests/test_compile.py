@@ -144,8 +144,7 @@ def test_weights_that_stay_in_float_count_in_the_average() -> None:
 
 
 def test_the_summary_says_what_it_cost_and_why() -> None:
-    compiled = quick(Residual, "weight_bits=5")
-    text = compiled.summary()
+    text = quick(Residual, "weight_bits=5").summary()
     for expected in (
         "inner.weight",
         "4x4x3x3",
@@ -155,12 +154,8 @@ def test_the_summary_says_what_it_cost_and_why() -> None:
         "loss increase",
         "calibrated on 32 samples",
         "loss on the calibration samples",
-        f"predicted increase by hawq-v2 {compiled.predicted_loss:.4g}",
     ):
         assert expected in text
-    followed = quick(Residual, None, plan=compiled.plan).summary()
-    assert "predicted increase by" not in followed
-    assert f"predicted increase {compiled.predicted_loss:.4g}" in followed
 
 
 def test_predicted_loss_is_the_sum_of_omega() -> None:

@@ -143,8 +143,7 @@ def figures(planned: Program, budget: str) -> tuple[Figure, ...]:
     if promised is not None:
         shown.append(Figure("File", f"{promised:,} bytes", "in the portable packing"))
     predicted = report.predicted_loss(planned)
-    metric = report.metric_of(planned)
-    shown.append(Figure("Predicted loss increase", f"{predicted:.3g}", f"as {metric} measures it" if metric else ""))
+    shown.append(Figure("Predicted loss increase", f"{predicted:.3g}", "in the unit of the sensitivity's metric"))
     return tuple(shown)
 
 

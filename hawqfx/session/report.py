@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hawqfx import pipeline
 from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, RoundedWeights, Sensitivity
 from hawqfx.ir.names import names_of
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
@@ -125,18 +124,6 @@ def predicted_loss(planned: Program) -> float:
     return sum(planned.facts.get(site.key, ChosenFormat).increase for site in planned.sites)
 
 
-def metric_of(planned: Program) -> str | None:
-    """The metric, a key of pipeline.METRICS, that predicted the loss increases; None where a plan brought them, or a
-    pass of the user's own did."""
-    known = {make().name: metric for metric, make in pipeline.METRICS.items()}
-    return next((known[step.name] for step in reversed(planned.history) if step.name in known), None)
-
-
-def _by_metric(planned: Program) -> str:
-    metric = metric_of(planned)
-    return "" if metric is None else f" by {metric}"
-
-
 def summary(
     planned: Program,
     budget: str,
@@ -169,7 +156,7 @@ def summary(
     float_loss, loss = calibrated.losses
     console.print(
         f"loss on the calibration samples {loss:.5g}, float32 {float_loss:.5g}; "
-        f"predicted increase{_by_metric(planned)} {predicted_loss(planned):.4g}"
+        f"predicted increase, in the unit of the metric, {predicted_loss(planned):.4g}"
     )
     for line in _roundings(planned):
         console.print(line, soft_wrap=True)
