@@ -164,8 +164,7 @@ class Forked(nn.Module):
 def test_what_a_convolution_reads_too_is_not_dynamic(tmp_path: Path) -> None:
     """No kernel of a convolution quantizes its input in each run (convolutional:41148 of the fuzz)."""
     data = [torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0))]
-    options = {"data": data, "sensitivity": "mse", "schemes": ("dynamic",)}
-    compiled = hawqfx.compile(Forked().eval(), "weight_bits=8", **options)  # type: ignore[arg-type]
+    compiled = hawqfx.compile(Forked().eval(), "weight_bits=8", data, sensitivity="mse", schemes=("dynamic",))
     sites = {site.name: site for site in compiled.planned.activations}
     assert DYNAMIC in compiled.planned.facts.get(sites["input x"].key, Quantizers).by_format
     assert DYNAMIC not in compiled.planned.facts.get(sites["first relu output"].key, Quantizers).by_format
