@@ -12,6 +12,7 @@ and the errors of the blocks are added up, without what they do together.  Weigh
 where the moments of all do not fit into memory at once, which changes no result.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ DAMPINGS = (rounding.DAMPING, 0.1, rounding.STRONGEST_DAMPING)  # tried for each
 
 MOST_COLUMNS, FEWEST_COLUMNS = 8192, 64  # of a block; steps grow with the cube of the former, and memory halves it
 ELEMENTS = 1 << 22  # of all codes that are rounded at once; about six tensors of float64 have as many
+# Rows of each group that a damping and the optimism are judged by: all of a head over fifty thousand words tell no more
+# than these, and to round them for every half and damping would be three quarters of the work.
+JUDGED = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class _Size:
 def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMoments]) -> RoundedWeights:
     """The codes in all formats, some blocks of columns after others."""
     codes = {width: torch.empty(weight.shape, dtype=torch.int8, device=weight.device) for width in widths.by_format}
-    fitted, held_out = dict.fromkeys(codes, 0.0), dict.fromkeys(codes, 0.0)
+    fitted, held_out, errors = (dict.fromkeys(codes, 0.0) for _ in range(3))
     damping, asked = 0.0, []
     for own in moments:
         halves, chosen = _best_damped(weight, own)
@@ -78,14 +82,17 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
                 continue
             stack = _Stack(weight, quantizers, own)
             final, left = stack.rounded(whole, own.whole)
-            others = stack.held_out(halves) if halves else left
+            judges = stack.some
+            some = left if judges is stack else judges.rounded(whole, own.whole)[1]
+            others = judges.held_out(halves) if halves else some
             for number, quantizer in enumerate(quantizers):
                 stack.put(final[:, number], codes[quantizer.format])
-                fitted[quantizer.format] += float(left[:, number].sum())
+                errors[quantizer.format] += float(left[:, number].sum())
+                fitted[quantizer.format] += float(some[:, number].sum())
                 held_out[quantizer.format] += float(others[:, number].sum())
     # an optimism below one is by chance alone
     optimism = {width: max(1.0, held_out[width] / fitted[width]) if fitted[width] > 0 else 1.0 for width in codes}
-    errors = {width: fitted[width] * optimism[width] for width in codes}
+    errors = {width: errors[width] * optimism[width] for width in codes}
     blocks = sum(own.part.blocks for own in moments)
     return RoundedWeights(
         codes, errors, optimism, compensation=Compensated(moments[0].part.width, blocks, damping, asked[0])
@@ -103,7 +110,7 @@ def _best_damped(weight: Tensor, moments: InputMoments) -> tuple[list[rounding.C
         return [], damping
     low, high = affine.signed_range(4)
     scale = tuple(affine.symmetric_scales(weight, 4).tolist())
-    stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments)
+    stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments).some
 
     def judged(value: float) -> tuple[list[rounding.Compensation], Tensor]:
         """Both halves with a damping, and the errors of each block of columns, of all groups together."""
@@ -138,6 +145,16 @@ class _Stack:
         self.scales = [
             scale_of(quantizer).to(weight.device).double().reshape(*whole.shape[:2], -1) for quantizer in quantizers
         ]
+
+    @property
+    def some(self) -> "_Stack":
+        """The stack of JUDGED rows of each group, evenly spread; itself where there are no more."""
+        count = self.rows.shape[1]
+        if count <= JUDGED:
+            return self
+        rows, found = rounding.spread(count, JUDGED, self.rows.device), copy.copy(self)
+        found.rows, found.scales = self.rows[:, rows], [scale[:, rows] for scale in self.scales]
+        return found
 
     def _scales_of(self, some: slice) -> list[Tensor]:
         """The scales of some rows in each quantizer, (groups * blocks, R, 1) or (groups * blocks, R, K): those of all

@@ -21,6 +21,7 @@ from hawqfx.frontend.losses import squared_error
 from hawqfx.ir.facts import Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import weight_at
+from hawqfx.maths import rounding
 from hawqfx.maths.formats import Format
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.calibration import Calibration
@@ -225,3 +226,26 @@ def test_the_summary_tells_damping_beyond_the_usual_and_weights_to_the_nearest()
     assert "rounding: head.weight: its inputs determine too little, so that 5 times their mean square was added" in text
     nearest = quick(lambda: Wide(64, 3), rounding="nearest")
     assert "rounding: 0 weights compensated by their inputs, 1 to the nearest\n" in nearest.summary()
+
+
+def test_many_rows_are_judged_by_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, surroundings = calibrated(96, 512, alike(200), (3, 8))
+
+    everyone = compensated(program, surroundings)["head.weight"]
+    judged: list[int] = []
+    whole = compensation._Stack.held_out
+
+    def held_out(stack: compensation._Stack, fitted: list[rounding.Compensation]) -> Tensor:
+        judged.append(stack.rows.shape[1])
+        return whole(stack, fitted)
+
+    monkeypatch.setattr(compensation._Stack, "held_out", held_out)
+    monkeypatch.setattr(compensation, "JUDGED", 64)
+    some = compensated(program, surroundings)["head.weight"]
+    assert set(judged) == {64}
+    for width, codes in everyone.codes.items():
+        assert torch.equal(some.codes[width], codes)
+        # both are means over rows whose errors scatter by about their mean: 64 of them tell it to 1 / 8 or so
+        assert some.optimism[width] == pytest.approx(everyone.optimism[width], rel=0.2)
+        fitted = [found.squared_error[width] / found.optimism[width] for found in (some, everyone)]
+        assert fitted[0] == pytest.approx(fitted[1])
