@@ -8,6 +8,7 @@ product of matrices.  From these, by the number of passes of each step:
                                site and width, on the samples that each sees
     compensated codes          about ten factors and solutions of K x K for a weight of K columns
     the plan and uniform bits  six forward passes, four of them fake-quantized
+    sequential codes           of both, a forward pass of either network, and the rows of each weight in all scales
 
 Memory, at the peak: what the process holds already and the libraries that it will load; the weights with their codes;
 the second moments of all layers' inputs, and a few matrices as large as the largest of them; and either the tensors of
@@ -29,12 +30,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.allocation.budget import Budget
+from hawqfx.analysis.asymmetric import SCALES
+from hawqfx.analysis.compensation import MOST_COLUMNS
 from hawqfx.compiler import compile, find_sites
 from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, silent
 from hawqfx.ir.program import Program
 from hawqfx.learning.side_by_side import KEPT
+from hawqfx.maths.rounding import SWEEPS
 from hawqfx.options import Options, validated
 from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.calibration import Calibration
@@ -47,6 +51,7 @@ from hawqfx.sensitivity.metrics import SensitivityMetric
 _TIMED = 8  # samples of the passes that are timed
 _FAKE = 3.0  # a fake-quantized forward pass in forward passes: each tensor is also rounded
 _SECOND = 2.5  # a Hessian-vector product in gradients (benchmarks/sensitivity.py)
+_WIDTHS = 7  # of a weight, which are rounded together
 _FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge, one for all, and their inverses
 # of memory; the shares are those of benchmarks/forecast.py
 _LIBRARIES = 100e6  # bytes of what is loaded after the capture
@@ -140,8 +145,11 @@ def _of(program: Program, options: Options) -> Forecast:
     if metric is not None and options.plan is None:
         kind, seconds = _of_metric(metric, _widths(program, recipe.price), samples, once, gradient)
     compensates = any(isinstance(step, Rounding) and step.method != "nearest" for step in recipe.price)
-    rounding = _FACTORS * _solving(program) if compensates else 0.0
+    factor, rows = _solving(program)
+    rounding = _FACTORS * (factor + _WIDTHS * rows) if compensates else 0.0
     total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
+    if recipe.finish:
+        total += 2 * (samples * once * (1 + _FAKE) + (len(SCALES) + 2 * SWEEPS) * rows)
     more = [
         text
         for text, there in (
@@ -170,7 +178,11 @@ def _peak(
     program: Program, context: Context, metric: SensitivityMetric | None, compensates: bool, sequential: bool
 ) -> float:
     """Bytes at the peak."""
-    moments = [2 * 8 * min(_columns(program, site.key), 8192) ** 2 for site in program.weights] if compensates else [0]
+    moments = (
+        [2 * 8 * min(_columns(program, site.key), MOST_COLUMNS) ** 2 for site in program.weights]
+        if compensates
+        else [0]
+    )
     measuring = 0.0
     if metric is not None and not metric.exact:
         size = context.batch or _largest(context)
@@ -239,14 +251,15 @@ def _columns(program: Program, key: str) -> int:
     return program.tensor(key)[0].numel()
 
 
-def _solving(program: Program) -> float:
-    """Seconds of a factor of the second moment of every weight, by the speed of a product of matrices."""
+def _solving(program: Program) -> tuple[float, float]:
+    """Seconds of a factor of the second moment of every weight, and of rounding all rows in one format, by the speed of
+    a product of matrices."""
     size = 512
     square = torch.randn(size, size, dtype=torch.float64)
     speed = size**3 / _fastest(lambda: square @ square)
     sizes = [(_columns(program, site.key), site.shape[0]) for site in program.weights]
-    # factor, inverse, factor; then the rows of seven widths
-    return sum((k**3 + 7 * rows * k * k) / speed for k, rows in ((min(k, 8192), rows) for k, rows in sizes))
+    sizes = [(min(k, MOST_COLUMNS), rows) for k, rows in sizes]
+    return sum(k**3 for k, _ in sizes) / speed, sum(rows * k * k for k, rows in sizes) / speed
 
 
 def _largest(context: Context) -> int:

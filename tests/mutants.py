@@ -77,6 +77,8 @@ FOLDERS = {
             "tests/export/test_translations.py",
             "tests/export/test_legalize.py",
             "tests/latency/test_profiler.py",
+            "tests/commands/test_commands.py::test_inspect_tells_bits_and_bytes_from_the_file_alone",
+            "tests/commands/test_commands.py::test_inspect_reads_files_of_other_tools",
             "tests/export/test_exporter.py",
             "tests/export/test_file_size.py::test_the_file_keeps_the_budget_and_the_promise",
             "tests/test_schemes.py",
