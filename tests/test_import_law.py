@@ -53,8 +53,8 @@ LAW: dict[str, set[str]] = {
     "benchmark": {"compiler", "errors", "frontend", "runtime", "session"},
     "demo": {"allocation", "compiler", "pass_manager", "runtime", "session", "zoo"},
     "forecast": {
-        "allocation", "compiler", "errors", "frontend", "ir", "learning", "options", "pass_manager", "passes",
-        "sensitivity",
+        "allocation", "analysis", "compiler", "errors", "frontend", "ir", "learning", "maths", "options",
+        "pass_manager", "passes", "sensitivity",
     },
     "commands": {
         "allocation", "atomic_write", "benchmark", "compiler", "demo", "errors", "export", "forecast", "frontend", "ir",
