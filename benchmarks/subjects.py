@@ -233,7 +233,7 @@ def crepe_tiny() -> Subject:
 
     model = crepe.load(data.crepe_tiny_weights())
     random = np.random.default_rng(0)
-    sounds = speech.recordings()
+    sounds = list(speech.recordings().values())
     every = speech.frames([sounds[number] for number in random.permutation(len(sounds))], random)
     held_out = list(every[128:].split(64))
     wanted = outputs(model, held_out)
@@ -257,8 +257,8 @@ def whisper_encoder() -> Subject:
     import speech
     import whisper
 
-    model = whisper.load(data.whisper_tiny())
-    sounds = speech.recordings(2, 30)
+    model = whisper.WhisperEncoder(whisper.load(data.whisper_tiny() / "model.bin").model.encoder)
+    sounds = list(speech.recordings(2, 30).values())
     drawn = np.random.default_rng(0).permutation(len(sounds))[:48]
     every = speech.log_mel([sounds[number] for number in drawn])
     held_out = list(every[16:].split(4))

@@ -1,5 +1,10 @@
-"""Files that onnxruntime's own tool makes: quantize_static of the float file, after its own preprocessing, on the same
-calibration data; QDQ, weights signed and per channel, activations uint8, everything else as it comes."""
+"""Files that onnxruntime's own tools make of a float file, everything that is not said here as it comes.
+
+static    quantize_static after its own preprocessing, on the same calibration data; QDQ, weights signed and per
+          channel, activations uint8
+dynamic   quantize_dynamic, weights signed and per channel; no data
+blocks    MatMulNBitsQuantizer, weights of 4 bits with a scale for 32 of them, activations in float; no data
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +15,7 @@ from hawqfx.frontend.data import Batch
 from hawqfx.runtime import ort
 
 THEIRS = ("static int8", "static INT4")
+WITHOUT_DATA = ("dynamic int8", "4 bits in blocks")
 
 
 class Reader:
@@ -57,3 +63,23 @@ def _made(original: Path, batches: tuple[Batch, ...], folder: Path) -> dict[str,
         except Exception as error:  # whatever that tool and its file raise
             found[name] = f"{type(error).__name__}: {error}"[:200]
     return found
+
+
+def without_data(original: Path, folder: Path) -> dict[str, Path]:
+    """What onnxruntime's tools make of a float file without data, by WITHOUT_DATA."""
+    import onnx  # noqa: TID251  (the other tool takes models)
+    from onnxruntime import quantization  # noqa: TID251  (the other tool)
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # noqa: TID251
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: TID251
+
+    prepared = folder / f"{original.stem} prepared.onnx"
+    quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
+    paths = {name: folder / f"{original.stem} {name}.onnx" for name in WITHOUT_DATA}
+    dynamic, blocks = paths.values()
+    quantization.quantize_dynamic(
+        str(original), str(dynamic), per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+    tool = MatMulNBitsQuantizer(onnx.load(prepared), bits=4, block_size=32, is_symmetric=True)
+    tool.process()
+    tool.model.save_model_to_file(str(blocks))
+    return paths

@@ -1,0 +1,287 @@
+"""Recorded sentences into text: Whisper tiny.en in fewer bits, as two files in onnxruntime.
+
+    python benchmarks/transcription.py [--quick] [--check]
+
+whisper.py's Listener and Writer (the extra `bench`), each compiled to so many bits per weight on average, activations
+at 8.  They calibrate on 32 recordings and on what the float network writes of them; the 192 sentences of four words and
+more whose text is known word by word are scored.  They are of the same speaker, and none calibrates.
+
+* Nats: the mean negative log likelihood of a token of the known text, given those before it; the text begins with a
+  space, as Whisper's own do, and its end counts.
+* Word errors: of greedy texts against the known ones, over all words, after transformers' normalizer (jiwer).
+* Milliseconds: the listener's of a recording, and the writer's of one token after 16, side by side in one thread.
+
+Beside them uniform bits in the same rounding, the float files, and what onnxruntime's own tools make of these without
+data (theirs.py).  --quick: 8 recordings calibrate and 8 sentences are scored; one width.
+"""
+
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import data
+import jiwer
+import numpy as np
+import torch
+import whisper
+from common import Claims, arguments, console
+from numpy.typing import NDArray
+from rich.table import Table
+from speech import log_mel, recordings
+from theirs import WITHOUT_DATA, without_data
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+import hawqfx
+from hawqfx import Compiled
+from hawqfx.frontend.criteria import IGNORED_LABEL
+from hawqfx.runtime import ort
+
+WIDTHS = (4, 3)
+CALIBRATION, SHORTEST, BATCH = 32, 1.5, 8  # recordings, seconds of each, and recordings at once
+LONGEST = 100  # tokens of a text that is written; the known ones have at most 60
+POSITION = 16  # tokens before the one that is timed
+PARTS = ("listener", "writer")
+# claimed: the most nats over float's, in part of these, the most word errors over float's, the least gain in speed
+NATS, ERRORS, FASTER = {4: 0.02, 3: 0.10}, 0.003, 2.0
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Network(Protocol):
+    """Whisper, in whatever form."""
+
+    def heard(self, features: Tensor) -> Arrays: ...
+
+    def written(self, tokens: NDArray[np.int64], held: Arrays) -> tuple[NDArray[np.float32], Arrays]:
+        """Logits, and the next past."""
+
+
+class Trained:
+    """The float network in torch."""
+
+    def __init__(self, model: Any) -> None:
+        self.listener, self.writer = whisper.Listener(model).eval(), whisper.Writer(model).eval()
+
+    def heard(self, features: Tensor) -> Arrays:
+        return self._run(self.listener, {"features": features})
+
+    def written(self, tokens: NDArray[np.int64], held: Arrays) -> tuple[NDArray[np.float32], Arrays]:
+        return _split(self._run(self.writer, {"tokens": torch.from_numpy(tokens), **as_tensors(held)}))
+
+    @torch.no_grad()
+    def _run(self, part: Any, inputs: Mapping[str, Tensor]) -> Arrays:
+        return {name: tensor.numpy() for name, tensor in part(**inputs).items()}
+
+
+class Files:
+    """A listener and a writer in onnxruntime."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = paths
+        self.listener, self.writer = (ort.session(paths[part], threads=1) for part in PARTS)
+
+    def heard(self, features: Tensor) -> Arrays:
+        return self._run(self.listener, {"features": features.numpy()})
+
+    def written(self, tokens: NDArray[np.int64], held: Arrays) -> tuple[NDArray[np.float32], Arrays]:
+        return _split(self._run(self.writer, {"tokens": tokens, **held}))
+
+    def _run(self, session: Any, feed: Mapping[str, Any]) -> Arrays:
+        names = [each.name for each in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+
+def _split(answer: Arrays) -> tuple[NDArray[np.float32], Arrays]:
+    past = {name.replace("present", "past"): array for name, array in answer.items() if name != "logits"}
+    return answer["logits"], past
+
+
+def as_tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def no_past(batch: int) -> Arrays:
+    return {name: tensor.numpy() for name, tensor in whisper.no_past(batch).items()}
+
+
+def greedy(network: Network, heard: Arrays) -> Iterator[NDArray[np.int64]]:
+    """The most probable tokens (N,) one after another; what is no text is never one, and END follows END."""
+    batch = len(next(iter(heard.values())))
+    tokens, past = np.array([[whisper.START, whisper.ENGLISH]] * batch), no_past(batch)
+    over = np.zeros(batch, bool)
+    for place in range(LONGEST):
+        logits, past = network.written(tokens, {**heard, **past})
+        likely = logits[:, -1, : whisper.WORDS].copy()
+        if place == 0:
+            likely[:, whisper.SILENT] = -np.inf
+        found = np.where(over, whisper.END, likely.argmax(-1))
+        yield found
+        over |= found == whisper.END
+        if over.all():
+            return
+        tokens = found[:, None]
+
+
+def texts(network: Network, features: Tensor) -> list[list[int]]:
+    """The tokens of greedy texts, without their ends."""
+    found = []
+    for batch in features.split(BATCH):
+        rows = np.stack(list(greedy(network, network.heard(batch))), 1)
+        found += [[int(token) for token in row if token != whisper.END] for row in rows]
+    return found
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens (N, L), and what each is to predict (N, L): the prompt predicts the first word, the last word the end."""
+    whole = [[whisper.START, whisper.ENGLISH, *row, whisper.END] for row in rows]
+    longest = max(map(len, whole)) - 1
+    tokens = torch.full((len(rows), longest), whisper.END)
+    labels = torch.full((len(rows), longest), IGNORED_LABEL)
+    for number, row in enumerate(whole):
+        tokens[number, : len(row) - 1] = torch.tensor(row[:-1])
+        labels[number, 1 : len(row) - 1] = torch.tensor(row[2:])
+    return tokens, labels
+
+
+def nats(network: Network, features: Tensor, rows: list[list[int]]) -> float:
+    """The mean over tokens of -log p."""
+    lost, count = 0.0, 0
+    for start in range(0, len(rows), BATCH):
+        tokens, labels = padded(rows[start : start + BATCH])
+        heard = network.heard(features[start : start + BATCH])
+        logits, _ = network.written(tokens.numpy(), {**heard, **no_past(len(tokens))})
+        lost += float(F.cross_entropy(torch.from_numpy(logits).flatten(0, 1), labels.flatten(), reduction="sum"))
+        count += int((labels != IGNORED_LABEL).sum())
+    return lost / count
+
+
+def score(
+    network: Network, features: Tensor, known: list[list[int]], said: list[str], tokenizer: Any
+) -> dict[str, Any]:
+    plain = BasicTextNormalizer()
+    written = [plain(tokenizer.decode(row)) for row in texts(network, features)]
+    return {
+        "nats": nats(network, features, known), "word errors": jiwer.wer([plain(text) for text in said], written)
+    }  # fmt: skip
+
+
+def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
+    """The batches of both parts; those of the writer are each text as a whole, and its second half after the first."""
+    found: dict[str, list[Any]] = {"listener": list(features.split(BATCH)), "writer": []}
+    for batch in found["listener"]:
+        tokens, labels = padded(texts(network, batch))
+        heard, none, half = network.heard(batch), no_past(len(tokens)), tokens.shape[1] // 2
+        _, past = network.written(tokens[:, :half].numpy(), {**heard, **none})
+        for start, held in ((half, past), (0, none)):
+            found["writer"].append(
+                {"tokens": tokens[:, start:], **as_tensors({**heard, **held}), "labels": labels[:, start:]}
+            )
+    return found
+
+
+def milliseconds(files: Mapping[str, Files], features: Tensor, rows: list[list[int]]) -> dict[str, dict[str, float]]:
+    """The median of each part, of all files side by side, for one sentence."""
+    first = next(iter(files.values()))
+    heard = first.heard(features[:1])
+    tokens = padded([next(row for row in rows if len(row) > POSITION)])[0].numpy()
+    _, past = first.written(tokens[:, :POSITION], {**heard, **no_past(1)})
+    feeds: dict[str, dict[str, Any]] = {
+        "listener": {"features": features[:1].numpy()},
+        "writer": {"tokens": tokens[:, POSITION : POSITION + 1], **heard, **past},
+    }
+    found: dict[str, dict[str, float]] = {name: {} for name in files}
+    for part, rounds in (("listener", 5), ("writer", 50)):
+        paths: dict[str, str | Path] = {name: each.paths[part] for name, each in files.items()}
+        inputs = [feeds[part][name] for name, _, _ in ort.inputs(first.paths[part])]
+        for name, times in ort.latency(paths, inputs, rounds=rounds).items():
+            found[name][part] = 1e3 * times.median
+    return found
+
+
+def exported(networks: Mapping[str, Compiled], folder: Path) -> Files:
+    folder.mkdir()
+    for part, network in networks.items():
+        network.export(folder / f"{part}.onnx")
+    return Files({part: folder / f"{part}.onnx" for part in PARTS})
+
+
+def rivals(networks: Mapping[str, Compiled], folder: Path) -> dict[str, Files]:
+    """The float files, and those of onnxruntime's tools."""
+    for part, network in networks.items():
+        network.export_float(folder / f"{part}.onnx")
+    found = {"float": Files({part: folder / f"{part}.onnx" for part in PARTS})}
+    theirs = {part: without_data(folder / f"{part}.onnx", folder) for part in PARTS}
+    return found | {kind: Files({part: theirs[part][kind] for part in PARTS}) for kind in WITHOUT_DATA}
+
+
+def claim(found: Mapping[str, Mapping[str, Any]], claims: Claims, widths: tuple[int, ...]) -> None:
+    whole = found["float"]
+    for bits in widths:
+        row = found[f"mixed {bits}"]
+        more = row["nats"] / whole["nats"] - 1
+        claims.add(f"{bits} bits: nats within {NATS[bits]:.0%} of float", more <= NATS[bits], f"{more:+.1%}")
+        for part in PARTS:
+            gain = whole["milliseconds"][part] / row["milliseconds"][part]
+            claims.add(f"{bits} bits: the {part} is {FASTER} times faster than float", gain >= FASTER, f"{gain:.2f}")
+    behind = found[f"mixed {widths[0]}"]["word errors"] - whole["word errors"]
+    claims.add(f"{widths[0]} bits: word errors within {ERRORS:.1%} of float", behind <= ERRORS, f"{behind:+.2%}")
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    torch.set_num_threads(1)
+    source = data.whisper_tiny()
+    model, tokenizer = whisper.load(source / "model.bin"), Tokenizer.from_file(str(source / "tokenizer.json"))
+    said = {name: text for name, text in data.transcripts().items() if re.search(r"[\[(\d]", text) is None}
+    sounds = recordings(longest=30)
+    scored = [name for name in sounds if len(said.get(name, "").split()) >= 4][: 8 if options.quick else None]
+    others = [name for name in recordings(SHORTEST, 30) if len(said.get(name, "").split()) < 4]
+    drawn = np.random.default_rng(0).permutation(others)[: 8 if options.quick else CALIBRATION]
+    features = log_mel([sounds[name] for name in scored])
+    known = [tokenizer.encode(f" {said[name]}", add_special_tokens=False).ids for name in scored]
+    judged = (features, known, [said[name] for name in scored], tokenizer)
+    batches = calibration(Trained(model), log_mel([sounds[name] for name in drawn]))
+    widths = WIDTHS[:1] if options.quick else WIDTHS
+    start = time.perf_counter()
+    compiled = {
+        "listener": hawqfx.compile(whisper.Listener(model).eval(), f"weight_bits={widths[0]}", batches["listener"]),
+        "writer": hawqfx.compile(
+            whisper.Writer(model).eval(), f"weight_bits={widths[0]}", batches["writer"], dynamic_shapes=whisper.shapes()
+        ),
+    }
+    seconds = time.perf_counter() - start
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = rivals(compiled, folder)
+        for bits in widths:
+            mixed = {part: network.at(f"weight_bits={bits}") for part, network in compiled.items()}
+            files[f"mixed {bits}"] = exported(mixed, folder / f"mixed {bits}")
+            even = {part: network.uniform(bits) for part, network in compiled.items()}
+            files[f"uniform {bits}"] = exported(even, folder / f"uniform {bits}")
+        times = milliseconds(files, features, known)
+        for kind, each in files.items():
+            sizes = {part: path.stat().st_size for part, path in each.paths.items()}
+            found[kind] = score(each, *judged) | {"bytes": sizes, "milliseconds": times[kind]}
+            console.print(f"{kind}: {found[kind]}")
+    table = Table("", "nats", "word errors", "MB", "ms, listener", "ms, a token", title=f"n={len(scored)}")
+    for kind, row in found.items():
+        table.add_row(
+            kind, f"{row['nats']:.4f}", f"{row['word errors']:.2%}", f"{sum(row['bytes'].values()) / 1e6:.1f}",
+            *(f"{row['milliseconds'][part]:.1f}" for part in PARTS),
+        )  # fmt: skip
+    console.print(table)
+    claims = Claims()
+    claim(found, claims, widths)
+    results = {"files": found, "sentences": len(scored), "calibration": len(drawn), "seconds": seconds}
+    claims.finish("transcription", options, results)
+
+
+if __name__ == "__main__":
+    main()
