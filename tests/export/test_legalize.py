@@ -196,6 +196,25 @@ def test_a_strided_layer_reads_blocks_and_sites_forget_its_padding() -> None:
     assert layer.args[3:] == ()  # stride 1, no padding
 
 
+class MoreChannels(nn.Module):
+    """A strided convolution of an image with a channel of zeros more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(F.pad(x, (0, 0, 0, 0, 0, 1))).mean((2, 3))
+
+
+def test_an_image_that_is_padded_by_channels_is_not_read_in_blocks() -> None:
+    compiled = hawqfx.compile(build(MoreChannels), "weight_bits=8", images(), sensitivity="mse")
+    (first,) = (node for node in compiled.program.graph.graph.nodes if node.name == "conv2d")
+    assert "pad" in str(operands(first)[0])
+    legal = run(legalization(), compiled.program, context())
+    assert count(legal, SPACE_TO_DEPTH) == 0
+
+
 def test_a_float_weight_beside_integers_is_kept_by_a_maximum() -> None:
     _, after, _ = legalized("image")
     assert count(after["space_to_depth"], torch.ops.aten.maximum.default) == 0
