@@ -98,7 +98,7 @@ class Files:
 
 
 def _split(answer: Arrays) -> tuple[NDArray[np.float32], Arrays]:
-    past = {name.replace("present", "past"): array for name, array in answer.items() if name != "logits"}
+    past = {name.replace("next", "past"): array for name, array in answer.items() if name != "logits"}
     return answer["logits"], past
 
 
@@ -128,13 +128,10 @@ def greedy(network: Network, heard: Arrays) -> Iterator[NDArray[np.int64]]:
         tokens = found[:, None]
 
 
-def texts(network: Network, features: Tensor) -> list[list[int]]:
+def texts(network: Network, heard: Arrays) -> list[list[int]]:
     """The tokens of greedy texts, without their ends."""
-    found = []
-    for batch in features.split(BATCH):
-        rows = np.stack(list(greedy(network, network.heard(batch))), 1)
-        found += [[int(token) for token in row if token != whisper.END] for row in rows]
-    return found
+    rows = np.stack(list(greedy(network, heard)), 1)
+    return [[int(token) for token in row if token != whisper.END] for row in rows]
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -149,34 +146,34 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def nats(network: Network, features: Tensor, rows: list[list[int]]) -> float:
-    """The mean over tokens of -log p."""
-    lost, count = 0.0, 0
-    for start in range(0, len(rows), BATCH):
-        tokens, labels = padded(rows[start : start + BATCH])
-        heard = network.heard(features[start : start + BATCH])
-        logits, _ = network.written(tokens.numpy(), {**heard, **no_past(len(tokens))})
-        lost += float(F.cross_entropy(torch.from_numpy(logits).flatten(0, 1), labels.flatten(), reduction="sum"))
-        count += int((labels != IGNORED_LABEL).sum())
-    return lost / count
+def likelihood(network: Network, heard: Arrays, rows: list[list[int]]) -> tuple[float, int]:
+    """The sum over tokens of -log p, and their number."""
+    tokens, labels = padded(rows)
+    logits, _ = network.written(tokens.numpy(), {**heard, **no_past(len(tokens))})
+    lost = F.cross_entropy(torch.from_numpy(logits).flatten(0, 1), labels.flatten(), reduction="sum")
+    return float(lost), int((labels != IGNORED_LABEL).sum())
 
 
 def score(
     network: Network, features: Tensor, known: list[list[int]], said: list[str], tokenizer: Any
-) -> dict[str, Any]:
-    plain = BasicTextNormalizer()
-    written = [plain(tokenizer.decode(row)) for row in texts(network, features)]
-    return {
-        "nats": nats(network, features, known), "word errors": jiwer.wer([plain(text) for text in said], written)
-    }  # fmt: skip
+) -> dict[str, float]:
+    plain, written, lost, count = BasicTextNormalizer(), [], 0.0, 0
+    for start in range(0, len(features), BATCH):
+        some = slice(start, start + BATCH)
+        heard = network.heard(features[some])
+        written += [plain(tokenizer.decode(row)) for row in texts(network, heard)]
+        more, tokens = likelihood(network, heard, known[some])
+        lost, count = lost + more, count + tokens
+    return {"nats": lost / count, "word errors": jiwer.wer([plain(text) for text in said], written)}
 
 
 def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
     """The batches of both parts; those of the writer are each text as a whole, and its second half after the first."""
     found: dict[str, list[Any]] = {"listener": list(features.split(BATCH)), "writer": []}
     for batch in found["listener"]:
-        tokens, labels = padded(texts(network, batch))
-        heard, none, half = network.heard(batch), no_past(len(tokens)), tokens.shape[1] // 2
+        heard = network.heard(batch)
+        tokens, labels = padded(texts(network, heard))
+        none, half = no_past(len(tokens)), tokens.shape[1] // 2
         _, past = network.written(tokens[:, :half].numpy(), {**heard, **none})
         for start, held in ((half, past), (0, none)):
             found["writer"].append(

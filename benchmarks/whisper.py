@@ -75,7 +75,7 @@ class Writer(nn.Module):
         found: dict[str, Any] = {"logits": self.head(answer)}
         kept: Any
         for layer, kept in enumerate(cache.self_attention_cache.layers):
-            found |= {f"present_{layer}_key": kept.keys, f"present_{layer}_value": kept.values}
+            found |= {f"next_{layer}_key": kept.keys, f"next_{layer}_value": kept.values}
         return found
 
 

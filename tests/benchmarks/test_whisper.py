@@ -17,6 +17,6 @@ def test_listener_and_writer_are_the_whole_token_by_token() -> None:
     for token in tokens.split(1, 1):
         answer = writer(token, **heard, **past)
         found.append(answer.pop("logits"))
-        past = {name.replace("present", "past"): tensor for name, tensor in answer.items()}
+        past = {name.replace("next", "past"): tensor for name, tensor in answer.items()}
     # float32 sums in another order, of logits that are about one
     assert torch.allclose(torch.cat(found, 1), wanted, atol=1e-4)
