@@ -260,6 +260,10 @@ def test_data_that_are_no_texts_are_refused(data: Any, message: str) -> None:
 def test_slips_are_refused() -> None:
     with pytest.raises(CaptureError, match="causal language models"):
         hawqfx.compile(build(Plain), "weight_bits=6", texts(), tokens="causal")
+    config = transformers.T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    reads: nn.Module = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(CaptureError, match="T5ForConditionalGeneration encodes its input first"):
+        hawqfx.compile(reads, "weight_bits=6", texts(), tokens="causal")
     with pytest.raises(HawqfxError, match='must be "causal"'):
         hawqfx.compile(model("grouped-query"), "weight_bits=6", texts(), tokens="masked")  # type: ignore[arg-type]
     with pytest.raises(HawqfxError, match="vary already"):

@@ -76,7 +76,7 @@ def causal_decoder(model: nn.Module) -> nn.Module:
     """The model with its cache as inputs and outputs.  It shares all tensors with the model, under the same names.
 
     Raises:
-        CaptureError: if the model has no such cache.
+        CaptureError: if the model has no such cache, or an encoder.
     """
     if isinstance(model, _Decoder):
         return model
@@ -85,6 +85,11 @@ def causal_decoder(model: nn.Module) -> nn.Module:
         raise CaptureError(
             f'tokens="causal" is for causal language models of transformers, which take {TOKENS}, {MASK} and '
             f"past_key_values: {type(model).__name__} does not"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            f'tokens="causal" is for models that only write: {type(model).__name__} encodes its input first. Compile '
+            "two modules: the encoder with what the decoder attends to, and the decoder with its past"
         )
     decoder = copy.copy(model)
     decoder.__class__ = type(f"{type(model).__name__}WithCache", (_Decoder, type(model)), {})
