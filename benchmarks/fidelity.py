@@ -6,7 +6,8 @@ On six trained networks (subjects.py; the extra `bench`).  The truth is the mean
 data held out from calibration, with one site quantized at a time:
 
 * Kendall's tau of the predicted loss increase against it, over all pairs of a weight and a width, over those of 4 bits
-  and fewer, and over activations;
+  and fewer, and over activations; without weights that every width holds exactly, as those of a batch-norm with one
+  number for a channel, which has a scale of its own: their truth is the rounding of float32;
 * the divergence and the agreement with float, on the same data, of what an allocation of every metric chooses at five
   budgets (average bits per weight; activations at 8 bits), by the fake-quantized graph;
 * seconds to measure.
@@ -45,6 +46,7 @@ from hawqfx.passes.mse import Mse
 from hawqfx.passes.taylor import Taylor
 
 GOAL = 0.9  # Kendall's tau
+EXACT = 1e-12  # of the sum of squares of a weight: the square of a few units in the last place of float32
 BUDGETS = (6, 5, 4, 3, 2.5)  # bits per weight on average
 METRICS: dict[str, Analysis] = {
     "gauss-newton": GaussNewton(),
@@ -63,9 +65,15 @@ KINDS = (("weights", False, 8), ("weights, 4 bits", False, 4), ("activations", T
 
 def increases(program: Program, activations: bool, most: int) -> list[float]:
     """What is predicted of every site of a kind at every width up to `most`, in the order of the sites."""
-    sites = program.activations if activations else program.weights
+    sites = program.activations if activations else [site for site in program.weights if errs(program, site.key)]
     facts = [program.facts.get(site.key, LossIncrease).by_format for site in sites]
     return [fact[width] for fact in facts for width in sorted(fact) if width.bits <= most]
+
+
+def errs(program: Program, key: str) -> bool:
+    """Whether any width leaves an error of a weight beyond that of float32."""
+    errors = program.facts.get(key, RoundedWeights).squared_error.values()
+    return max(errors) > EXACT * float(program.tensor(key).square().sum())
 
 
 def truth(subject: Subject, base: Compiled, batches: int) -> Program:
