@@ -18,7 +18,8 @@ data (theirs.py).  --quick: 8 recordings calibrate and 8 sentences are scored; o
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,17 +155,47 @@ def likelihood(network: Network, heard: Arrays, rows: list[list[int]]) -> tuple[
     return float(lost), int((labels != IGNORED_LABEL).sum())
 
 
-def score(
-    network: Network, features: Tensor, known: list[list[int]], said: list[str], tokenizer: Any
-) -> dict[str, float]:
-    plain, written, lost, count = BasicTextNormalizer(), [], 0.0, 0
-    for start in range(0, len(features), BATCH):
-        some = slice(start, start + BATCH)
-        heard = network.heard(features[some])
-        written += [plain(tokenizer.decode(row)) for row in texts(network, heard)]
-        more, tokens = likelihood(network, heard, known[some])
-        lost, count = lost + more, count + tokens
-    return {"nats": lost / count, "word errors": jiwer.wer([plain(text) for text in said], written)}
+@dataclass(frozen=True)
+class Sentences:
+    """Recordings whose text is known.
+
+    Args:
+        features: (n, 80, 3000).
+        texts: word by word.
+        tokenizer: of the network.
+    """
+
+    features: Tensor
+    texts: list[str]
+    tokenizer: Any
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [self.tokenizer.encode(f" {text}", add_special_tokens=False).ids for text in self.texts]
+
+    def score(self, network: Network) -> dict[str, float]:
+        plain, written, lost, count = BasicTextNormalizer(), [], 0.0, 0
+        for features, tokens in zip(self.features.split(BATCH), batched(self.tokens), strict=True):
+            heard = network.heard(features)
+            written += [plain(self.tokenizer.decode(row)) for row in texts(network, heard)]
+            more, predicted = likelihood(network, heard, tokens)
+            lost, count = lost + more, count + predicted
+        return {"nats": lost / count, "word errors": jiwer.wer([plain(text) for text in self.texts], written)}
+
+
+def batched(rows: list[list[int]]) -> list[list[list[int]]]:
+    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+
+
+def spoken(tokenizer: Any, quick: bool) -> tuple[Sentences, Tensor]:
+    """What is scored, and the features of the recordings that calibrate."""
+    said = {name: text for name, text in data.transcripts().items() if re.search(r"[\[(\d]", text) is None}
+    sounds = recordings(longest=30)
+    scored = [name for name in sounds if len(said.get(name, "").split()) >= 4][: 8 if quick else None]
+    others = [name for name in recordings(SHORTEST, 30) if len(said.get(name, "").split()) < 4]
+    drawn = np.random.default_rng(0).permutation(others)[: 8 if quick else CALIBRATION]
+    sentences = Sentences(log_mel([sounds[name] for name in scored]), [said[name] for name in scored], tokenizer)
+    return sentences, log_mel([sounds[name] for name in drawn])
 
 
 def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
@@ -182,14 +213,14 @@ def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
     return found
 
 
-def milliseconds(files: Mapping[str, Files], features: Tensor, rows: list[list[int]]) -> dict[str, dict[str, float]]:
+def milliseconds(files: Mapping[str, Files], sentences: Sentences) -> dict[str, dict[str, float]]:
     """The median of each part, of all files side by side, for one sentence."""
-    first = next(iter(files.values()))
-    heard = first.heard(features[:1])
-    tokens = padded([next(row for row in rows if len(row) > POSITION)])[0].numpy()
+    first, features = next(iter(files.values())), sentences.features[:1]
+    heard = first.heard(features)
+    tokens = padded([next(row for row in sentences.tokens if len(row) > POSITION)])[0].numpy()
     _, past = first.written(tokens[:, :POSITION], {**heard, **no_past(1)})
     feeds: dict[str, dict[str, Any]] = {
-        "listener": {"features": features[:1].numpy()},
+        "listener": {"features": features.numpy()},
         "writer": {"tokens": tokens[:, POSITION : POSITION + 1], **heard, **past},
     }
     found: dict[str, dict[str, float]] = {name: {} for name in files}
@@ -217,7 +248,27 @@ def rivals(networks: Mapping[str, Compiled], folder: Path) -> dict[str, Files]:
     return found | {kind: Files({part: theirs[part][kind] for part in PARTS}) for kind in WITHOUT_DATA}
 
 
-def claim(found: Mapping[str, Mapping[str, Any]], claims: Claims, widths: tuple[int, ...]) -> None:
+def every_file(compiled: Mapping[str, Compiled], widths: Sequence[int], folder: Path) -> dict[str, Files]:
+    files = rivals(compiled, folder)
+    for bits in widths:
+        mixed = {part: network.at(f"weight_bits={bits}") for part, network in compiled.items()}
+        files[f"mixed {bits}"] = exported(mixed, folder / f"mixed {bits}")
+        even = {part: network.uniform(bits) for part, network in compiled.items()}
+        files[f"uniform {bits}"] = exported(even, folder / f"uniform {bits}")
+    return files
+
+
+def show(found: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table("", "nats", "word errors", "MB", "ms, listener", "ms, a token")
+    for kind, row in found.items():
+        table.add_row(
+            kind, f"{row['nats']:.4f}", f"{row['word errors']:.2%}", f"{sum(row['bytes'].values()) / 1e6:.1f}",
+            *(f"{row['milliseconds'][part]:.1f}" for part in PARTS),
+        )  # fmt: skip
+    console.print(table)
+
+
+def claim(found: Mapping[str, Mapping[str, Any]], claims: Claims, widths: Sequence[int]) -> None:
     whole = found["float"]
     for bits in widths:
         row = found[f"mixed {bits}"]
@@ -233,50 +284,28 @@ def claim(found: Mapping[str, Mapping[str, Any]], claims: Claims, widths: tuple[
 def main() -> None:
     options = arguments(__doc__ or "")
     torch.set_num_threads(1)
-    source = data.whisper_tiny()
+    source, widths = data.whisper_tiny(), WIDTHS[:1] if options.quick else WIDTHS
     model, tokenizer = whisper.load(source / "model.bin"), Tokenizer.from_file(str(source / "tokenizer.json"))
-    said = {name: text for name, text in data.transcripts().items() if re.search(r"[\[(\d]", text) is None}
-    sounds = recordings(longest=30)
-    scored = [name for name in sounds if len(said.get(name, "").split()) >= 4][: 8 if options.quick else None]
-    others = [name for name in recordings(SHORTEST, 30) if len(said.get(name, "").split()) < 4]
-    drawn = np.random.default_rng(0).permutation(others)[: 8 if options.quick else CALIBRATION]
-    features = log_mel([sounds[name] for name in scored])
-    known = [tokenizer.encode(f" {said[name]}", add_special_tokens=False).ids for name in scored]
-    judged = (features, known, [said[name] for name in scored], tokenizer)
-    batches = calibration(Trained(model), log_mel([sounds[name] for name in drawn]))
-    widths = WIDTHS[:1] if options.quick else WIDTHS
-    start = time.perf_counter()
+    sentences, features = spoken(tokenizer, options.quick)
+    batches = calibration(Trained(model), features)
+    budget, start = f"weight_bits={widths[0]}", time.perf_counter()
+    listener, writer = whisper.Listener(model).eval(), whisper.Writer(model).eval()
     compiled = {
-        "listener": hawqfx.compile(whisper.Listener(model).eval(), f"weight_bits={widths[0]}", batches["listener"]),
-        "writer": hawqfx.compile(
-            whisper.Writer(model).eval(), f"weight_bits={widths[0]}", batches["writer"], dynamic_shapes=whisper.shapes()
-        ),
+        "listener": hawqfx.compile(listener, budget, batches["listener"]),
+        "writer": hawqfx.compile(writer, budget, batches["writer"], dynamic_shapes=whisper.shapes()),
     }
-    seconds = time.perf_counter() - start
-    found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = rivals(compiled, folder)
-        for bits in widths:
-            mixed = {part: network.at(f"weight_bits={bits}") for part, network in compiled.items()}
-            files[f"mixed {bits}"] = exported(mixed, folder / f"mixed {bits}")
-            even = {part: network.uniform(bits) for part, network in compiled.items()}
-            files[f"uniform {bits}"] = exported(even, folder / f"uniform {bits}")
-        times = milliseconds(files, features, known)
+    seconds, found = time.perf_counter() - start, {}
+    with tempfile.TemporaryDirectory() as folder:
+        files = every_file(compiled, widths, Path(folder))
+        times = milliseconds(files, sentences)
         for kind, each in files.items():
             sizes = {part: path.stat().st_size for part, path in each.paths.items()}
-            found[kind] = score(each, *judged) | {"bytes": sizes, "milliseconds": times[kind]}
+            found[kind] = {**sentences.score(each), "bytes": sizes, "milliseconds": times[kind]}
             console.print(f"{kind}: {found[kind]}")
-    table = Table("", "nats", "word errors", "MB", "ms, listener", "ms, a token", title=f"n={len(scored)}")
-    for kind, row in found.items():
-        table.add_row(
-            kind, f"{row['nats']:.4f}", f"{row['word errors']:.2%}", f"{sum(row['bytes'].values()) / 1e6:.1f}",
-            *(f"{row['milliseconds'][part]:.1f}" for part in PARTS),
-        )  # fmt: skip
-    console.print(table)
+    show(found)
     claims = Claims()
     claim(found, claims, widths)
-    results = {"files": found, "sentences": len(scored), "calibration": len(drawn), "seconds": seconds}
+    results = {"files": found, "sentences": len(sentences.texts), "calibration": len(features), "seconds": seconds}
     claims.finish("transcription", options, results)
 
 
