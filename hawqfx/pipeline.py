@@ -40,6 +40,7 @@ from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.lowering import Lowering
 from hawqfx.passes.measured import Measured
 from hawqfx.passes.mse import Mse
+from hawqfx.passes.normalize_tables import NormalizeTables
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.sequential_rounding import SequentialRounding
@@ -119,6 +120,7 @@ def recipe(
             FloatReference(),
             Decompose(),
             Equalize(keep_float=keep_float),
+            NormalizeTables(keep_float=keep_float),
             InsertCopies(keep_float),
             FindSites(keep_float),
         ],

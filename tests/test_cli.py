@@ -83,9 +83,8 @@ def test_torchrun_writes_one_file_and_speaks_with_one_voice(tmp_path: Path) -> N
 def test_print_after_names_a_pass(tmp_path: Path) -> None:
     result = run.invoke(cli.app, arguments(tmp_path, "--print-after", "nonsense"))
     assert isinstance(result.exception, HawqfxError)
-    assert "fold_constants, fold_batchnorm, float_reference, decompose, equalize, insert_copies, find_sites" in str(
-        result.exception
-    )
+    passes = "fold_constants, fold_batchnorm, float_reference, decompose, equalize, normalize_tables, insert_copies"
+    assert passes in str(result.exception)
 
 
 def test_errors_are_one_line_without_a_traceback(
@@ -116,6 +115,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "float_reference",
         "decompose",
         "equalize",
+        "normalize_tables",
         "insert_copies",
         "find_sites",
         "histograms",
