@@ -73,7 +73,7 @@ def increases(program: Program, activations: bool, most: int) -> list[float]:
 def errs(program: Program, key: str) -> bool:
     """Whether any width leaves an error of a weight beyond that of float32."""
     errors = program.facts.get(key, RoundedWeights).squared_error.values()
-    return max(errors) > EXACT * float(program.tensor(key).square().sum())
+    return max(errors) > EXACT * float(program.tensor(key).detach().square().sum())
 
 
 def truth(subject: Subject, base: Compiled, batches: int) -> Program:
