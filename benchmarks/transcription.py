@@ -3,8 +3,8 @@
     python benchmarks/transcription.py [--quick] [--check]
 
 whisper.py's Listener and Writer (the extra `bench`), each compiled to so many bits per weight on average, activations
-at 8.  They calibrate on 32 recordings and on what the float network writes of them; the 192 sentences of four words and
-more whose text is known word by word are scored.  They are of the same speaker, and none calibrates.
+at 8.  They calibrate on 32 recordings and on what the float network writes of them; the 191 sentences of four words and
+more within 30 s whose text is known word by word are scored.  They are of the same speaker, and none calibrates.
 
 * Nats: the mean negative log likelihood of a token of the known text, given those before it; the text begins with a
   space, as Whisper's own do, and its end counts.
@@ -45,7 +45,7 @@ from hawqfx.runtime import ort
 
 WIDTHS = (4, 3)
 CALIBRATION, SHORTEST, BATCH = 32, 1.5, 8  # recordings, seconds of each, and recordings at once
-LONGEST = 100  # tokens of a text that is written; the known ones have at most 60
+LONGEST = 100  # tokens of a text that is written; the known ones have at most 78
 POSITION = 16  # tokens before the one that is timed
 PARTS = ("listener", "writer")
 # claimed: the most nats over float's, in part of these, the most word errors over float's, the least gain in speed
