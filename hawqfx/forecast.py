@@ -37,13 +37,12 @@ from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, silent
 from hawqfx.ir.program import Program
-from hawqfx.learning.side_by_side import KEPT
+from hawqfx.learning.side_by_side import bytes_kept
 from hawqfx.maths.rounding import SWEEPS
 from hawqfx.options import Options, validated
 from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.rounding import Rounding
-from hawqfx.sensitivity.batching import bytes_kept
 from hawqfx.sensitivity.estimation import PARTS, SAMPLES
 from hawqfx.sensitivity.forward import forward
 from hawqfx.sensitivity.metrics import SensitivityMetric
@@ -57,7 +56,6 @@ _FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge
 _LIBRARIES = 100e6  # bytes of what is loaded after the capture
 _CODES = 5.0  # float weights: themselves, int8 codes of seven widths, compensated ones, and a lowered copy
 _MATRICES = 9.0  # of the largest moment: damped, factored, inverted
-_ROOM = 0.5  # of what sequential rounding makes room for
 _GRADIENT, _PRODUCT = 1.0, 1.5  # tensors of a forward pass that a gradient keeps, and a Hessian-vector product
 _FIXED = 5.0  # seconds of torch.export's imports and of rewrites
 
@@ -189,7 +187,7 @@ def _peak(
         if metric.shares_probes:
             size = min(size, -(-context.samples // _parts(metric, context.samples)))
         measuring = (_PRODUCT if metric.second_order else _GRADIENT) * size * program.forward_bytes()
-    keeping = _ROOM * bytes_kept(program, KEPT) * context.samples if sequential else 0
+    keeping = bytes_kept(program) * context.samples if sequential else 0
     held = psutil.Process().memory_info().rss + _LIBRARIES
     return held + _CODES * program.float_bytes() + sum(moments) + _MATRICES / 2 * max(moments) + max(measuring, keeping)
 

@@ -1,5 +1,6 @@
 """The float network and the quantized one, walked through side by side: what each layer reads and gives in both."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, fx
 from hawqfx.analysis.finite import first_less_finite, refuse_not_finite
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import RoundedWeights
+from hawqfx.ir.graph import batch_size, captured_shape
 from hawqfx.ir.operators import ceiling
 from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at, weight_at
@@ -16,8 +18,6 @@ from hawqfx.ir.sites import Layer
 from hawqfx.sensitivity.batching import with_room
 
 Values = dict[fx.Node, Any]
-
-KEPT = 6  # tensors of all samples, in float and quantized: what later layers read, as over residual connections
 
 
 def quantized_layers(program: Program) -> list[Layer]:
@@ -33,6 +33,30 @@ def passes(node: fx.Node) -> float | None:
     ends = [ceiling(user) for user in node.users]
     known = [end for end in ends if end is not None]
     return max(known) if known and len(known) == len(ends) else None
+
+
+def bytes_kept(program: Program) -> int:
+    """Bytes that a walk keeps of each sample, at the most: in both networks, what is read after one of the nodes where
+    it may stop, the inputs of layers, and outputs that rectifiers read."""
+    nodes = list(program.graph.graph.nodes)
+    made = {node: number for number, node in enumerate(nodes) if node.op in ("placeholder", "call_function")}
+    read = {node: max((made.get(user, len(nodes)) for user in node.users), default=-1) for node in made}
+    layers = {layer.node for layer in program.layers}
+    outputs = [node for node in made if node.name in layers]
+    stops = {source for node in outputs for source in node.all_input_nodes if source in made}
+    stops |= {node for node in outputs if passes(node) is not None}
+    samples = batch_size(program.graph.graph)
+
+    def kept(stop: fx.Node) -> int:
+        live = (node for node in made if node is stop or made[node] < made[stop] < read[node])
+        return sum(_bytes(node) for node in live)
+
+    return 2 * max(map(kept, stops), default=0) // samples
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return math.prod(captured_shape(node)) * value.element_size() if isinstance(value, Tensor) else 0
 
 
 class SideBySide:
@@ -52,7 +76,7 @@ class SideBySide:
     """
 
     def __init__(self, program: Program, context: Context, purpose: str) -> None:
-        context = with_room(program, context, KEPT, purpose)
+        context = with_room(program, context, bytes_kept(program), purpose)
         self.program, self.formats = program, program.formats()
         self.site_of = {node: site.key for site in program.activations for node in site.nodes}
         self.nodes = list(program.graph.graph.nodes)

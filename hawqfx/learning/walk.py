@@ -11,7 +11,7 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.program import Hook, Program
 from hawqfx.learning.blocks import Block
 from hawqfx.maths.seeding import generator
-from hawqfx.sensitivity.batching import with_room
+from hawqfx.sensitivity.batching import largest_bytes, with_room
 
 Values = dict[fx.Node, Any]
 
@@ -61,7 +61,7 @@ class Walk:
             held_out: the part of them that judges.
             anew: rounds a program anew by the samples of a context.
         """
-        context = with_room(program, context, _KEPT, "codes are learned from")
+        context = with_room(program, context, _KEPT * largest_bytes(program), "codes are learned from")
         batches = [program.flat_inputs(batch.args, batch.kwargs) for batch in context.batches]
         columns = zip(*batches, strict=True)
         values = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]

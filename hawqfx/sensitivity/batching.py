@@ -83,18 +83,17 @@ def _fitting_size(program: Program, device: torch.device, largest: int, second_o
     return size
 
 
-def with_room(program: Program, context: Context, tensors: int, purpose: str) -> Context:
+def with_room(program: Program, context: Context, bytes_of_sample: int, purpose: str) -> Context:
     """The context with as many samples as can be kept at once; all, of a fixed batch.
 
     Args:
         program: whose tensors are kept.
         context: with all samples.
-        tensors: as large as the largest of the network, that are kept of every sample.
+        bytes_of_sample: that are kept of every sample.
         purpose: begins the sentence of a warning where not all samples fit.
     """
     if not program.dynamic_batch:
         return context
-    bytes_of_sample = bytes_kept(program, tensors)
     most = max(1, free_memory(context.device) // 2 // bytes_of_sample)
     if most >= context.samples:
         return context
@@ -107,8 +106,8 @@ def with_room(program: Program, context: Context, tensors: int, purpose: str) ->
     return replace(context, batches=tuple(kept))
 
 
-def bytes_kept(program: Program, tensors: int) -> int:
-    """Bytes of so many tensors of a sample, as large as the largest of the network."""
+def largest_bytes(program: Program) -> int:
+    """Bytes of a sample's largest tensor, in float32."""
     nodes = (node for node in program.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
     largest = max(math.prod(captured_shape(node)) for node in nodes if node.op == "call_function")
-    return tensors * 4 * largest // batch_size(program.graph.graph)
+    return 4 * largest // batch_size(program.graph.graph)
