@@ -37,7 +37,7 @@ class Words(nn.Module):
     def __init__(self, tied: bool = True, bias: bool = False, common: Tensor = COMMON, words: int = WORDS) -> None:
         super().__init__()
         self.table = nn.Embedding(words, WIDTH)
-        self.table.weight.data += common
+        self.table.weight.data.mul_(torch.linspace(0.5, 2, WIDTH)).add_(common)
         self.norm, self.body = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, words, bias=bias)
         if tied:
@@ -80,6 +80,7 @@ def test_the_function_stays_and_columns_come_to_one_range(tied: bool, bias: bool
     assert old.abs().amax(1).min() > 25
     assert table.abs().amax(1).max() < 5
     assert table.mean(0).abs().max() < 1e-5  # a mean of 30 in float32 is off by 2e-6
+    assert torch.allclose(table.std(0, correction=0), torch.ones(WIDTH), atol=1e-5)
     columns, means = after.tensor("table.weight_columns"), after.tensor("table.weight_means")
     assert torch.allclose(table * columns + means, old, atol=1e-5)
     assert torch.equal(model.get_parameter("table.weight"), old), "the user's table is not changed"
