@@ -76,7 +76,9 @@ def _warn_of_biases(widened: Mapping[str, int]) -> None:
 def _blockwise_quantizer(weight: Tensor, width: Format) -> QuantParams:
     scale = affine.block_scales(weight, width.bits, width.block)
     low, high = affine.signed_range(width.bits)
-    every = tuple(scale.flatten().tolist())
+    # one object for each bfloat16 number, not for each block: those of a language model would take half a gigabyte
+    numbers, places = scale.flatten().unique(return_inverse=True)
+    every = tuple(map(numbers.tolist().__getitem__, places.tolist()))
     return QuantParams(width.bits, every, 0, low, high, True, "weight-only", scale.shape[1], width.block)
 
 

@@ -63,6 +63,21 @@ def test_weight_quantizers_are_signed_symmetric_and_per_channel() -> None:
             assert len(q.scale) == site.shape[0]
 
 
+def test_scales_of_blocks_are_one_object_for_each_number() -> None:
+    """The scales are those of affine.block_scales, bit for bit."""
+    linear = nn.Linear(640, 640, bias=False).eval()
+    surroundings = Context(gather([torch.randn(2, 640)]), squared_error)
+    program = capture(linear, surroundings.batches[0])
+    program = run(
+        [*recipe().rewrite, Histograms(), Calibration((4,), (8,), ("weight-only",), (32,))], program, surroundings
+    )
+    (site,) = program.weights
+    (quantizer,) = program.facts.get(site.key, Quantizers).by_format.values()
+    wanted = affine.block_scales(linear.weight, 4, 32)
+    assert torch.equal(torch.tensor(quantizer.scale).reshape(wanted.shape), wanted)
+    assert len(set(map(id, quantizer.scale))) == len(wanted.unique()) < wanted.numel() / 8
+
+
 @pytest.mark.parametrize("name", IMAGES)
 def test_errors_fall_with_every_bit(name: str) -> None:
     """For rounding to the nearest; compensated rounding is a heuristic, and falls from 2 bits to 8 all the same."""
