@@ -3,8 +3,9 @@
     python benchmarks/transcription.py [--quick] [--check]
 
 whisper.py's Listener and Writer (the extra `bench`), each compiled to so many bits per weight on average, activations
-at 8.  They calibrate on 32 recordings and on what the float network writes of them; the 191 sentences of four words and
-more within 30 s whose text is known word by word are scored.  They are of the same speaker, and none calibrates.
+at 8.  The listener calibrates on 32 recordings, the writer on 64, which have few words, and what the float network
+writes of them; the 191 sentences of four words and more within 30 s whose text is known word by word are scored.  They
+are of the same speaker, and none calibrates.
 
 * Nats: the mean negative log likelihood of a token of the known text, given those before it; the text begins with a
   space, as Whisper's own do, and its end counts.
@@ -44,7 +45,8 @@ from hawqfx.frontend.criteria import IGNORED_LABEL
 from hawqfx.runtime import ort
 
 WIDTHS = (4, 3)
-CALIBRATION, SHORTEST, BATCH = 32, 1.5, 8  # recordings, seconds of each, and recordings at once
+CALIBRATION = {"listener": 32, "writer": 64}  # recordings
+SHORTEST, BATCH = 1.5, 8  # seconds of each, and recordings at once
 LONGEST = 100  # tokens of a text that is written; the known ones have at most 78
 POSITION = 16  # tokens before the one that is timed
 PARTS = ("listener", "writer")
@@ -193,15 +195,17 @@ def spoken(tokenizer: Any, quick: bool) -> tuple[Sentences, Tensor]:
     sounds = recordings(longest=30)
     scored = [name for name in sounds if len(said.get(name, "").split()) >= 4][: 8 if quick else None]
     others = [name for name in recordings(SHORTEST, 30) if len(said.get(name, "").split()) < 4]
-    drawn = np.random.default_rng(0).permutation(others)[: 8 if quick else CALIBRATION]
+    drawn = np.random.default_rng(0).permutation(others)[: 8 if quick else CALIBRATION["writer"]]
     sentences = Sentences(log_mel([sounds[name] for name in scored]), [said[name] for name in scored], tokenizer)
     return sentences, log_mel([sounds[name] for name in drawn])
 
 
 def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
     """The batches of both parts; those of the writer are each text as a whole, and its second half after the first."""
-    found: dict[str, list[Any]] = {"listener": list(features.split(BATCH)), "writer": []}
-    for batch in found["listener"]:
+    found: dict[str, list[Any]] = {
+        "listener": list(features[: CALIBRATION["listener"]].split(BATCH)), "writer": []
+    }  # fmt: skip
+    for batch in features.split(BATCH):
         heard = network.heard(batch)
         tokens, labels = padded(texts(network, heard))
         none, half = no_past(len(tokens)), tokens.shape[1] // 2
@@ -305,7 +309,7 @@ def main() -> None:
     show(found)
     claims = Claims()
     claim(found, claims, widths)
-    results = {"files": found, "sentences": len(sentences.texts), "calibration": len(features), "seconds": seconds}
+    results = {"files": found, "sentences": len(sentences.texts), "calibration": CALIBRATION, "seconds": seconds}
     claims.finish("transcription", options, results)
 
 
