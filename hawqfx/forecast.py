@@ -11,8 +11,8 @@ product of matrices.  From these, by the number of passes of each step:
     sequential codes           of both, a forward pass of either network, and the rows of each weight in all scales
 
 Memory, at the peak: what the process holds already and the libraries that it will load; the weights with their codes;
-the second moments of all layers' inputs, and a few matrices as large as the largest of them; and either the tensors of
-the passes of the metric, or what sequential rounding keeps of all samples, whichever is larger.
+and the largest of the second moments of all layers' inputs, with a few matrices as large as the largest of them, the
+tensors of the passes of the metric, and what sequential rounding keeps of all samples.
 
 Learned rounding, interactions, refinement and budgets on latency and drop come on top, and are named.
 """
@@ -50,11 +50,10 @@ from hawqfx.sensitivity.metrics import SensitivityMetric
 _TIMED = 8  # samples of the passes that are timed
 _FAKE = 3.0  # a fake-quantized forward pass in forward passes: each tensor is also rounded
 _SECOND = 2.5  # a Hessian-vector product in gradients (benchmarks/sensitivity.py)
-_WIDTHS = 7  # of a weight, which are rounded together
 _FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge, one for all, and their inverses
 # of memory; the shares are those of benchmarks/forecast.py
 _LIBRARIES = 100e6  # bytes of what is loaded after the capture
-_CODES = 5.0  # float weights: themselves, int8 codes of seven widths, compensated ones, and a lowered copy
+_COPIES, _CODES = 1.5, 0.5  # float weights: with a lowered copy; and int8 codes of each format, twice as they are made
 _MATRICES = 9.0  # of the largest moment: damped, factored, inverted
 _GRADIENT, _PRODUCT = 1.0, 1.5  # tensors of a forward pass that a gradient keeps, and a Hessian-vector product
 _FIXED = 5.0  # seconds of torch.export's imports and of rewrites
@@ -137,14 +136,16 @@ def _of(program: Program, options: Options) -> Forecast:
     context, recipe = options.context, options.recipe
     samples = context.samples
     once, gradient = _times(program, context)
+    of_weight, of_activation = _formats(recipe.price)
     metric = next((step for step in recipe.measure if isinstance(step, SensitivityMetric)), None)
     kind, seconds = "nothing", 0.0
     name = "the plan that is followed" if options.plan else recipe.measure[0].name
     if metric is not None and options.plan is None:
-        kind, seconds = _of_metric(metric, _widths(program, recipe.price), samples, once, gradient)
+        pairs = of_weight * len(program.weights) + of_activation * len(program.activations)
+        kind, seconds = _of_metric(metric, pairs, samples, once, gradient)
     compensates = any(isinstance(step, Rounding) and step.method != "nearest" for step in recipe.price)
     factor, rows = _solving(program)
-    rounding = _FACTORS * (factor + _WIDTHS * rows) if compensates else 0.0
+    rounding = _FACTORS * (factor + of_weight * rows) if compensates else 0.0
     total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
     if recipe.finish:
         total += 2 * (samples * once * (1 + _FAKE) + (len(SCALES) + 2 * SWEEPS) * rows)
@@ -167,15 +168,20 @@ def _of(program: Program, options: Options) -> Forecast:
         name,
         kind,
         total,
-        _peak(program, context, metric if options.plan is None else None, compensates, bool(recipe.finish)),
+        _peak(program, context, metric if options.plan is None else None, of_weight, compensates, bool(recipe.finish)),
         tuple(more),
     )
 
 
 def _peak(
-    program: Program, context: Context, metric: SensitivityMetric | None, compensates: bool, sequential: bool
+    program: Program,
+    context: Context,
+    metric: SensitivityMetric | None,
+    formats: int,
+    compensates: bool,
+    sequential: bool,
 ) -> float:
-    """Bytes at the peak."""
+    """Bytes at the peak, where weights have so many formats."""
     moments = (
         [2 * 8 * min(_columns(program, site.key), MOST_COLUMNS) ** 2 for site in program.weights]
         if compensates
@@ -189,7 +195,8 @@ def _peak(
         measuring = (_PRODUCT if metric.second_order else _GRADIENT) * size * program.forward_bytes()
     keeping = bytes_kept(program) * context.samples if sequential else 0
     held = psutil.Process().memory_info().rss + _LIBRARIES
-    return held + _CODES * program.float_bytes() + sum(moments) + _MATRICES / 2 * max(moments) + max(measuring, keeping)
+    weights = (_COPIES + _CODES * formats) * program.float_bytes()
+    return held + weights + max(sum(moments) + _MATRICES / 2 * max(moments), measuring, keeping)
 
 
 def _times(program: Program, context: Context) -> tuple[float, float]:
@@ -239,10 +246,12 @@ def _parts(metric: SensitivityMetric, samples: int) -> int:
     return min(metric.probes, max(PARTS, samples // SAMPLES))
 
 
-def _widths(program: Program, price: Sequence[Pass]) -> int:
-    """The number of pairs of a site and a width."""
-    bits = next((step for step in price if isinstance(step, Calibration)), Calibration())
-    return len(program.weights) * len(bits.weight_bits) + len(program.activations) * len(bits.activation_bits)
+def _formats(price: Sequence[Pass]) -> tuple[int, int]:
+    """The number of formats that a weight may have, and that an activation may have."""
+    known = next((step for step in price if isinstance(step, Calibration)), Calibration())
+    static = len(known.weight_bits) if {"static", "dynamic"} & set(known.schemes) else 0
+    blocks = len(known.blockwise(max(known.blocks))) if "weight-only" in known.schemes else 0
+    return static + blocks, len(known.activation_bits) if static else 0
 
 
 def _columns(program: Program, key: str) -> int:

@@ -129,8 +129,9 @@ class Calibration(Analysis):
         activations = self._of_activations(program)
         return self._of_weights(program, _least_scales(program, activations)) | activations
 
-    def _blockwise(self, longest: int) -> list[Format]:
-        """The weight-only formats: of the bits that weights may have, those that there is a kernel for."""
+    def blockwise(self, longest: int) -> list[Format]:
+        """The weight-only formats of a weight whose blocks may have so many inputs: of the bits that weights may have,
+        those that there is a kernel for."""
         return [
             formats.blockwise(bits, block)
             for bits in BLOCKWISE_BITS
@@ -147,7 +148,7 @@ class Calibration(Analysis):
             weight = program.tensor(site.key)
             needed = least[site.key].to(weight.device)
             by_format: dict[Format, QuantParams] = {}
-            in_blocks = self._blockwise(longest.get(site.key, 0))
+            in_blocks = self.blockwise(longest.get(site.key, 0))
             if others or not in_blocks:
                 by_format = {Format(bits): _weight_quantizer(weight, bits, needed) for bits in self.weight_bits}
                 widened[site.key] = _widened(by_format, needed)
