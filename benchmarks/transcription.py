@@ -54,6 +54,7 @@ PARTS = ("listener", "writer")
 NATS, ERRORS, FASTER = {4: 0.02, 3: 0.10}, 0.003, 2.0
 
 Arrays = Mapping[str, NDArray[Any]]
+Paths = Mapping[str, Path]  # of a listener and a writer
 
 
 class Network(Protocol):
@@ -83,10 +84,9 @@ class Trained:
 
 
 class Files:
-    """A listener and a writer in onnxruntime."""
+    """A listener and a writer in onnxruntime, which keep gigabytes once they have run."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Paths) -> None:
         self.listener, self.writer = (ort.session(paths[part], threads=1) for part in PARTS)
 
     def heard(self, features: Tensor) -> Arrays:
@@ -217,9 +217,10 @@ def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
     return found
 
 
-def milliseconds(files: Mapping[str, Files], sentences: Sentences) -> dict[str, dict[str, float]]:
+def milliseconds(files: Mapping[str, Paths], sentences: Sentences) -> dict[str, dict[str, float]]:
     """The median of each part, of all files side by side, for one sentence."""
-    first, features = next(iter(files.values())), sentences.features[:1]
+    one, features = next(iter(files.values())), sentences.features[:1]
+    first = Files(one)
     heard = first.heard(features)
     tokens = padded([next(row for row in sentences.tokens if len(row) > POSITION)])[0].numpy()
     _, past = first.written(tokens[:, :POSITION], {**heard, **no_past(1)})
@@ -229,30 +230,30 @@ def milliseconds(files: Mapping[str, Files], sentences: Sentences) -> dict[str, 
     }
     found: dict[str, dict[str, float]] = {name: {} for name in files}
     for part, rounds in (("listener", 5), ("writer", 50)):
-        paths: dict[str, str | Path] = {name: each.paths[part] for name, each in files.items()}
-        inputs = [feeds[part][name] for name, _, _ in ort.inputs(first.paths[part])]
+        paths: dict[str, str | Path] = {name: each[part] for name, each in files.items()}
+        inputs = [feeds[part][name] for name, _, _ in ort.inputs(one[part])]
         for name, times in ort.latency(paths, inputs, rounds=rounds).items():
             found[name][part] = 1e3 * times.median
     return found
 
 
-def exported(networks: Mapping[str, Compiled], folder: Path) -> Files:
+def exported(networks: Mapping[str, Compiled], folder: Path) -> Paths:
     folder.mkdir()
     for part, network in networks.items():
         network.export(folder / f"{part}.onnx")
-    return Files({part: folder / f"{part}.onnx" for part in PARTS})
+    return {part: folder / f"{part}.onnx" for part in PARTS}
 
 
-def rivals(networks: Mapping[str, Compiled], folder: Path) -> dict[str, Files]:
+def rivals(networks: Mapping[str, Compiled], folder: Path) -> dict[str, Paths]:
     """The float files, and those of onnxruntime's tools."""
     for part, network in networks.items():
         network.export_float(folder / f"{part}.onnx")
-    found = {"float": Files({part: folder / f"{part}.onnx" for part in PARTS})}
+    found: dict[str, Paths] = {"float": {part: folder / f"{part}.onnx" for part in PARTS}}
     theirs = {part: without_data(folder / f"{part}.onnx", folder) for part in PARTS}
-    return found | {kind: Files({part: theirs[part][kind] for part in PARTS}) for kind in WITHOUT_DATA}
+    return found | {kind: {part: theirs[part][kind] for part in PARTS} for kind in WITHOUT_DATA}
 
 
-def every_file(compiled: Mapping[str, Compiled], widths: Sequence[int], folder: Path) -> dict[str, Files]:
+def every_file(compiled: Mapping[str, Compiled], widths: Sequence[int], folder: Path) -> dict[str, Paths]:
     files = rivals(compiled, folder)
     for bits in widths:
         mixed = {part: network.at(f"weight_bits={bits}") for part, network in compiled.items()}
@@ -302,9 +303,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = every_file(compiled, widths, Path(folder))
         times = milliseconds(files, sentences)
-        for kind, each in files.items():
-            sizes = {part: path.stat().st_size for part, path in each.paths.items()}
-            found[kind] = {**sentences.score(each), "bytes": sizes, "milliseconds": times[kind]}
+        for kind, paths in files.items():
+            sizes = {part: path.stat().st_size for part, path in paths.items()}
+            found[kind] = {**sentences.score(Files(paths)), "bytes": sizes, "milliseconds": times[kind]}
             console.print(f"{kind}: {found[kind]}")
     show(found)
     claims = Claims()
