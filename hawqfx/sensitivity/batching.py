@@ -94,7 +94,7 @@ def with_room(program: Program, context: Context, bytes_of_sample: int, purpose:
     """
     if not program.dynamic_batch:
         return context
-    most = max(1, free_memory(context.device) // 2 // bytes_of_sample)
+    most = max(1, free_memory(context.device) // 2 // max(1, bytes_of_sample))
     if most >= context.samples:
         return context
     log.warning("%s %d of %d samples, which fit into memory", purpose, most, context.samples)
