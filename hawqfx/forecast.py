@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.allocation.budget import Budget
-from hawqfx.analysis.asymmetric import SCALES
 from hawqfx.analysis.compensation import MOST_COLUMNS
 from hawqfx.compiler import compile, find_sites
 from hawqfx.frontend import decoders
@@ -38,7 +37,7 @@ from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, silent
 from hawqfx.ir.program import Program
 from hawqfx.learning.side_by_side import bytes_kept
-from hawqfx.maths.rounding import SWEEPS
+from hawqfx.maths.rounding import SCALES, SWEEPS
 from hawqfx.options import Options, validated
 from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.calibration import Calibration

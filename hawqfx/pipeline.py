@@ -11,7 +11,7 @@ compile(), measure_latency() and `hawqfx passes` all take their passes from here
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hawqfx.allocation.budget import Budget
@@ -107,9 +107,9 @@ def recipe(
         interactions: whether the errors of two weights together are measured too.
         allocation: Allocation with its options.
         bias_correction: whether mean errors are taken out of the biases.
-        new_scales: whether sequential rounding chooses the scales of weights; not where a plan has them.
+        new_scales: whether rounding chooses scales of weights; not where a plan has them.
     """
-    rounding = rounding or Rounding()
+    rounding = replace(rounding or Rounding(), scales=new_scales)
     finish: list[Pass] = [BiasCorrection()] * bias_correction
     if rounding.method == "sequential":
         finish = [SequentialRounding(biases=bias_correction, scales=new_scales)]

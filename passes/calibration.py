@@ -20,6 +20,7 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import ActivationHistogram, Quantizers, QuantParams
 from hawqfx.ir.operators import EMBEDDING
 from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import numbers_of
 from hawqfx.ir.sites import ActivationSite, WeightSite
 from hawqfx.maths import affine, formats
 from hawqfx.maths.formats import BLOCKS, BLOCKWISE_BITS, DYNAMIC, Format, Scheme
@@ -76,10 +77,7 @@ def _warn_of_biases(widened: Mapping[str, int]) -> None:
 def _blockwise_quantizer(weight: Tensor, width: Format) -> QuantParams:
     scale = affine.block_scales(weight, width.bits, width.block)
     low, high = affine.signed_range(width.bits)
-    # one object for each bfloat16 number, not for each block: those of a language model would take half a gigabyte
-    numbers, places = scale.flatten().unique(return_inverse=True)
-    every = tuple(map(numbers.tolist().__getitem__, places.tolist()))
-    return QuantParams(width.bits, every, 0, low, high, True, "weight-only", scale.shape[1], width.block)
+    return QuantParams(width.bits, numbers_of(scale), 0, low, high, True, "weight-only", scale.shape[1], width.block)
 
 
 def _dynamic_quantizer() -> QuantParams:

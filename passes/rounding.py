@@ -2,18 +2,18 @@
 
 The method "nearest" is the paper's: every element goes to the nearest code, and the error is ||Q(W) - W||^2.  The
 method "compensated" moves each rounding error to elements that are not rounded yet, by the second moment of the layer's
-inputs, and weighs the error by this moment (hawqfx/analysis/compensation.py, hawqfx/maths/rounding.py).  The method
+inputs, and weighs the error by this moment (hawqfx/analysis/compensation.py, hawqfx/maths/rounding.py); scales of
+blocks are chosen by it too (hawqfx/maths/block_scales.py).  The method
 "sequential" does so too here, and makes the codes of the chosen formats anew later (sequential_rounding.py).
 benchmarks/accuracy.py measures both.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from hawqfx.analysis.compensation import compensated, nearest
+from hawqfx.analysis.compensation import compensated_anew, nearest
 from hawqfx.errors import UsageError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, RoundedWeights
@@ -34,8 +34,9 @@ class Rounding(Analysis):
     block: int | None = option(
         None, "the most columns that are compensated together; by default 8,192, or fewer as free memory allows"
     )
+    scales: bool = option(True, "whether scales of blocks are chosen anew, by the inputs; those of a plan are not")
     needs: ClassVar[tuple[Kind, ...]] = (WeightSite, Quantizers)
-    gives: ClassVar[tuple[Kind, ...]] = (RoundedWeights,)
+    gives: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights)
 
     def __post_init__(self) -> None:
         if self.method not in ("sequential", "compensated", "nearest"):
@@ -44,8 +45,9 @@ class Rounding(Analysis):
             raise UsageError(f"block={self.block}: at least one column is compensated at a time")
 
     @torch.no_grad()
-    def learn(self, program: Program, context: Context) -> Mapping[str, RoundedWeights]:
+    def learn(self, program: Program, context: Context) -> Program:
         if self.method != "nearest":
-            return compensated(program, context, self.block)
+            quantizers, codes = compensated_anew(program, context, self.block, scales=self.scales)
+            return program.learn(quantizers).learn(codes)
         known = {site.key: program.facts.get(site.key, Quantizers) for site in program.weights}
-        return {key: nearest(program.tensor(key), widths) for key, widths in known.items()}
+        return program.learn({key: nearest(program.tensor(key), widths) for key, widths in known.items()})

@@ -236,6 +236,15 @@ def test_a_saved_decoder_is_loaded_for_the_model_itself(tmp_path: Path) -> None:
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
 
 
+def test_a_plan_in_blocks_gives_the_same_file(tmp_path: Path) -> None:
+    """Its scales are followed, those of the table among them, and its codes come out as they were."""
+    one = compiled(BLOCKS)
+    other = hawqfx.compile(model(BLOCKS), None, texts(), tokens="causal", plan=one.plan)
+    one.export(tmp_path / "one.onnx")
+    other.export(tmp_path / "other.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
+
+
 def test_the_model_is_as_it_was() -> None:
     own = model("grouped-query")
     before = type(own)

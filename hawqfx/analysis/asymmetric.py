@@ -16,7 +16,8 @@ samples, the part `a` that leaves the least error on the other half, both ways, 
 A row is rounded in the scale that it was calibrated with and in others, and keeps the one whose codes leave the least
 error, by the same moment.  From there its codes descend: with uniform 2 bits of ResNet-20, descent takes back a fifth
 of the errors of layers and half of the divergence from float on data held out (.032 to .015 nats); from 3 bits on it
-moves less than a code in a hundred, and changes little.  Scales chosen after descent in each bring no more.
+moves less than a code in a hundred, and changes little.  Scales chosen after descent in each bring no more.  Scales of
+blocks are chosen by hawqfx/maths/block_scales.py.
 """
 
 from collections.abc import Sequence
@@ -27,13 +28,12 @@ from torch import Tensor, fx
 
 from hawqfx.analysis.input_moments import Part, Rows, groups_of, halves
 from hawqfx.ir.sites import Layer
-from hawqfx.maths import rounding
+from hawqfx.maths import affine, rounding
+from hawqfx.maths.block_scales import chosen_scales
 
 # Rows of a half that the moments of a group are taken over, for each column and at least; and where groups are many.
 # Four times as many leave the same within what the choice of rows moves, and take half as long again.
 ROWS_PER_COLUMN, FEWEST_ROWS, FEWEST_OF_MANY = 16, 4096, 1024
-# Times the calibrated scale.  It is at most 1 / 0.7 below it: half a step of the bias's headroom, see Calibration.
-SCALES = (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 ELEMENTS = 1 << 22  # of vectors that are multiplied at once, and of codes that are rounded at once, in all scales
 
 
@@ -119,14 +119,14 @@ class Recoded:
 
     Args:
         codes: int8, in the weight's shape.
-        scale: (C,) float32, of each row; None: as it was.
+        scale: float32, in the shape of the one that there was.
         weight: the values of the codes, in float32.
         shift: (C,) float64, of the bias; None: none.
         part: of the way to the weight that fits the quantized inputs, `a` above.
     """
 
     codes: Tensor
-    scale: Tensor | None
+    scale: Tensor
     weight: Tensor
     shift: Tensor | None
     part: float
@@ -142,22 +142,24 @@ def recoded(
     *,
     bias: bool,
     scales: Sequence[float],
+    block: int = 0,
 ) -> Recoded:
     """Codes that are fitted to the float layer from quantized inputs.
 
     Args:
         weight: (C, ...), in float.
-        scale: of the codes, in a shape that broadcasts over the weight.
+        scale: of the codes, (C,), or (C, B) for blocks of each row.
         ends: the lowest and the highest code.
         known: shares and moments of one half of the samples, or of both.
         groups: of the layer's channels.
         damping: of the moment of all samples, see hawqfx.maths.rounding.Compensation.
         bias: whether the layer's bias moves with the codes.
-        scales: that are tried of every row, in units of the one that it has; of scales per row alone.
+        scales: that are tried of every row or block, in units of the one that it has; a single one leaves them.
+        block: columns of a block, of a layer of one group; 0 for scales per row.
     """
     columns = weight[0].numel()
     rows = weight.detach().reshape(groups, -1, columns).double()
-    steps = scale.expand(weight.shape[0], *scale.shape[1:]).reshape(*rows.shape[:2], -1)
+    steps = scale.double().reshape(*rows.shape[:2], -1)
     moments = [(share, each.about_means if bias else each) for share, each in known]
     whole = moments[0][1]
     for share, each in moments[1:]:
@@ -165,15 +167,19 @@ def recoded(
     compensation = rounding.Compensation(whole.second, damping)
     part = _part(rows, [each for _, each in moments], damping) if len(moments) > 1 else 0.0
     aim = rows + part * compensation.solved(rows @ whole.cross) if part else rows
-    per_row = steps.shape[-1] == 1
-    codes, chosen = _best_codes(compensation, aim, steps, ends, scales if per_row else (1.0,))
-    codes = _descended(codes, aim, chosen, ends, compensation.damped(whole.second))
+    moment = compensation.damped(whole.second)
+    if block and len(scales) > 1:
+        scale = chosen_scales(compensation, moment, aim[0], steps[0], ends, block, scales, settled=True).float()
+    if block:
+        steps, scales = affine.along_channels(scale.double(), aim[0])[None], (1.0,)
+    codes, chosen = _best_codes(compensation, aim, steps, ends, scales)
+    codes = _descended(codes, aim, chosen, ends, moment)
     values, shift = codes * chosen, None
     if bias:
         shift = (rows @ (whole.mean + whole.gap)[..., None] - values @ whole.mean[..., None]).reshape(-1)
     return Recoded(
         codes.to(torch.int8).reshape(weight.shape),
-        chosen.float().reshape(-1) if per_row else None,
+        scale if block else chosen.float().reshape(scale.shape),
         values.float().reshape(weight.shape),
         shift,
         part,

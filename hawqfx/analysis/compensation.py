@@ -14,18 +14,19 @@ where the moments of all do not fit into memory at once, which changes no result
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, parts_of
+from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, looked_up, parts_of
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.memory import free_memory
 from hawqfx.ir.facts import Compensated, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import scale_of
+from hawqfx.ir.quantizers import numbers_of, scale_of
 from hawqfx.maths import affine, rounding
+from hawqfx.maths.block_scales import chosen_scales
 from hawqfx.maths.formats import Format
 
 DAMPINGS = (rounding.DAMPING, 0.1, rounding.STRONGEST_DAMPING)  # tried for each block
@@ -63,8 +64,12 @@ class _Size:
         return next(fitting, widths[-1])
 
 
-def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMoments]) -> RoundedWeights:
-    """The codes in all formats, some blocks of columns after others."""
+def _compensated(
+    weight: Tensor, widths: Quantizers, moments: Sequence[InputMoments], *, scales: bool, settled: bool
+) -> tuple[Quantizers, RoundedWeights]:
+    """The codes in all formats, some blocks of columns after others, and the quantizers in the end, whose blocks have
+    other scales if `scales` are chosen."""
+    by_format = dict(widths.by_format)
     codes = {width: torch.empty(weight.shape, dtype=torch.int8, device=weight.device) for width in widths.by_format}
     fitted, held_out, errors = (dict.fromkeys(codes, 0.0) for _ in range(3))
     damping, asked = 0.0, []
@@ -81,6 +86,9 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
             if not quantizers:
                 continue
             stack = _Stack(weight, quantizers, own)
+            if scales and not static and len(moments) == 1:
+                stack.choose_scales(whole, settled=settled)
+                by_format |= {each.format: each for each in stack.quantizers}
             final, left = stack.rounded(whole, own.whole)
             judges = stack.some
             some = left if judges is stack else judges.rounded(whole, own.whole)[1]
@@ -94,9 +102,8 @@ def _compensated(weight: Tensor, widths: Quantizers, moments: Sequence[InputMome
     optimism = {width: max(1.0, held_out[width] / fitted[width]) if fitted[width] > 0 else 1.0 for width in codes}
     errors = {width: errors[width] * optimism[width] for width in codes}
     blocks = sum(own.part.blocks for own in moments)
-    return RoundedWeights(
-        codes, errors, optimism, compensation=Compensated(moments[0].part.width, blocks, damping, asked[0])
-    )
+    how = Compensated(moments[0].part.width, blocks, damping, asked[0])
+    return Quantizers(by_format), RoundedWeights(codes, errors, optimism, compensation=how)
 
 
 def _best_damped(weight: Tensor, moments: InputMoments) -> tuple[list[rounding.Compensation], Tensor]:
@@ -141,10 +148,22 @@ class _Stack:
         self.groups = len(moments.energy) // part.blocks
         whole = weight.detach().reshape(self.groups, -1, weight[0].numel())
         self.rows = part.of(whole[:, :, part.columns]).double()
-        self.quantizers = quantizers
+        self.quantizers = list(quantizers)
         self.scales = [
             scale_of(quantizer).to(weight.device).double().reshape(*whole.shape[:2], -1) for quantizer in quantizers
         ]
+
+    def choose_scales(self, compensation: rounding.Compensation, *, settled: bool) -> None:
+        """Give the quantizers, all of them in blocks, the scales that leave the least by the moment of a compensation;
+        see hawqfx/maths/block_scales.py."""
+        moment, rows = compensation.damped(self.moments.whole), self.rows[0]
+        for number, quantizer in enumerate(self.quantizers):
+            scale = chosen_scales(
+                compensation, moment, rows, self.scales[number][0], (quantizer.low, quantizer.high), quantizer.block,
+                rounding.SCALES, settled=settled,
+            )  # fmt: skip
+            self.scales[number] = scale[None]
+            self.quantizers[number] = replace(quantizer, scale=numbers_of(scale.float()))
 
     @property
     def some(self) -> "_Stack":
@@ -259,26 +278,36 @@ def _in_turns(sizes: Mapping[str, _Size], widths: Mapping[str, int], memory: int
         yield part
 
 
-@torch.no_grad()
 def compensated(program: Program, context: Context, block: int | None = None) -> dict[str, RoundedWeights]:
-    """The compensated codes of every weight in the formats that the fact Quantizers has, by the samples of the context;
-    the nearest ones of a table, whose rows are read without a product.
+    """The codes of `compensated_anew`, in the scales that the quantizers have."""
+    return compensated_anew(program, context, block, scales=False)[1]
+
+
+@torch.no_grad()
+def compensated_anew(
+    program: Program, context: Context, block: int | None = None, *, scales: bool
+) -> tuple[dict[str, Quantizers], dict[str, RoundedWeights]]:
+    """The compensated codes of every weight in the formats that the fact Quantizers has, by the samples of the context,
+    and these quantizers; the nearest codes of a table whose rows are read without a product.
 
     Args:
         program: the float network with its quantizers.
         context: the samples.
         block: the most columns of a weight that are compensated together.  None: the blocks that a weight was rounded
             in before, or as free memory allows.
+        scales: whether scales of blocks are chosen by the samples.
     """
     memory = free_memory(context.device) // 2
-    sizes = _sizes(program)
+    sizes, tables = _sizes(program), looked_up(program)
     widths = {key: block or _width_before(program, key) or size.width_within(memory) for key, size in sizes.items()}
+    known = {site.key: program.facts.get(site.key, Quantizers) for site in program.weights}
     facts: dict[str, RoundedWeights] = {}
     for keys in _in_turns(sizes, widths, memory):
         moments = input_moments(program, context, {key: widths[key] for key in keys})
         for key in keys:
-            facts[key] = _compensated(program.tensor(key), program.facts.get(key, Quantizers), moments.pop(key))
-    for site in program.weights:
-        if site.key not in facts:
-            facts[site.key] = nearest(program.tensor(site.key), program.facts.get(site.key, Quantizers))
-    return facts
+            # those of other weights settle once formats are chosen
+            known[key], facts[key] = _compensated(
+                program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in tables
+            )
+    nearest_ones = {key: nearest(program.tensor(key), each) for key, each in known.items() if key not in facts}
+    return known, facts | nearest_ones

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from hawqfx.errors import DataError
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.data import sample_axis
-from hawqfx.ir.operators import operands
+from hawqfx.ir.operators import EMBEDDING, operands
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import Layer
 from hawqfx.maths import rounding
@@ -90,10 +90,11 @@ class _Sums:
     Args:
         groups: of the weight.
         parts: of its columns.
+        table: whether rows of the weight are looked up too.
     """
 
-    def __init__(self, groups: int, parts: list[Part]) -> None:
-        self.groups, self.parts = groups, parts
+    def __init__(self, groups: int, parts: list[Part], *, table: bool) -> None:
+        self.groups, self.parts, self.table = groups, parts, table
         self.moments: list[dict[int, Tensor]] = [{} for _ in parts]
         self.shares: dict[int, float] = {}
 
@@ -110,6 +111,9 @@ class _Sums:
         for moments in self.moments:
             found.append(torch.stack([moments[half].mul_(uses / share) for half, share in self.shares.items()]))
             moments.clear()  # those of a wide weight are not held twice
+            if self.table:
+                diagonal = found[-1].diagonal(dim1=2, dim2=3)
+                diagonal += diagonal.mean(2, keepdim=True)
         shares = (shares / uses).to(found[0].device)
         squares = [torch.einsum("h,hgii->g", shares, halves).reshape(self.groups, -1) for halves in found]
         mean = torch.cat(squares, 1).sum(1, keepdim=True) / self.parts[-1].columns.stop
@@ -124,9 +128,20 @@ def groups_of(node: fx.Node, layer: Layer) -> int:
     return 1 if layer.operator == "linear" else int(_geometry(node)[3])
 
 
+def looked_up(program: Program) -> set[str]:
+    """The tables: weights whose rows are looked up, whatever else reads them."""
+    nodes = program.graph.graph.find_nodes(op="get_attr")
+    return {str(node.target) for node in nodes if any(user.target is EMBEDDING for user in node.users)}
+
+
 @torch.no_grad()
 def input_moments(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, tuple[InputMoments, ...]]:
     """The moments of weights that layers multiply by, over all layers that use each, block by block.
+
+    Rows of a table that is a head too are read in two ways: what is looked up is wrong by the whole of a row's error,
+    in any direction.  So its moment has the identity beside the inputs', with equal traces.  Of SmolLM2-135M's, with 3
+    bits in blocks of 32 and nothing else quantized, 2,048 tokens have the perplexity 42.3 so, 44.9 by the inputs alone
+    and 50.9 by the identity alone; in float 32.9.
 
     Args:
         program: the float network.
@@ -137,6 +152,7 @@ def input_moments(program: Program, context: Context, widths: Mapping[str, int])
         DataError: if the inputs of a layer are not finite.
     """
     nodes = {node.name: node for node in program.graph.graph.nodes}
+    tables = looked_up(program)
     readers: dict[str, list[Layer]] = {}
     for layer in program.layers:
         if layer.weight in widths:
@@ -155,7 +171,8 @@ def input_moments(program: Program, context: Context, widths: Mapping[str, int])
                     node, weight = nodes[layer.node], program.tensor(layer.weight)
                     if layer.weight not in sums:
                         groups = groups_of(node, layer)
-                        sums[layer.weight] = _Sums(groups, parts_of(groups, weight[0].numel(), widths[layer.weight]))
+                        parts = parts_of(groups, weight[0].numel(), widths[layer.weight])
+                        sums[layer.weight] = _Sums(groups, parts, table=layer.weight in tables)
                     share = samples / context.samples
                     sums[layer.weight].add(half, share, Rows(part, node, layer, weight, share))
             return value

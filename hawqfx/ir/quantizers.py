@@ -40,6 +40,16 @@ def scale_of(quantizer: QuantParams) -> Tensor:
     return scale.reshape(-1, quantizer.blocks) if quantizer.scheme == "weight-only" else scale
 
 
+def numbers_of(scale: Tensor) -> tuple[float, ...]:
+    """A scale as QuantParams has it, from the shape of `scale_of`.
+
+    Of equal numbers one object is held: those of a language model's blocks, which are bfloat16, would take half a
+    gigabyte.
+    """
+    numbers, places = scale.flatten().unique(return_inverse=True)
+    return tuple(map(numbers.tolist().__getitem__, places.tolist()))
+
+
 def activation_at(program: Program, key: str, width: Format, x: Tensor) -> Tensor:
     """An activation after fake quantization.
 

@@ -3,17 +3,17 @@
 from collections import Counter
 from dataclasses import replace
 
-from hawqfx.analysis.asymmetric import SCALES, PairMoments, pair_moments, recoded
+from hawqfx.analysis.asymmetric import PairMoments, pair_moments, recoded
 from hawqfx.analysis.input_moments import groups_of
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, RoundedWeights
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import scale_of
+from hawqfx.ir.quantizers import numbers_of, scale_of
 from hawqfx.ir.sites import Layer
 from hawqfx.learning.mean_error import correct, rectified_layers
 from hawqfx.learning.side_by_side import SideBySide, quantized_layers
-from hawqfx.maths import affine
+from hawqfx.maths.rounding import SCALES
 
 MOST_COLUMNS = 6144  # whose moments, and what is made of them, take 4 GB
 
@@ -48,16 +48,14 @@ def _recode(walk: SideBySide, moments: "_Moments", layer: Layer, bias: bool, sca
     quantizer, how = known.by_format[width], program.facts.get(key, RoundedWeights).compensation
     assert how is not None
     found = recoded(
-        weight, affine.along_channels(scale_of(quantizer).to(weight.device), weight), (quantizer.low, quantizer.high),
+        weight, scale_of(quantizer).to(weight.device), (quantizer.low, quantizer.high),
         moments.of(layer), groups_of(walk.named[layer.node], layer), how.chosen,
-        bias=bias, scales=(1.0,) if width.is_blockwise or not scales else SCALES,
+        bias=bias, scales=SCALES if scales else (1.0,), block=width.block,
     )  # fmt: skip
     walk.recode(key, found.codes, found.weight)
     if found.shift is not None:
         walk.move_bias(layer, found.shift)
-    if found.scale is None or width.is_blockwise:  # those of blocks are numbers of bfloat16, and stay
-        return known
-    changed = replace(quantizer, scale=tuple(found.scale.tolist()))
+    changed = replace(quantizer, scale=numbers_of(found.scale))
     return Quantizers({**known.by_format, width: changed})
 
 

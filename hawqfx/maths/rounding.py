@@ -31,6 +31,9 @@ STRONGEST_DAMPING = 0.5  # that is tried; more than it is as good as rounding to
 STRONGER = 10.0  # times the damping where A is still not positive definite
 SOLVED = 256  # columns of a triangular matrix that are inverted at once
 SWEEPS = 2  # over all columns, in which codes descend; more lower the errors of layers by little, and no loss
+# Times the calibrated scale, that codes are tried in.  It is at most 1 / 0.7 below it: half a step of the bias's
+# headroom, see Calibration.
+SCALES = (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 COLUMNS = 64  # rounded before their errors move on to later columns, in one product of matrices (GPTQ, section 3.3)
 
 # Rows that a second moment is taken over: so many for each column, and at least so many.  Patches overlap and those of
@@ -147,6 +150,11 @@ class Compensation:
             moment.diagonal(dim1=1, dim2=2).add_((unit * more)[:, None])
             self.upper[failed], failed[failed.clone()] = _upper(moment[failed])
         self.added = unit * self.damping
+
+    @property
+    def costs(self) -> Tensor:
+        """What a squared error of each column costs, whatever later columns take back, (groups, K)."""
+        return self.unsorted(self.upper.diagonal(dim1=1, dim2=2)[:, None] ** -2)[:, 0]
 
     def take(self, other: "Compensation", groups: Tensor) -> None:
         """Take some groups, (groups,) bool, from what is made of the same moment with another damping."""

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hawqfx.analysis.asymmetric import SCALES, PairMoments, Recoded, pair_moments, recoded
+from hawqfx.analysis.asymmetric import PairMoments, Recoded, pair_moments, recoded
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.data import gather
 from hawqfx.maths import affine, rounding
+from hawqfx.maths.rounding import SCALES
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.find_sites import FindSites
 from tests.tools import context
@@ -33,7 +34,7 @@ def _halves(exact: Tensor, quantized: Tensor) -> list[tuple[float, PairMoments]]
 
 
 def _fine(weight: Tensor, known: list[tuple[float, PairMoments]], *, bias: bool, damping: float = 1e-9) -> Recoded:
-    scale = torch.full((len(weight), 1), 1e-4)
+    scale = torch.full((len(weight),), 1e-4)
     return recoded(weight, scale, FINE, known, 1, damping, bias=bias, scales=(1.0,))
 
 
@@ -74,23 +75,44 @@ def test_errors_that_the_inputs_do_not_tell_are_not_fitted() -> None:
 def test_every_row_takes_the_scale_that_leaves_the_least() -> None:
     inputs, weight = _randn(500, 12) @ _randn(12, 12, seed=1), _randn(40, 12, seed=2)
     known, ends = _halves(inputs, inputs), affine.signed_range(3)
-    scale = affine.symmetric_scales(weight, 3)[:, None]
+    scale = affine.symmetric_scales(weight, 3)
     alone, chosen = (
         recoded(weight, scale, ends, known, 1, 0.01, bias=False, scales=scales) for scales in ((1.0,), SCALES)
     )
-    assert torch.equal(alone.scale, scale[:, 0]) if alone.scale is not None else False
-    assert chosen.scale is not None
+    assert torch.equal(alone.scale, scale)
     assert torch.equal(chosen.codes * chosen.scale[:, None], chosen.weight)
-    damped = known[0][1].second[0] + 0
-    for _, half in known[1:]:
-        damped = (damped + half.second[0]) / 2
-    damped = damped + 0.01 * damped.diagonal().mean() * torch.eye(12)
-    errors = []
-    for each in (alone, chosen):
-        difference = each.weight.double() - weight.double()
-        errors.append(((difference @ damped) * difference).sum(1))
+    errors = [_errors(each, weight, known) for each in (alone, chosen)]
     assert bool((errors[1] <= errors[0] * (1 + 1e-6)).all())  # float32 values of the codes
     assert float(errors[1].sum()) < 0.8 * float(errors[0].sum())
+
+
+def _errors(found: Recoded, weight: Tensor, known: list[tuple[float, PairMoments]]) -> Tensor:
+    """Of each row, by the damped moment that it was fitted to."""
+    moment = sum(share * each.second[0] for share, each in known)
+    assert isinstance(moment, Tensor)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
+    difference = found.weight.double() - weight.double()
+    return ((difference @ damped) * difference).sum(1)
+
+
+@pytest.mark.parametrize("columns", [64, 80])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_blocks_take_scales_that_leave_less(bits: int, columns: int) -> None:
+    """Of channels of unlike size, as those of language models are; the last of 80 columns are half a block."""
+    sizes = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(3))]
+    inputs, weight = _randn(2000, columns) * sizes, _randn(50, columns, seed=2)
+    known, ends = _halves(inputs, inputs), affine.signed_range(bits)
+    scale = affine.block_scales(weight, bits, 32)
+    alone, chosen = (
+        recoded(weight, scale, ends, known, 1, 0.01, bias=False, scales=scales, block=32) for scales in ((1.0,), SCALES)
+    )
+    assert torch.equal(alone.scale, scale)
+    assert torch.equal(chosen.scale, chosen.scale.bfloat16().float())
+    assert torch.equal(chosen.codes * affine.along_channels(chosen.scale, weight), chosen.weight)
+    assert int(chosen.codes.min()) >= ends[0]
+    assert int(chosen.codes.max()) <= ends[1]
+    errors = [float(_errors(each, weight, known).sum()) for each in (alone, chosen)]
+    assert errors[1] < 0.85 * errors[0]
 
 
 @pytest.mark.parametrize(("groups", "stride", "padding"), [(1, 1, 1), (2, 2, 0), (4, 1, 2)])

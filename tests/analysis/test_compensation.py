@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hawqfx.analysis import compensation
-from hawqfx.analysis.compensation import compensated
+from hawqfx.analysis.compensation import compensated, compensated_anew
 from hawqfx.analysis.input_moments import InputMoments, input_moments, parts_of
 from hawqfx.errors import DataError
 from hawqfx.frontend.capture import capture
@@ -249,3 +249,52 @@ def test_many_rows_are_judged_by_some_of_them(monkeypatch: pytest.MonkeyPatch) -
         assert some.optimism[width] == pytest.approx(everyone.optimism[width], rel=0.2)
         fitted = [found.squared_error[width] / found.optimism[width] for found in (some, everyone)]
         assert fitted[0] == pytest.approx(fitted[1])
+
+
+class Tied(nn.Module):
+    """A table that is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 64)
+        self.table.weight.data *= torch.logspace(-1, 1, 64)[torch.randperm(64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.table(x).relu(), self.table.weight)
+
+
+def in_blocks(model: nn.Module, data: Tensor) -> tuple[Program, Context]:
+    surroundings = Context(gather(list(data.chunk(2))), squared_error)
+    program = capture(model.eval(), surroundings.batches[0])
+    passes = [*recipe().rewrite, Histograms(), Calibration((3, 8), (8,), ("weight-only",), (32,))]
+    return run(passes, program, surroundings), surroundings
+
+
+def test_a_table_that_is_the_head_too_is_judged_in_both() -> None:
+    """What is looked up is wrong by the whole error of its row: the moment has the identity beside the inputs'."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 30, (40, 5))
+    program, surroundings = in_blocks(Tied(), tokens)
+    (moments,) = input_moments(program, surroundings, {"table.weight": 64})["table.weight"]
+    inputs = program.tensor("table.weight").detach()[tokens].relu().reshape(-1, 64).double()
+    own = inputs.T @ inputs / len(inputs)
+    wanted = own + own.diagonal().mean() * torch.eye(64)
+    assert torch.allclose(moments.whole[0], wanted, rtol=1e-5, atol=1e-4)  # sums of float32, of numbers up to 100
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scales_of_blocks_that_are_chosen_leave_less(tied: bool) -> None:
+    """On samples that they are not fitted to; and none are chosen where a plan has them."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(-1, 1, 96)[torch.randperm(96)]
+    model, data = (Tied(), torch.randint(0, 30, (40, 5))) if tied else (Wide(96, 40), torch.randn(400, 96) * sizes)
+    program, surroundings = in_blocks(model, data)
+    (key,) = [site.key for site in program.weights]
+    kept, plain = compensated_anew(program, surroundings, scales=False)
+    chosen, found = compensated_anew(program, surroundings, scales=True)
+    assert kept[key] == program.facts.get(key, Quantizers)
+    for width in found[key].codes:
+        assert chosen[key].by_format[width].scale != kept[key].by_format[width].scale
+        # 3 bits gain most; with 8 the rounding of scales to bfloat16 is as much as there is to gain
+        part = 0.95 if width.bits == 3 else 1.02
+        assert found[key].squared_error[width] < part * plain[key].squared_error[width]
