@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -124,6 +125,9 @@ def launched(device: torch.device) -> Iterator[int]:
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield 0
         return
+    # Imported later, by torch.export, it would take the group into the default arguments of its functions.  The group
+    # would outlive destroy_process_group, and a thread of it that still lets go of a tensor aborts Python's exit.
+    import_module("torch.distributed.nn")
     backend = "nccl" if device.type == "cuda" else "gloo"
     # A day, because the fastest process waits for the slowest.  A dead process is noticed at once, by its connection.
     dist.init_process_group(backend, timeout=timedelta(days=1))
