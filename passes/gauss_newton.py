@@ -59,7 +59,7 @@ class _Slopes(Measurement):
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         random = generator(self.context.seed, "drawn", self.index, probe, device=self.context.device)
-        target = self.context.drawn(self.run.output, random)
+        target = self.context.drawn(self.run.output, random, self.context.batches[self.index].target)
         loss = self.context.loss_at(self.run.output, target, self.index)
         gradients = self.run.gradients(loss, list(dict.fromkeys(quantity.site for quantity in wanted)), again=False)
         for site, own in gradients.items():

@@ -74,7 +74,7 @@ def _slopes(
 ) -> tuple[NDArray[np.float64], int]:
     """d . g for every error d, in order, and the number of draws in the batch, whose mean the loss is."""
     random = generator(context.seed, "pairs", index, probe, device=context.device)
-    target = context.drawn(run.output, random)
+    target = context.drawn(run.output, random, context.batches[index].target)
     gradients = run.gradients(context.loss_at(run.output, target, index), list(errors), again=False)
     slopes = [curvature.dot(gradients[key][0], d) for key, by_format in errors.items() for d in by_format.values()]
     return np.array(slopes), context.draws(target, index)

@@ -113,9 +113,9 @@ class Context:
         """The mean loss of the float network's output on a batch, a finite scalar."""
         return self.loss_at(output, self.target_of(output, batch, index), index)
 
-    def drawn(self, output: Any, random: torch.Generator) -> Any:
-        """A target drawn from the model's own output distribution."""
-        return self.criterion.draw(output, random)
+    def drawn(self, output: Any, random: torch.Generator, target: Any = None) -> Any:
+        """A target drawn from the model's own output distribution, without what a target of the data leaves out."""
+        return self.criterion.draw(output, random, target)
 
     @property
     def knows_distribution(self) -> bool:

@@ -59,8 +59,9 @@ class Criterion(ABC):
         if targets can only be drawn.  What a given target leaves out, such as labels of padding, is left out too."""
 
     @abstractmethod
-    def draw(self, output: Any, random: torch.Generator) -> Any:
-        """A target drawn from the distribution of the output; None if there is no such distribution."""
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> Any:
+        """A target drawn from the distribution of the output; None if there is no such distribution.  What a given
+        target leaves out is left out, as in `expectation`."""
 
     @abstractmethod
     def draws(self, target: Any) -> int | None:
@@ -114,7 +115,9 @@ class Categorical(Criterion):
         target = self._labels(output, target)
         if isinstance(target, ExpectedLabels):
             return self._expected(output, target).mean()
-        return F.nll_loss(*self._predictions(output, target), ignore_index=IGNORED_LABEL)
+        predicted, labels = self._predictions(output, target)
+        # no label at all, as in a sample that is measured by itself, is no loss
+        return F.nll_loss(predicted, labels, ignore_index=IGNORED_LABEL, reduction="sum") / max(1, _kept(labels))
 
     def values(self, output: Any, target: Any, samples: int) -> Tensor:
         target = self._labels(output, target)
@@ -127,7 +130,7 @@ class Categorical(Criterion):
 
     def expectation(self, output: Any, target: Any = None) -> ExpectedLabels:
         probabilities = self._probabilities(output)
-        if target is None or isinstance(self._labels(output, target), ExpectedLabels):
+        if not self._has_labels(output, target):
             return ExpectedLabels(probabilities)
         kept = target != IGNORED_LABEL
         if self.causal:
@@ -136,16 +139,21 @@ class Categorical(Criterion):
         weights = kept.to(probabilities.dtype) * (kept.numel() / max(1, int(kept.sum())))
         return ExpectedLabels(probabilities * weights.unsqueeze(1))
 
-    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> Tensor:
         labels = sample_labels(self._probabilities(output), random)
-        if not self.causal:
-            return labels
-        shifted = torch.full_like(labels, IGNORED_LABEL)
-        shifted[:, 1:] = labels[:, :-1]
-        return shifted
+        if self.causal:
+            labels = torch.cat([torch.full_like(labels[:, :1], IGNORED_LABEL), labels[:, :-1]], 1)
+        if self._has_labels(output, target):
+            _require_labels(output, target, labels.shape)
+            labels = labels.masked_fill(target == IGNORED_LABEL, IGNORED_LABEL)
+        return labels
 
     def draws(self, target: Any) -> int:
         return _kept(target)
+
+    def _has_labels(self, output: Any, target: Any) -> bool:
+        """Whether a target is given and has integer labels, some of which may be left out."""
+        return target is not None and not isinstance(self._labels(output, target), ExpectedLabels)
 
     def _labels(self, output: Any, target: Any) -> Any:
         """The target, as distributions over classes if it has the shape of the output and is made of them."""
@@ -160,14 +168,8 @@ class Categorical(Criterion):
 
     def _predictions(self, output: Any, labels: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N, classes, ...) and the labels (N, ...) that they predict."""
-        if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
-            raise DataError("cross-entropy needs integer labels; give loss= for other targets")
         predicted = self._log_probabilities(output)
-        if labels.shape != predicted.shape[:1] + predicted.shape[2:]:
-            raise DataError(
-                f"cross-entropy of output {written(tensor_of(output))} needs labels "
-                f"{written(predicted.select(1, 0))}, one for each distribution over classes, not {written(labels)}"
-            )
+        _require_labels(output, labels, predicted.shape[:1] + predicted.shape[2:])
         classes, kept = predicted.shape[1], labels[labels != IGNORED_LABEL]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= classes):
             raise DataError(
@@ -219,7 +221,7 @@ class Bernoulli(_Elementwise):
     """Binary cross-entropy of sigmoids, the mean over all elements; targets are from 0 to 1, in the shape of the output
     but for dimensions of size one."""
 
-    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> Tensor:
         return torch.bernoulli(tensor_of(output).detach(), generator=random)
 
     def _elements(self, output: Any, target: Any) -> Tensor:
@@ -246,7 +248,7 @@ class Bernoulli(_Elementwise):
 class SquaredError(_Elementwise):
     """The squared error, the mean over all elements of an output and a target of its shape."""
 
-    def draw(self, output: Any, random: torch.Generator) -> Tensor:
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> Tensor:
         mean = tensor_of(output).detach()
         noise = torch.randn(mean.shape, generator=random, device=mean.device, dtype=mean.dtype)
         return mean + noise * 0.5**0.5
@@ -259,6 +261,18 @@ class SquaredError(_Elementwise):
                 f"the squared error needs targets in the shape of the output, {written(scores)}, not {given}"
             )
         return (scores - target).square()
+
+
+def _require_labels(output: Any, labels: Any, shape: torch.Size) -> None:
+    """Raises DataError for labels of another kind or shape than an output needs."""
+    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
+        raise DataError("cross-entropy needs integer labels; give loss= for other targets")
+    if labels.shape != shape:
+        needed = written(torch.empty(shape, device="meta"))
+        raise DataError(
+            f"cross-entropy of output {written(tensor_of(output))} needs labels {needed}, one for each distribution "
+            f"over classes, not {written(labels)}"
+        )
 
 
 def sample_labels(probabilities: Tensor, random: torch.Generator) -> Tensor:

@@ -37,7 +37,7 @@ class Own(Criterion):
     def expectation(self, output: Any, target: Any = None) -> None:
         return None
 
-    def draw(self, output: Any, random: torch.Generator) -> Tensor | None:
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> Tensor | None:
         try:
             logits = logits_of(output)
         except LossError:
@@ -72,7 +72,7 @@ class Redrawn(Criterion):
     def expectation(self, output: Any, target: Any = None) -> None:
         return None
 
-    def draw(self, output: Any, random: torch.Generator) -> Any:
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> Any:
         return self.function(output, random)
 
     def draws(self, target: Any) -> int | None:

@@ -76,9 +76,9 @@ class Several(Criterion):
         targets, found = self._targets(target), entries(output)
         return {part.key: part.criterion.complete(found[part.key], targets[part.key]) for part in self.parts}
 
-    def draw(self, output: Any, random: torch.Generator) -> DrawnOutputs:
-        found = entries(output)
-        targets = {part.key: part.criterion.draw(found[part.key], random) for part in self.parts}
+    def draw(self, output: Any, random: torch.Generator, target: Any = None) -> DrawnOutputs:
+        given, found = self._targets(target), entries(output)
+        targets = {part.key: part.criterion.draw(found[part.key], random, given[part.key]) for part in self.parts}
         counts = {part.key: part.criterion.draws(targets[part.key]) or 1 for part in self.parts}
         return DrawnOutputs(targets, {part.key: (part.scale * counts[part.key]) ** 0.5 for part in self.parts})
 

@@ -185,6 +185,21 @@ def test_the_expectation_is_the_mean_over_draws(case: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_what_labels_leave_out_is_not_drawn(causal: bool) -> None:
+    """As padding of texts; and a sample without any label, measured by itself, has no loss and no slope."""
+    output, random = logits(0).reshape(2, 3, -1).requires_grad_(), torch.Generator().manual_seed(0)
+    criterion = Categorical(-1, causal=causal)
+    labels = torch.tensor([[0, 1, IGNORED_LABEL], [IGNORED_LABEL] * 3])
+    drawn = criterion.draw(output, random, labels)
+    kept = [[False, True, False], [False] * 3] if causal else [[True, True, False], [False] * 3]
+    assert (drawn != IGNORED_LABEL).tolist() == kept
+    assert criterion.draws(drawn) == sum(map(sum, kept))
+    loss = criterion.mean(output[1:], drawn[1:])
+    assert float(loss) == 0
+    assert not torch.autograd.grad(loss, output)[0].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_the_expectation_leaves_out_what_labels_leave_out(causal: bool) -> None:
     """The mean over draws of the labels that are kept, within 4 standard errors of 4,000 draws."""
     p, q, random = logits(0).reshape(2, 3, -1), logits(1).reshape(2, 3, -1), torch.Generator().manual_seed(0)

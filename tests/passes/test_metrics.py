@@ -473,7 +473,7 @@ ENDS: dict[str, tuple[Callable[[Tensor], Any], Criterion, Callable[[Tensor], Ten
 def test_fisher_is_the_gauss_newton_matrix_of_every_criterion(end: str) -> None:
     function, criterion, information = ENDS[end]
     program = double_program(lambda: EndingMlp(function))
-    assert_fisher_is_dense(program, replace(double_context(), loss=criterion), information)
+    assert_fisher_is_dense(program, replace(unlabelled(double_context()), loss=criterion), information)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -482,8 +482,7 @@ def test_the_expected_hessian_of_the_last_layer_is_its_gauss_newton_matrix(end: 
     is exact in the last layer.  640 probes: within 5 standard errors."""
     function, criterion, information = ENDS[end]
     program = double_program(lambda: EndingMlp(function))
-    batches = tuple(Batch(batch.args, {}) for batch in double_context().batches)
-    work = replace(double_context(), batches=batches, loss=criterion)
+    work = replace(unlabelled(double_context()), loss=criterion)
     fact = run([HawqV2(640, tolerance=0)], program, work).facts.get("head.weight", Sensitivity)
     assert fact.stderr > 0
     assert abs(fact.curvature * 12 - dense_fisher(program, work, "head.weight", information)) <= 5 * fact.stderr * 12
