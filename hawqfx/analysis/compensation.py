@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, looked_up, parts_of
+from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, parts_of
+from hawqfx.analysis.table_moments import table_moments, tied_tables
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.memory import free_memory
 from hawqfx.ir.facts import Compensated, Quantizers, QuantParams, RoundedWeights
@@ -298,16 +299,18 @@ def compensated_anew(
         scales: whether scales of blocks are chosen by the samples.
     """
     memory = free_memory(context.device) // 2
-    sizes, tables = _sizes(program), looked_up(program)
+    sizes, tied = _sizes(program), tied_tables(program)
     widths = {key: block or _width_before(program, key) or size.width_within(memory) for key, size in sizes.items()}
     known = {site.key: program.facts.get(site.key, Quantizers) for site in program.weights}
     facts: dict[str, RoundedWeights] = {}
     for keys in _in_turns(sizes, widths, memory):
-        moments = input_moments(program, context, {key: widths[key] for key in keys})
+        both = set(keys) & tied if context.knows_distribution else set()
+        moments = input_moments(program, context, {key: widths[key] for key in keys if key not in both})
+        moments |= table_moments(program, context, {key: widths[key] for key in both}) if both else {}
         for key in keys:
             # those of other weights settle once formats are chosen
             known[key], facts[key] = _compensated(
-                program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in tables
+                program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in tied
             )
     nearest_ones = {key: nearest(program.tensor(key), each) for key, each in known.items() if key not in facts}
     return known, facts | nearest_ones

@@ -5,7 +5,7 @@ A weight of very many columns has the moments of blocks of columns alone, since 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,9 @@ from hawqfx.maths import rounding
 # which is exact, and which is a float32 number itself up to the second of these.
 _SAFE, _MOST = 32, 126
 
-# The identity in the moment of a table that is the head too, in units of the mean of the diagonal.  The table alone in
-# 3 bits, with 0, .1, 1 and the identity alone: SmolLM2-135M, blocks of 32, perplexity 44.9, 41.9, 42.3 and 50.9 (float
-# 32.9); Whisper tiny.en, per channel, nats .806, .670, .627 and .717 (float .541), but with 4 bits .558, .576, .616
-# and .639.
+# The identity in the moment of a table that is the head too, in units of the mean of the diagonal, if the loss has no
+# distribution to draw from (otherwise: table_moments.py).  SmolLM2-135M, the table alone with 3 bits in blocks of 32:
+# perplexity 44.9 with 0, 41.9 with .1, 42.3 with 1, 50.9 with the identity alone; 32.9 in float.
 LOOKED_UP = 0.1
 
 _TOGETHER = 1 << 20  # elements of moments that are worked on at once, unless those of a single block are more
@@ -90,23 +89,24 @@ class InputMoments:
         return torch.einsum("h,hgij->gij", self.shares, self.halves)
 
 
-class _Sums:
+class Sums:
     """The sums that the moments of a weight are made of, half by half.
 
     Args:
         groups: of the weight.
         parts: of its columns.
-        table: whether rows of the weight are looked up too.
+        table: whether rows of the weight are looked up too, which is told by LOOKED_UP.
     """
 
-    def __init__(self, groups: int, parts: list[Part], *, table: bool) -> None:
+    def __init__(self, groups: int, parts: list[Part], *, table: bool = False) -> None:
         self.groups, self.parts, self.table = groups, parts, table
         self.moments: list[dict[int, Tensor]] = [{} for _ in parts]
         self.shares: dict[int, float] = {}
 
-    def add(self, half: int, share: float, rows: "Rows") -> None:
+    def add(self, half: int, share: float, moment_of: Callable[[Part], Tensor]) -> None:
+        """Add the moments of some samples, which are such a share of all."""
         for part, known in zip(self.parts, self.moments, strict=True):
-            moment = rows.moment(part).mul_(share)
+            moment = moment_of(part).mul_(share)
             known[half] = known[half].add_(moment) if half in known else moment
         self.shares[half] = self.shares.get(half, 0.0) + share
 
@@ -144,8 +144,8 @@ def looked_up(program: Program) -> set[str]:
 def input_moments(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, tuple[InputMoments, ...]]:
     """The moments of weights that layers multiply by, over all layers that use each, block by block.
 
-    Rows of a table that is a head too are read in two ways: what is looked up is wrong by the whole of a row's error,
-    in any direction.  So its moment has a part of the identity beside the inputs', LOOKED_UP.
+    What is looked up in a table is wrong by the whole of a row's error, in any direction.  So the moment of one that is
+    the head too has a part of the identity beside the inputs', LOOKED_UP.
 
     Args:
         program: the float network.
@@ -161,7 +161,7 @@ def input_moments(program: Program, context: Context, widths: Mapping[str, int])
     for layer in program.layers:
         if layer.weight in widths:
             readers.setdefault(operands(nodes[layer.node])[0].name, []).append(layer)
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
     for index, batch in enumerate(context.track(context.batches, "rounding", len(context.batches))):
 
         def add(name: str, value: Tensor, index: int = index, size: int = batch.size) -> Tensor:
@@ -176,9 +176,9 @@ def input_moments(program: Program, context: Context, widths: Mapping[str, int])
                     if layer.weight not in sums:
                         groups = groups_of(node, layer)
                         parts = parts_of(groups, weight[0].numel(), widths[layer.weight])
-                        sums[layer.weight] = _Sums(groups, parts, table=layer.weight in tables)
+                        sums[layer.weight] = Sums(groups, parts, table=layer.weight in tables)
                     share = samples / context.samples
-                    sums[layer.weight].add(half, share, Rows(part, node, layer, weight, share))
+                    sums[layer.weight].add(half, share, Rows(part, node, layer, weight, share).moment)
             return value
 
         program.run(batch.args, batch.kwargs, add, at=readers)

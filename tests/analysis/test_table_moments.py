@@ -1,0 +1,117 @@
+"""Tables that are the head too: their moment is the Gauss-Newton form of both uses."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hawqfx.analysis import compensation
+from hawqfx.analysis.compensation import compensated
+from hawqfx.analysis.input_moments import input_moments
+from hawqfx.analysis.table_moments import table_moments, tied_tables
+from hawqfx.errors import LossError
+from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Context
+from hawqfx.frontend.criteria import Categorical
+from hawqfx.frontend.data import gather
+from hawqfx.frontend.losses import squared_error
+from hawqfx.ir.facts import Quantizers
+from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import weight_at
+from hawqfx.maths import curvature
+from hawqfx.pass_manager.manager import run
+from hawqfx.passes.calibration import Calibration
+from hawqfx.passes.histograms import Histograms
+from hawqfx.pipeline import recipe
+
+WORDS, WIDTH = 200, 32
+
+
+class Tied(nn.Module):
+    """Words that are looked up, a layer, and the same table as the head; some columns count for more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+        self.table.weight.data *= 0.5
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.columns = nn.Buffer(torch.logspace(-1, 1, WIDTH)[torch.randperm(WIDTH)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inputs(self.table(x)), self.table.weight)
+
+    def inputs(self, found: Tensor) -> Tensor:
+        """Of the head."""
+        return self.layer(found * self.columns).relu()
+
+
+def prepared(loss: object, tokens: Tensor, *, bits: tuple[int, ...] = (4,)) -> tuple[Tied, Program, Context]:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    surroundings = Context(gather(list(tokens.chunk(4))), loss)  # type: ignore[arg-type]
+    program = capture(model, surroundings.batches[0])
+    return model, run([*recipe().rewrite, Histograms(), Calibration(bits, (8,))], program, surroundings), surroundings
+
+
+def words(seed: int, samples: int, length: int = 5) -> Tensor:
+    return torch.randint(0, WORDS, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_moment_is_the_gauss_newton_form_of_both_uses() -> None:
+    """Of the squared error of n outputs, whose matrix is 2 / n J^T J: with one draw of each of 400 samples, along some
+    directions, within 5 standard errors, those of sums of squared normal variables."""
+    tokens = words(1, 400)
+    model, program, surroundings = prepared(squared_error, tokens)
+    assert tied_tables(program) == {"table.weight"}
+    (moments,) = table_moments(program, surroundings, {"table.weight": WIDTH})["table.weight"]
+    weight, of_output = model.table.weight.detach().double(), 2 / (tokens.shape[1] * WORDS)
+    with torch.no_grad():
+        inputs = model.inputs(model.table.weight[tokens]).reshape(-1, WIDTH).double()
+    layer = model.layer.weight.detach().double() * model.columns
+    slopes = (weight[None] * (inputs > 0)[:, None]) @ layer  # (tokens, words, columns), the J of a look-up
+    for direction in torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64):
+        looked_up = of_output * (slopes @ direction).square().sum(1)  # of each token
+        multiplied = of_output * (inputs @ direction).square()  # of each token and word
+        expected = float(looked_up.sum() + WORDS * multiplied.sum()) / len(tokens)
+        variance = 2 * float(looked_up.square().sum() + WORDS * multiplied.square().sum()) / len(tokens) ** 2
+        found = float(direction @ moments.whole[0] @ direction)
+        assert abs(found - expected) < 5 * variance**0.5
+    blocks = torch.cat(
+        [each.whole for each in table_moments(program, surroundings, {"table.weight": 4})["table.weight"]]
+    )
+    for number, block in enumerate(blocks):
+        own = slice(4 * number, 4 * number + 4)
+        assert torch.allclose(block, moments.whole[0, own, own], rtol=1e-12)  # the same draws, added up alike
+
+
+def test_codes_that_fit_both_uses_lose_less_on_other_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, program, surroundings = prepared(Categorical(-1), words(1, 64))
+    held_out = words(3, 400)
+    with torch.no_grad():
+        wanted = model(held_out).log_softmax(-1)
+
+    def lost(found: Program) -> float:
+        (width,) = found.facts.get("table.weight", Quantizers).by_format
+        weight = weight_at(found, "table.weight", width)
+        with torch.no_grad():
+            got = F.linear(model.inputs(weight[held_out]), weight).log_softmax(-1)
+        return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+    both = lost(program.learn(compensated(program, surroundings)))
+    monkeypatch.setattr(compensation, "table_moments", input_moments)
+    inputs = lost(program.learn(compensated(program, surroundings)))
+    assert both < 0.8 * inputs
+
+
+def test_a_slope_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, program, surroundings = prepared(squared_error, words(1, 8))
+    whole = curvature.gradient
+
+    def overflowing(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(gradient * 1e30 * 1e30 for gradient in whole(*args, **options))
+
+    monkeypatch.setattr(curvature, "gradient", overflowing)
+    with pytest.raises(LossError, match=r"'table.weight' is not finite on batch 0"):
+        table_moments(program, surroundings, {"table.weight": WIDTH})
