@@ -1,6 +1,6 @@
 """A language model in fewer bits: bytes against perplexity, mixed and in one width.
 
-    python benchmarks/language.py [--quick] [--check]
+    python benchmarks/language.py [--quick] [--check] [--only ROW ...]
 
 SmolLM2-135M-Instruct (the extra `bench`), compiled with tokens="causal", the table of words, which is the head too,
 among its weights, from 16 windows of 256 tokens of news (data.py).  The weights come from 4 bits in blocks of 32 with
@@ -23,8 +23,7 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import austen
 import data
 import numpy as np
 import torch
-from common import Claims, arguments, console
+from common import Claims, console, each_network, parser
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,8 +47,20 @@ PAST = "past_key_values."
 CALIBRATION, SCORED = (16, 256), (16, 512)  # windows, and tokens of each
 WIDTHS = (4, 3)
 BLOCK, LONGER = 32, 128  # inputs that share a scale, of the mixed ones
-CURVE = (90, 68, 50)  # megabytes of files, between and beside those of one width
 PROBES = 32  # backward passes, a quarter of the default: each has as many draws as tokens
+
+
+def blocks_of(inputs: int) -> str:
+    return f"in blocks of {inputs}"
+
+
+REFERENCE, CHANNELS = "dequantized", "per channel"
+SCALES: dict[str, dict[str, Any]] = {
+    **{blocks_of(each): {"schemes": ("weight-only",), "block_sizes": (each,)} for each in (BLOCK, LONGER)},
+    CHANNELS: {"schemes": ("dynamic",)},
+}
+CURVE = ("90MB", "68MB", "50MB")  # of files, between and beside those of one width
+ROWS = [REFERENCE, *(f"{bits} bits {scales}" for scales in SCALES for bits in WIDTHS), *CURVE]
 
 
 def tokens(tokenizer: Any, text: str, windows: tuple[int, int]) -> Tensor:
@@ -80,74 +91,103 @@ def of_file(path: Path, windows: Tensor) -> float:
     return perplexity(logits, windows)
 
 
-def row(name: str, compiled: Compiled, windows: Tensor) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        compiled.export(path)
-        found = {"what": name, "bytes": path.stat().st_size, "perplexity": of_file(path, windows)}
-    formats = compiled.plan.formats
-    found |= {"weights": dict(Counter(str(formats[site.key]) for site in compiled.planned.weights))}
-    console.print(found)
-    return found
+class Study:
+    """The reference, its data, and what is compiled from it.
+
+    Args:
+        quick: with little data.
+    """
+
+    def __init__(self, *, quick: bool) -> None:
+        file = data.smollm2()
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        self.model: Any = model.eval()
+        text = austen.novel(data.austen(), "emma")[:100_000]
+        self.scored = tokens(tokenizer, text, SCORED)[: 1 if quick else None]
+        self.batches = list(tokens(tokenizer, " ".join(data.lee_background()), CALIBRATION).split(2))
+        self.batches = self.batches[: 1 if quick else None]
+        self._even: dict[str, Compiled] = {}
+
+    def row(self, name: str) -> dict[str, Any]:
+        if name == REFERENCE:
+            size = 4 * self.model.num_parameters()
+            lost = perplexity(lambda x: self.model(x).logits, self.scored)
+            return {"bytes": size, "perplexity": lost}
+        if name in CURVE:
+            return {"mixed": self._scored(self.mixed.at(f"size={name}", against_uniform=False))}
+        bits, scales = int(name.split()[0]), name.split(maxsplit=2)[2]
+        uniform = self._scored(self.even(scales).uniform(bits))
+        if scales == CHANNELS:
+            return {"uniform": uniform}
+        mixed = self.mixed.at(f"size={uniform['bytes']}B", against_uniform=False)
+        return {"uniform": uniform, "mixed": self._scored(mixed), **self.cost}
+
+    @cached_property
+    def mixed(self) -> Compiled:
+        start = time.perf_counter()
+        compiled = hawqfx.compile(
+            self.model, "weight_bits=4", self.batches, tokens="causal", schemes=("weight-only",), block_sizes=(BLOCK,),
+            sensitivity=GaussNewton(probes=PROBES),
+        )  # fmt: skip
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.cost = {"seconds": time.perf_counter() - start, "peak": peak}
+        return compiled
+
+    def even(self, scales: str) -> Compiled:
+        """Compiled for uniform bits, which need no metric that looks at data; the last alone is kept, since each is as
+        large as the model."""
+        if scales == blocks_of(BLOCK):
+            return self.mixed
+        if scales not in self._even:
+            self._even.clear()
+            self._even[scales] = hawqfx.compile(
+                self.model, f"weight_bits={max(WIDTHS)}", self.batches, tokens="causal", sensitivity="mse",
+                weight_bits=WIDTHS, activation_bits=(8,), **SCALES[scales],
+            )  # fmt: skip
+        return self._even[scales]
+
+    def _scored(self, compiled: Compiled) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            compiled.export(path)
+            found: dict[str, Any] = {"bytes": path.stat().st_size, "perplexity": of_file(path, self.scored)}
+        formats = compiled.plan.formats
+        found |= {"weights": dict(Counter(str(formats[site.key]) for site in compiled.planned.weights))}
+        console.print(found)
+        return found
 
 
-def even(model: Any, batches: list[Tensor], bits: Sequence[int], **options: Any) -> Iterator[tuple[int, Compiled]]:
-    """One width for all weights, which needs no metric that looks at data."""
-    compiled = hawqfx.compile(
-        model, f"weight_bits={max(bits)}", batches, tokens="causal", sensitivity="mse", weight_bits=bits,
-        activation_bits=(8,), **options,
-    )  # fmt: skip
-    for width in bits:
-        yield width, compiled.uniform(width)
+def show(results: dict[str, Any], claims: Claims) -> None:
+    table = Table("", "", "MB", "perplexity", "weights", title="SmolLM2-135M-Instruct")
+    for name, found in results.items():
+        for kind, row in {"": found}.items() if name == REFERENCE else found.items():
+            if isinstance(row, dict) and "perplexity" in row:
+                formats = ", ".join(f"{count} of {form}" for form, count in row.get("weights", {}).items())
+                table.add_row(name, kind, f"{row['bytes'] / 1e6:.1f}", f"{row['perplexity']:.2f}", formats)
+        if "mixed" in found and "uniform" in found:
+            mixed, uniform = found["mixed"], found["uniform"]
+            claims.add(
+                f"mixed loses less than {name} in no more bytes",
+                mixed["perplexity"] < uniform["perplexity"] and mixed["bytes"] <= uniform["bytes"],
+                f"perplexity {mixed['perplexity']:.2f} and {uniform['perplexity']:.2f}",
+            )
+            seconds, peak = found["seconds"], found["peak"]
+            told = f"{peak / 1e9:.1f} GB, {seconds / 60:.1f} minutes"
+            claims.add(f"{name}: compiled within 6 GB and 20 minutes", seconds < 1200 and peak < 6e9, told)
+    console.print(table)
 
 
 def main() -> None:
-    options = arguments(__doc__ or "")
-    file = data.smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    scored = tokens(tokenizer, austen.novel(data.austen(), "emma")[:100_000], SCORED)[: 1 if options.quick else None]
-    calibration = tokens(tokenizer, " ".join(data.lee_background()), CALIBRATION)[: 2 if options.quick else None]
-    batches, widths = list(calibration.split(2)), WIDTHS[:1] if options.quick else WIDTHS
-    size = sum(parameter.numel() for parameter in model.parameters()) * 4
-    rows = [{"what": "dequantized", "bytes": size, "perplexity": perplexity(lambda x: model(x).logits, scored)}]
-
-    start = time.perf_counter()
-    compiled = hawqfx.compile(
-        model, "weight_bits=4", batches, tokens="causal", schemes=("weight-only",), block_sizes=(BLOCK,),
-        sensitivity=GaussNewton(probes=PROBES),
-    )  # fmt: skip
-    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    options = parser(__doc__ or "")
+    options.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
+    args = options.parse_args()
+    study = Study(quick=args.quick)
+    some = ROWS[:2]
+    results = {name: study.row(name) for name in some} if args.quick else each_network("language", args.only, study.row)
     claims = Claims()
-    blocks = {"schemes": ("weight-only",), "block_sizes": (LONGER,)}
-    # one after the other, since each is as large as the model
-    own = ((BLOCK, bits, compiled.uniform(bits)) for bits in widths)
-    longer = ((LONGER, *each) for each in even(model, batches, widths, **blocks))
-    for block, bits, network in chain(own, longer):
-        name = f"{bits} bits in blocks of {block}"
-        uniform = row(name, network, scored)
-        mixed = row("mixed", compiled.at(f"size={uniform['bytes']}B", against_uniform=False), scored)
-        rows += [uniform, mixed]
-        claims.add(
-            f"mixed loses less than {name} in no more bytes",
-            mixed["perplexity"] < uniform["perplexity"] and mixed["bytes"] <= uniform["bytes"],
-            f"perplexity {mixed['perplexity']:.2f} and {uniform['perplexity']:.2f}",
-        )
-    for megabytes in () if options.quick else CURVE:
-        rows.append(row("mixed", compiled.at(f"size={megabytes}MB", against_uniform=False), scored))
-    for bits, network in even(model, batches, widths, schemes=("dynamic",)):
-        rows.append(row(f"{bits} bits per channel", network, scored))
-    claims.add(
-        "within 6 GB and 20 minutes", seconds < 1200 and peak < 6e9, f"{peak / 1e9:.1f} GB, {seconds / 60:.1f} minutes"
-    )
-    table = Table(title="SmolLM2-135M-Instruct")
-    for title in ("", "MB", "perplexity", "weights"):
-        table.add_column(title)
-    for each in rows:
-        formats = ", ".join(f"{count} of {name}" for name, count in each.get("weights", {}).items())
-        table.add_row(each["what"], f"{each['bytes'] / 1e6:.1f}", f"{each['perplexity']:.2f}", formats)
-    console.print(table)
-    claims.finish("language", options, {"rows": rows, "seconds": seconds, "peak": peak})
+    show(results, claims)
+    claims.finish("language", args, {"networks": results})
 
 
 if __name__ == "__main__":

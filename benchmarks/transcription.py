@@ -12,8 +12,9 @@ are of the same speaker, and none calibrates.
 * Word errors: of greedy texts against the known ones, over all words, after transformers' normalizer (jiwer).
 * Milliseconds: the listener's of a recording, and the writer's of one token after 16, side by side in one thread.
 
-Beside them uniform bits in the same rounding, the float files, and what onnxruntime's own tools make of these without
-data (theirs.py).  --quick: 8 recordings calibrate and 8 sentences are scored; one width.
+As many bits over both together are another row: the listener, which loses most, has one more, and the writer, with its
+table of words, fewer.  Beside them uniform bits in the same rounding, the float files, and what onnxruntime's own tools
+make of these without data (theirs.py).  --quick: 8 recordings calibrate and 8 sentences are scored; one width.
 """
 
 import re
@@ -50,6 +51,7 @@ SHORTEST, BATCH = 1.5, 8  # seconds of each, and recordings at once
 LONGEST = 100  # tokens of a text that is written; the known ones have at most 78
 POSITION = 16  # tokens before the one that is timed
 PARTS = ("listener", "writer")
+MIXED, MORE = "mixed", 1  # bits of the listener beyond those of both together
 # claimed: the most nats over float's, in part of these, the most word errors over float's, the least gain in speed
 NATS, ERRORS, FASTER = {4: 0.02, 3: 0.10}, 0.003, 2.0
 
@@ -237,30 +239,34 @@ def milliseconds(files: Mapping[str, Paths], sentences: Sentences) -> dict[str, 
     return found
 
 
-def exported(networks: Mapping[str, Compiled], folder: Path) -> Paths:
-    folder.mkdir()
-    for part, network in networks.items():
-        network.export(folder / f"{part}.onnx")
-    return {part: folder / f"{part}.onnx" for part in PARTS}
+def files_of(part: str, network: Compiled, budgets: Mapping[str, float], folder: Path) -> dict[str, Path]:
+    """The files of a part: of float, of onnxruntime's tools, of each budget, and of uniform bits."""
+    whole = folder / f"{part}.onnx"
+    network.export_float(whole)
+    theirs = without_data(whole, folder)
+    found = {"float": whole, **{kind: theirs[kind] for kind in WITHOUT_DATA}}
+    for kind, bits in budgets.items():
+        found[kind] = folder / f"{part} {kind}.onnx"
+        network.at(f"weight_bits={bits:.4f}").export(found[kind])
+        if kind.startswith(MIXED):
+            even = f"uniform {bits:g}"
+            found[even] = folder / f"{part} {even}.onnx"
+            network.uniform(int(bits)).export(found[even])
+    return found
 
 
-def rivals(networks: Mapping[str, Compiled], folder: Path) -> dict[str, Paths]:
-    """The float files, and those of onnxruntime's tools."""
-    for part, network in networks.items():
-        network.export_float(folder / f"{part}.onnx")
-    found: dict[str, Paths] = {"float": {part: folder / f"{part}.onnx" for part in PARTS}}
-    theirs = {part: without_data(folder / f"{part}.onnx", folder) for part in PARTS}
-    return found | {kind: {part: theirs[part][kind] for part in PARTS} for kind in WITHOUT_DATA}
-
-
-def every_file(compiled: Mapping[str, Compiled], widths: Sequence[int], folder: Path) -> dict[str, Paths]:
-    files = rivals(compiled, folder)
+def budgets_of(part: str, widths: Sequence[int], weights: Mapping[str, int]) -> dict[str, float]:
+    """Bits per weight: the same in both parts; and as many over both, the listener with MORE of them."""
+    both = {}
     for bits in widths:
-        mixed = {part: network.at(f"weight_bits={bits}") for part, network in compiled.items()}
-        files[f"mixed {bits}"] = exported(mixed, folder / f"mixed {bits}")
-        even = {part: network.uniform(bits) for part, network in compiled.items()}
-        files[f"uniform {bits}"] = exported(even, folder / f"uniform {bits}")
-    return files
+        others = (bits * sum(weights.values()) - (bits + MORE) * weights["listener"]) / weights["writer"]
+        both[f"{bits} over both"] = bits + MORE if part == "listener" else others
+    return {f"{MIXED} {bits}": float(bits) for bits in widths} | both
+
+
+def _weights(network: torch.nn.Module) -> int:
+    """The numbers of matrices and tables."""
+    return sum(each.numel() for each in network.parameters() if each.dim() > 1)
 
 
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -293,15 +299,19 @@ def main() -> None:
     model, tokenizer = whisper.load(source / "model.bin"), Tokenizer.from_file(str(source / "tokenizer.json"))
     sentences, features = spoken(tokenizer, options.quick)
     batches = calibration(Trained(model), features)
-    budget, start = f"weight_bits={widths[0]}", time.perf_counter()
-    listener, writer = whisper.Listener(model).eval(), whisper.Writer(model).eval()
-    compiled = {
-        "listener": hawqfx.compile(listener, budget, batches["listener"]),
-        "writer": hawqfx.compile(writer, budget, batches["writer"], dynamic_shapes=whisper.shapes()),
-    }
-    seconds, found = time.perf_counter() - start, {}
+    networks = {"listener": whisper.Listener(model).eval(), "writer": whisper.Writer(model).eval()}
+    shapes = {"listener": None, "writer": whisper.shapes()}
+    weights = {part: _weights(network) for part, network in networks.items()}
+    budget, seconds, found = f"weight_bits={widths[0]}", 0.0, {}
     with tempfile.TemporaryDirectory() as folder:
-        files = every_file(compiled, widths, Path(folder))
+        of_parts: dict[str, dict[str, Path]] = {}
+        for part, network in networks.items():  # one after the other, since each takes gigabytes
+            start = time.perf_counter()
+            compiled = hawqfx.compile(network, budget, batches.pop(part), dynamic_shapes=shapes[part])
+            seconds += time.perf_counter() - start
+            of_parts[part] = files_of(part, compiled, budgets_of(part, widths, weights), Path(folder))
+            del compiled
+        files = {kind: {part: of_parts[part][kind] for part in PARTS} for kind in of_parts["listener"]}
         times = milliseconds(files, sentences)
         for kind, paths in files.items():
             sizes = {part: path.stat().st_size for part, path in paths.items()}
