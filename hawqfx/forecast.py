@@ -6,7 +6,8 @@ product of matrices.  From these, by the number of passes of each step:
     calibration, rounding      three forward passes over the samples
     the metric                 a backward pass or a Hessian-vector product for each probe, or a forward pass for each
                                site and width, on the samples that each sees
-    compensated codes          about ten factors and solutions of K x K for a weight of K columns
+    compensated codes          about ten factors and solutions of K x K for a weight of K columns; a backward pass, and
+                               codes that descend in every format in blocks, for a table that is the head too
     the plan and uniform bits  six forward passes, four of them fake-quantized
     sequential codes           of both, a forward pass of either network, and the rows of each weight in all scales
 
@@ -20,7 +21,7 @@ Learned rounding, interactions, refinement and budgets on latency and drop come 
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,12 +32,14 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.analysis.compensation import MOST_COLUMNS
+from hawqfx.analysis.table_moments import tied_tables
 from hawqfx.compiler import compile, find_sites
 from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, silent
 from hawqfx.ir.program import Program
 from hawqfx.learning.side_by_side import bytes_kept
+from hawqfx.maths.block_scales import SETTLED
 from hawqfx.maths.rounding import SCALES, SWEEPS
 from hawqfx.options import Options, validated
 from hawqfx.pass_manager.base import Pass
@@ -143,8 +146,11 @@ def _of(program: Program, options: Options) -> Forecast:
         pairs = of_weight * len(program.weights) + of_activation * len(program.activations)
         kind, seconds = _of_metric(metric, pairs, samples, once, gradient)
     compensates = any(isinstance(step, Rounding) and step.method != "nearest" for step in recipe.price)
-    factor, rows = _solving(program)
+    factor, rows = _solving(program, {site.key for site in program.weights})
     rounding = _FACTORS * (factor + of_weight * rows) if compensates else 0.0
+    tables = tied_tables(program) if compensates else set()
+    if tables:
+        rounding += samples * gradient + _blocks(recipe.price) * SETTLED * SWEEPS * _solving(program, tables)[1]
     total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
     if recipe.finish:
         total += 2 * (samples * once * (1 + _FAKE) + (len(SCALES) + 2 * SWEEPS) * rows)
@@ -247,23 +253,32 @@ def _parts(metric: SensitivityMetric, samples: int) -> int:
 
 def _formats(price: Sequence[Pass]) -> tuple[int, int]:
     """The number of formats that a weight may have, and that an activation may have."""
-    known = next((step for step in price if isinstance(step, Calibration)), Calibration())
+    known = _calibration(price)
     static = len(known.weight_bits) if {"static", "dynamic"} & set(known.schemes) else 0
-    blocks = len(known.blockwise(max(known.blocks))) if "weight-only" in known.schemes else 0
-    return static + blocks, len(known.activation_bits) if static else 0
+    return static + _blocks(price), len(known.activation_bits) if static else 0
+
+
+def _blocks(price: Sequence[Pass]) -> int:
+    """The number of formats in blocks that a weight may have."""
+    known = _calibration(price)
+    return len(known.blockwise(max(known.blocks))) if "weight-only" in known.schemes else 0
+
+
+def _calibration(price: Sequence[Pass]) -> Calibration:
+    return next((step for step in price if isinstance(step, Calibration)), Calibration())
 
 
 def _columns(program: Program, key: str) -> int:
     return program.tensor(key)[0].numel()
 
 
-def _solving(program: Program) -> tuple[float, float]:
-    """Seconds of a factor of the second moment of every weight, and of rounding all rows in one format, by the speed of
-    a product of matrices."""
+def _solving(program: Program, keys: Set[str]) -> tuple[float, float]:
+    """Seconds of a factor of the second moment of some weights, and of rounding their rows in one format, by the speed
+    of a product of matrices."""
     size = 512
     square = torch.randn(size, size, dtype=torch.float64)
     speed = size**3 / _fastest(lambda: square @ square)
-    sizes = [(_columns(program, site.key), site.shape[0]) for site in program.weights]
+    sizes = [(_columns(program, site.key), site.shape[0]) for site in program.weights if site.key in keys]
     sizes = [(min(k, MOST_COLUMNS), rows) for k, rows in sizes]
     return sum(k**3 for k, _ in sizes) / speed, sum(rows * k * k for k, rows in sizes) / speed
 
