@@ -7,7 +7,7 @@ product of matrices.  From these, by the number of passes of each step:
     the metric                 a backward pass or a Hessian-vector product for each probe, or a forward pass for each
                                site and width, on the samples that each sees
     compensated codes          about ten factors and solutions of K x K for a weight of K columns; a backward pass, and
-                               codes that descend in every format in blocks, for a table that is the head too
+                               codes that descend in every format in blocks, for tables that are looked up
     the plan and uniform bits  six forward passes, four of them fake-quantized
     sequential codes           of both, a forward pass of either network, and the rows of each weight in all scales
 
@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from hawqfx.allocation.budget import Budget
 from hawqfx.analysis.compensation import MOST_COLUMNS
-from hawqfx.analysis.table_moments import tied_tables
+from hawqfx.analysis.table_moments import tables
 from hawqfx.compiler import compile, find_sites
 from hawqfx.frontend import decoders
 from hawqfx.frontend.capture import Model
@@ -148,9 +148,9 @@ def _of(program: Program, options: Options) -> Forecast:
     compensates = any(isinstance(step, Rounding) and step.method != "nearest" for step in recipe.price)
     factor, rows = _solving(program, {site.key for site in program.weights})
     rounding = _FACTORS * (factor + of_weight * rows) if compensates else 0.0
-    tables = tied_tables(program) if compensates else set()
-    if tables:
-        rounding += samples * gradient + _blocks(recipe.price) * SETTLED * SWEEPS * _solving(program, tables)[1]
+    looked_up = tables(program) if compensates and context.knows_distribution else set()
+    if looked_up:
+        rounding += samples * gradient + _blocks(recipe.price) * SETTLED * SWEEPS * _solving(program, looked_up)[1]
     total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
     if recipe.finish:
         total += 2 * (samples * once * (1 + _FAKE) + (len(SCALES) + 2 * SWEEPS) * rows)

@@ -13,14 +13,14 @@ where the moments of all do not fit into memory at once, which changes no result
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, parts_of
-from hawqfx.analysis.table_moments import table_moments, tied_tables
+from hawqfx.analysis.table_moments import table_moments, tables
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.memory import free_memory
 from hawqfx.ir.facts import Compensated, Quantizers, QuantParams, RoundedWeights
@@ -247,13 +247,12 @@ def nearest(weight: Tensor, widths: Quantizers) -> RoundedWeights:
     return RoundedWeights(codes, errors, dict.fromkeys(codes, 1.0))
 
 
-def _sizes(program: Program) -> dict[str, _Size]:
-    """The sizes of the weights that layers multiply by."""
+def _sizes(program: Program, looked_up: Set[str]) -> dict[str, _Size]:
+    """The sizes of the weights that layers multiply by, and of tables."""
     nodes = {node.name: node for node in program.graph.graph.nodes}
-    return {
-        layer.weight: _Size(groups_of(nodes[layer.node], layer), program.tensor(layer.weight)[0].numel())
-        for layer in program.layers
-    }
+    groups = dict.fromkeys(sorted(looked_up), 1)
+    groups |= {layer.weight: groups_of(nodes[layer.node], layer) for layer in program.layers}
+    return {key: _Size(count, program.tensor(key)[0].numel()) for key, count in groups.items()}
 
 
 def _width_before(program: Program, key: str) -> int | None:
@@ -289,7 +288,7 @@ def compensated_anew(
     program: Program, context: Context, block: int | None = None, *, scales: bool
 ) -> tuple[dict[str, Quantizers], dict[str, RoundedWeights]]:
     """The compensated codes of every weight in the formats that the fact Quantizers has, by the samples of the context,
-    and these quantizers; the nearest codes of a table whose rows are read without a product.
+    and these quantizers; where no targets can be drawn, the nearest codes of a table that no layer multiplies by.
 
     Args:
         program: the float network with its quantizers.
@@ -299,18 +298,20 @@ def compensated_anew(
         scales: whether scales of blocks are chosen by the samples.
     """
     memory = free_memory(context.device) // 2
-    sizes, tied = _sizes(program), tied_tables(program)
+    looked_up = tables(program)
+    by_slopes = looked_up if context.knows_distribution else set()
+    sizes = _sizes(program, by_slopes)
     widths = {key: block or _width_before(program, key) or size.width_within(memory) for key, size in sizes.items()}
     known = {site.key: program.facts.get(site.key, Quantizers) for site in program.weights}
     facts: dict[str, RoundedWeights] = {}
     for keys in _in_turns(sizes, widths, memory):
-        both = set(keys) & tied if context.knows_distribution else set()
-        moments = input_moments(program, context, {key: widths[key] for key in keys if key not in both})
-        moments |= table_moments(program, context, {key: widths[key] for key in both}) if both else {}
+        some = [key for key in keys if key in by_slopes]
+        moments = input_moments(program, context, {key: widths[key] for key in keys if key not in some})
+        moments |= table_moments(program, context, {key: widths[key] for key in some}) if some else {}
         for key in keys:
             # those of other weights settle once formats are chosen
             known[key], facts[key] = _compensated(
-                program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in tied
+                program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in looked_up
             )
     nearest_ones = {key: nearest(program.tensor(key), each) for key, each in known.items() if key not in facts}
     return known, facts | nearest_ones

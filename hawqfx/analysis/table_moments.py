@@ -1,15 +1,16 @@
-"""The second moments of tables that are the head too, by what errors of a row cost in both of its uses.
+"""The second moments of tables, by what errors of a row cost in all of its uses.
 
-A row w_v of such a table is looked up, y = w_v, and multiplied, y_v = w_v . x.  With g the gradient of the mean loss
-over c drawn targets by what a use gives, an error d of the row costs half of
+A row w_v of a table is looked up, y = w_v, and, where the table is the head too, multiplied, y_v = w_v . x.  With g the
+gradient of the mean loss over c drawn targets by what a use gives, an error d of the row costs half of
 
     c E[(g . d)^2]  where it is looked up,      c E[g_v^2 (x . d)^2]  where it is multiplied,
 
 the Gauss-Newton form of passes/gauss_newton.py.  Both grow with how frequent the word is, about alike.  So all rows
 share one moment, the sums of c g g^T over what is looked up and of c |g|^2 x x^T over what is multiplied: what is
-looked up weighs by the network after it, and the words that the network is sure of weigh little in the head.
+looked up weighs by the network after it, and the words that the network is sure of weigh little in the head.  Codes
+are compensated by it as those of a layer are by the moment of its inputs.
 
-Of tables alone, the rest in float, the divergence from the float network on other texts, in nats, with the moment of
+Of tables that are heads alone, the rest in float, the divergence from the float network on other texts, in nats, with the moment of
 the head's inputs, with a tenth of the identity beside it, and with this one; scales are those of calibration:
 
 | table | inputs | and the identity | both uses |
@@ -30,19 +31,19 @@ from torch import Tensor
 from hawqfx.analysis.input_moments import InputMoments, Part, Sums, halves, looked_up, parts_of
 from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.operators import operands
+from hawqfx.ir.operators import EMBEDDING, operands
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature, rounding
 from hawqfx.maths.seeding import generator
 
 
-def tied_tables(program: Program) -> set[str]:
-    """The tables that a layer multiplies by too."""
-    return looked_up(program) & {layer.weight for layer in program.layers}
+def tables(program: Program) -> set[str]:
+    """The weights whose rows are looked up, whether or not a layer multiplies by them too."""
+    return looked_up(program) & {site.key for site in program.weights}
 
 
 def table_moments(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, tuple[InputMoments, ...]]:
-    """The moments of tables that are the head too, block by block, in units of the loss.
+    """The moments of tables, block by block, in units of the loss.
 
     Args:
         program: the float network.
@@ -92,7 +93,7 @@ class _Uses:
         self.tables: dict[str, str] = dict(layers)  # node -> the table that it reads
         for node in program.graph.graph.find_nodes(op="get_attr"):
             if str(node.target) in keys:
-                self.tables |= {user.name: str(node.target) for user in node.users if user.name not in layers}
+                self.tables |= {user.name: str(node.target) for user in node.users if user.target is EMBEDDING}
         self.sources = {name: operands(nodes[name])[0].name for name in layers}
         self.at = {*self.tables, *self.sources.values()}
         self.values: dict[str, Tensor] = {}

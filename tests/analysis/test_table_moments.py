@@ -1,4 +1,4 @@
-"""Tables that are the head too: their moment is the Gauss-Newton form of both uses."""
+"""Tables of words: their moment is the Gauss-Newton form of all uses, also where one is the head too."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hawqfx.analysis import compensation
 from hawqfx.analysis.compensation import compensated
 from hawqfx.analysis.input_moments import input_moments
-from hawqfx.analysis.table_moments import table_moments, tied_tables
+from hawqfx.analysis.table_moments import table_moments, tables
 from hawqfx.errors import LossError
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.context import Context
@@ -19,7 +19,7 @@ from hawqfx.frontend.data import gather
 from hawqfx.frontend.losses import squared_error
 from hawqfx.ir.facts import Quantizers
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import weight_at
+from hawqfx.ir.quantizers import scale_of, weight_at
 from hawqfx.maths import curvature
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.calibration import Calibration
@@ -29,27 +29,33 @@ from hawqfx.pipeline import recipe
 WORDS, WIDTH = 200, 32
 
 
-class Tied(nn.Module):
-    """Words that are looked up, a layer, and the same table as the head; some columns count for more."""
+class Words(nn.Module):
+    """Words that are looked up, a layer, and the same table, or another, as the head; some columns count for more."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tied: bool) -> None:
         super().__init__()
         self.table = nn.Embedding(WORDS, WIDTH)
         self.table.weight.data *= 0.5
         self.layer = nn.Linear(WIDTH, WIDTH)
         self.columns = nn.Buffer(torch.logspace(-1, 1, WIDTH)[torch.randperm(WIDTH)])
+        self.other = None if tied else nn.Parameter(torch.randn(WORDS, WIDTH) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.inputs(self.table(x)), self.table.weight)
+        return self.outputs(x, self.table.weight)
+
+    def outputs(self, x: Tensor, table: Tensor) -> Tensor:
+        return F.linear(self.inputs(F.embedding(x, table)), table if self.other is None else self.other)
 
     def inputs(self, found: Tensor) -> Tensor:
         """Of the head."""
         return self.layer(found * self.columns).relu()
 
 
-def prepared(loss: object, tokens: Tensor, *, bits: tuple[int, ...] = (4,)) -> tuple[Tied, Program, Context]:
+def prepared(
+    loss: object, tokens: Tensor, *, tied: bool = True, bits: tuple[int, ...] = (4,)
+) -> tuple[Words, Program, Context]:
     torch.manual_seed(0)
-    model = Tied().eval()
+    model = Words(tied=tied).eval()
     surroundings = Context(gather(list(tokens.chunk(4))), loss)  # type: ignore[arg-type]
     program = capture(model, surroundings.batches[0])
     return model, run([*recipe().rewrite, Histograms(), Calibration(bits, (8,))], program, surroundings), surroundings
@@ -64,7 +70,7 @@ def test_the_moment_is_the_gauss_newton_form_of_both_uses() -> None:
     directions, within 5 standard errors, those of sums of squared normal variables."""
     tokens = words(1, 400)
     model, program, surroundings = prepared(squared_error, tokens)
-    assert tied_tables(program) == {"table.weight"}
+    assert tables(program) == {"table.weight"}
     (moments,) = table_moments(program, surroundings, {"table.weight": WIDTH})["table.weight"]
     weight, of_output = model.table.weight.detach().double(), 2 / (tokens.shape[1] * WORDS)
     with torch.no_grad():
@@ -86,8 +92,10 @@ def test_the_moment_is_the_gauss_newton_form_of_both_uses() -> None:
         assert torch.allclose(block, moments.whole[0, own, own], rtol=1e-12)  # the same draws, added up alike
 
 
-def test_codes_that_fit_both_uses_lose_less_on_other_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, program, surroundings = prepared(Categorical(-1), words(1, 64))
+@pytest.mark.parametrize("tied", [False, True])
+def test_codes_that_fit_all_uses_lose_less_on_other_texts(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """Than the nearest ones, and than those that are fitted to the inputs of the head."""
+    model, program, surroundings = prepared(Categorical(-1), words(1, 64), tied=tied)
     held_out = words(3, 400)
     with torch.no_grad():
         wanted = model(held_out).log_softmax(-1)
@@ -96,13 +104,27 @@ def test_codes_that_fit_both_uses_lose_less_on_other_texts(monkeypatch: pytest.M
         (width,) = found.facts.get("table.weight", Quantizers).by_format
         weight = weight_at(found, "table.weight", width)
         with torch.no_grad():
-            got = F.linear(model.inputs(weight[held_out]), weight).log_softmax(-1)
+            got = model.outputs(held_out, weight).log_softmax(-1)
         return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
-    both = lost(program.learn(compensated(program, surroundings)))
-    monkeypatch.setattr(compensation, "table_moments", input_moments)
-    inputs = lost(program.learn(compensated(program, surroundings)))
-    assert both < 0.8 * inputs
+    found = lost(program.learn(compensated(program, surroundings)))
+    if tied:
+        monkeypatch.setattr(compensation, "table_moments", input_moments)
+    else:
+        monkeypatch.setattr(compensation, "tables", lambda program: set())
+    assert found < 0.8 * lost(program.learn(compensated(program, surroundings)))
+
+
+def test_without_a_distribution_codes_of_a_table_are_the_nearest() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return output.square().mean()
+
+    model, program, surroundings = prepared(loss, words(1, 8), tied=False)
+    found = compensated(program, surroundings)["table.weight"]
+    ((width, codes),) = found.codes.items()
+    scale = scale_of(program.facts.get("table.weight", Quantizers).by_format[width])
+    assert found.compensation is None
+    assert torch.equal(codes, (model.table.weight / scale[:, None]).round().clamp(-8, 7).to(torch.int8))
 
 
 def test_a_slope_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
