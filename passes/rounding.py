@@ -2,10 +2,10 @@
 
 The method "nearest" is the paper's: every element goes to the nearest code, and the error is ||Q(W) - W||^2.  The
 method "compensated" moves each rounding error to elements that are not rounded yet, by the second moment of the layer's
-inputs, and weighs the error by this moment (hawqfx/analysis/compensation.py, hawqfx/maths/rounding.py); scales of
-blocks are chosen by it too (hawqfx/maths/block_scales.py).  The method
-"sequential" does so too here, and makes the codes of the chosen formats anew later (sequential_rounding.py).
-benchmarks/accuracy.py measures both.
+inputs, and weighs the error by this moment (hawqfx/analysis/compensation.py, hawqfx/maths/rounding.py); that of a
+table is of the loss's slopes at what is looked up (hawqfx/analysis/table_moments.py).  Scales of blocks are chosen by
+it too (hawqfx/maths/block_scales.py).  The method "sequential" does so too here, and makes the codes of the chosen
+formats anew later (sequential_rounding.py).  benchmarks/accuracy.py measures both.
 """
 
 from dataclasses import dataclass

@@ -187,8 +187,9 @@ def test_the_file_computes_what_the_graph_computes(
     for batch in compiled.session.context.batches:
         same = parity.compare(compiled.program, path, batch)
         assert same.flips <= 2  # ties, where sums in another order cross them
-        # sums of floats in another order; an activation at a tie of the kernel's own rounding moves one code of 127
-        assert same.worst < 1e-4
+        # sums of floats in another order; where a kernel rounds activations of its own, one at a tie moves by one code
+        # of 127, which has moved an output by .0005 of the largest
+        assert same.worst < (1e-3 if kernel == "MatMulNBits" else 1e-4)
         assert same.agreement == 1
     (said,) = [entry.value for entry in model.metadata_props if entry.key == "hawqfx_schemes"]
     assert schemes[0] in said.split(", ")
