@@ -247,7 +247,7 @@ def files_of(part: str, network: Compiled, budgets: Mapping[str, float], folder:
     found = {"float": whole, **{kind: theirs[kind] for kind in WITHOUT_DATA}}
     for kind, bits in budgets.items():
         found[kind] = folder / f"{part} {kind}.onnx"
-        network.at(f"weight_bits={bits:.4f}").export(found[kind])
+        network.at(f"weight_bits={bits:.4f}", against_uniform=False).export(found[kind])  # these have rows of their own
         if kind.startswith(MIXED):
             even = f"uniform {bits:g}"
             found[even] = folder / f"{part} {even}.onnx"
