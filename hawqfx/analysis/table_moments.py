@@ -10,9 +10,9 @@ share one moment, the sums of c g g^T over what is looked up and of c |g|^2 x x^
 looked up weighs by the network after it, and the words that the network is sure of weigh little in the head.  Codes
 are compensated by it as those of a layer are by the moment of its inputs.
 
-Of tables that are heads alone, the rest in float, the divergence from the float network on other texts, in nats, with
-the moment of the head's inputs, with a tenth of the identity beside it, and with this one; scales are those of
-calibration:
+Of tables that are heads, the rest in float, the divergence from the float network on other texts, in nats, with the
+moment of the head's inputs, with a tenth of the identity beside it, and with this one and a damping of a tenth; scales
+are those of calibration:
 
 | table | inputs | and the identity | both uses |
 | --- | --- | --- | --- |

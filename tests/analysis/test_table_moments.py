@@ -14,7 +14,7 @@ from hawqfx.analysis.table_moments import table_moments, tables
 from hawqfx.errors import LossError
 from hawqfx.frontend.capture import capture
 from hawqfx.frontend.context import Context
-from hawqfx.frontend.criteria import Categorical
+from hawqfx.frontend.criteria import Categorical, Loss
 from hawqfx.frontend.data import gather
 from hawqfx.frontend.losses import squared_error
 from hawqfx.ir.facts import Quantizers
@@ -52,11 +52,11 @@ class Words(nn.Module):
 
 
 def prepared(
-    loss: object, tokens: Tensor, *, tied: bool = True, bits: tuple[int, ...] = (4,)
+    loss: Loss, tokens: Tensor, *, tied: bool = True, bits: tuple[int, ...] = (4,)
 ) -> tuple[Words, Program, Context]:
     torch.manual_seed(0)
     model = Words(tied=tied).eval()
-    surroundings = Context(gather(list(tokens.chunk(4))), loss)  # type: ignore[arg-type]
+    surroundings = Context(gather(list(tokens.chunk(4))), loss)
     program = capture(model, surroundings.batches[0])
     return model, run([*recipe().rewrite, Histograms(), Calibration(bits, (8,))], program, surroundings), surroundings
 
