@@ -3,9 +3,10 @@
     python benchmarks/transcription.py [--quick] [--check]
 
 whisper.py's Listener and Writer (the extra `bench`), each compiled to so many bits per weight on average, activations
-at 8.  The listener calibrates on 32 recordings, the writer on 64, which have few words, and what the float network
-writes of them; the 191 sentences of four words and more within 30 s whose text is known word by word are scored.  They
-are of the same speaker, and none calibrates.
+at 8.  The 191 sentences of four words and more within 30 s whose text is known word by word are scored.  All other
+recordings of the same speaker calibrate, one after another in windows that are filled to a length that is drawn: a
+window with one recording of one word alone would be silence, nearly all of it.  The listener takes 32 windows, the
+writer all of them and what the float network writes of them.
 
 * Nats: the mean negative log likelihood of a token of the known text, given those before it; the text begins with a
   space, as Whisper's own do, and its end counts.
@@ -14,7 +15,7 @@ are of the same speaker, and none calibrates.
 
 As many bits over both together are another row: the listener, which loses most, has one more, and the writer, with its
 table of words, fewer.  Beside them uniform bits in the same rounding, the float files, and what onnxruntime's own tools
-make of these without data (theirs.py).  --quick: 8 recordings calibrate and 8 sentences are scored; one width.
+make of these without data (theirs.py).  --quick: 8 windows calibrate and 8 sentences are scored; one width.
 """
 
 import re
@@ -33,7 +34,7 @@ import whisper
 from common import Claims, arguments, console
 from numpy.typing import NDArray
 from rich.table import Table
-from speech import log_mel, recordings
+from speech import RATE, Sound, log_mel, recordings
 from theirs import WITHOUT_DATA, without_data
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -46,8 +47,8 @@ from hawqfx.frontend.criteria import IGNORED_LABEL
 from hawqfx.runtime import ort
 
 WIDTHS = (4, 3)
-CALIBRATION = {"listener": 32, "writer": 64}  # recordings
-SHORTEST, BATCH = 1.5, 8  # seconds of each, and recordings at once
+WINDOWS, BATCH = 32, 8  # that the listener calibrates on, and windows or sentences at once
+FILLED, PAUSES = 28.0, (0.2, 0.8)  # seconds: of a window, at most, and after a recording in it, from and to
 LONGEST = 100  # tokens of a text that is written; the known ones have at most 78
 POSITION = 16  # tokens before the one that is timed
 PARTS = ("listener", "writer")
@@ -192,20 +193,40 @@ def batched(rows: list[list[int]]) -> list[list[list[int]]]:
 
 
 def spoken(tokenizer: Any, quick: bool) -> tuple[Sentences, Tensor]:
-    """What is scored, and the features of the recordings that calibrate."""
+    """What is scored, and the features of the windows that calibrate."""
     said = {name: text for name, text in data.transcripts().items() if re.search(r"[\[(\d]", text) is None}
     sounds = recordings(longest=30)
-    scored = [name for name in sounds if len(said.get(name, "").split()) >= 4][: 8 if quick else None]
-    others = [name for name in recordings(SHORTEST, 30) if len(said.get(name, "").split()) < 4]
-    drawn = np.random.default_rng(0).permutation(others)[: 8 if quick else CALIBRATION["writer"]]
-    sentences = Sentences(log_mel([sounds[name] for name in scored]), [said[name] for name in scored], tokenizer)
-    return sentences, log_mel([sounds[name] for name in drawn])
+    scored = [name for name in sounds if len(said.get(name, "").split()) >= 4]
+    others = [sound for name, sound in sounds.items() if name not in scored]
+    random = np.random.default_rng(0)
+    filled = windows([others[number] for number in random.permutation(len(others))], random)
+    some = slice(8 if quick else None)
+    sentences = Sentences(
+        log_mel([sounds[name] for name in scored[some]]), [said[name] for name in scored[some]], tokenizer
+    )
+    return sentences, log_mel(filled[some])
+
+
+def windows(sounds: Sequence[Sound], random: np.random.Generator) -> list[Sound]:
+    """Recordings one after another, a pause after each, in windows of as many as fit a length up to FILLED that is
+    drawn, and of one at least."""
+    found: list[list[Sound]] = []
+    room = 0.0
+    for sound in sounds:
+        pause = np.zeros(int(RATE * random.uniform(*PAUSES)), np.float32)
+        seconds = (len(sound) + len(pause)) / RATE
+        if seconds > room:
+            found.append([])
+            room = max(seconds, random.uniform(0, FILLED))
+        found[-1] += [sound, pause]
+        room -= seconds
+    return [np.concatenate(each) for each in found]
 
 
 def calibration(network: Network, features: Tensor) -> dict[str, list[Any]]:
     """The batches of both parts; those of the writer are each text as a whole, and its second half after the first."""
     found: dict[str, list[Any]] = {
-        "listener": list(features[: CALIBRATION["listener"]].split(BATCH)), "writer": []
+        "listener": list(features[:WINDOWS].split(BATCH)), "writer": []
     }  # fmt: skip
     for batch in features.split(BATCH):
         heard = network.heard(batch)
@@ -320,7 +341,7 @@ def main() -> None:
     show(found)
     claims = Claims()
     claim(found, claims, widths)
-    results = {"files": found, "sentences": len(sentences.texts), "calibration": CALIBRATION, "seconds": seconds}
+    results = {"files": found, "sentences": len(sentences.texts), "windows": len(features), "seconds": seconds}
     claims.finish("transcription", options, results)
 
 
