@@ -1,6 +1,7 @@
 """Schemes of linear layers: what each computes, in exact integers and in onnxruntime; how they are chosen."""
 
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -450,8 +451,33 @@ def test_a_head_that_multiplies_by_its_table_is_timed_in_blocks() -> None:
     compiled = hawqfx.compile(Words().eval(), "latency=1s", words(), schemes=EVERY, **options)  # type: ignore[arg-type]
     timed = {kernel.weight: dict(kernel.blockwise) for kernel in compiled.planned.about(LatencyModel).timed}
     assert set(timed["table.weight"]) == {blockwise(4, 64), blockwise(8, 64)}
-    with pytest.raises(HawqfxError, match="has formats in blocks alone: let schemes= have 'static'"):
-        hawqfx.compile(Words().eval(), "latency=1s", words(), schemes=("weight-only",), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("net", [Words, Mixed])
+def test_weights_in_blocks_alone_are_timed_in_these(
+    net: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No timings are known, so that parts without a weight are timed too; Mixed has a convolution, whose static weight
+    meets a float input."""
+    monkeypatch.setenv("HAWQFX_CACHE", str(tmp_path))
+    found = compiled_by(("weight-only",), net=net).at("latency=1s, weight_bits=4", against_uniform=False).planned
+    model, account = found.about(LatencyModel), found.about(Account)
+    known = {site.key: found.facts.get(site.key, Quantizers).by_format for site in found.weights}
+    alone = [kernel for kernel in model.timed if kernel.weight and not any(w.is_static for w in known[kernel.weight])]
+    assert len(alone) == (3 if net is Words else 2)
+    for kernel in alone:
+        assert {kernel.integer, kernel.unpacking, kernel.dynamic} == {math.inf}
+        assert {width for width, _ in kernel.blockwise} == set(BLOCKWISE)
+    seconds = account.limits["latency"].measured
+    assert seconds is not None
+    assert 0 < seconds < 1
+    (path,) = (path for path in tmp_path.glob("**/*.json"))
+    whole = {key.rpartition(" ")[2]: value for key, value in json.loads(path.read_text())["seconds"].items()}
+    widest = {key: max((w for w in widths if w.is_blockwise), default=Format(8)) for key, widths in known.items()}
+    floats = {site.key: FLOAT for site in found.sites}
+    assert model.seconds(floats) == pytest.approx(whole["float"])
+    # the rest may take more than all of the quantized network, of which the kernels are left at least a fiftieth
+    assert model.seconds(floats | widest) >= whole["quantized"] * (1 - 1e-9)
 
 
 def test_schemes_that_there_are_not_are_refused() -> None:

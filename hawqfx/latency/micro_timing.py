@@ -6,6 +6,7 @@ the edges of a small graph, and in a whole network where float meets integer.  S
 convolution that is timed alone, and belong to the conversions of an image.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,8 +72,8 @@ class MicroTimer:
         self._site_of = self.program.site_of
 
     def kernel_seconds(self, kernel: Kernel) -> dict[str, float]:
-        """Seconds of a kernel, less those of its layout, in every mode of FORMATS that it may run in."""
-        seconds = {}
+        """Seconds of a kernel, less those of its layout, in every mode of FORMATS; infinity where it may not run so."""
+        seconds = dict.fromkeys(FORMATS, math.inf)
         for mode in filter(lambda mode: self._may_run(kernel, mode), FORMATS):
             alone = self._alone(kernel, mode)
             layout = 0.0
@@ -110,12 +111,17 @@ class MicroTimer:
     def _may_run(self, kernel: Kernel, mode: str) -> bool:
         """Whether a kernel may run in a mode, or in the weight-only format of this name, by the formats that its sites
         may have."""
-        if mode in FORMATS and mode != "dynamic":
+        if mode == "floating":
             return True
         if kernel.weight is None:
-            return False
+            return mode in ("integer", "unpacking")
+        known = self.program.facts.get(kernel.weight, Quantizers).by_format
         if mode not in FORMATS:
-            return mode in map(str, self.program.facts.get(kernel.weight, Quantizers).by_format)
+            return mode in map(str, known)
+        if not any(width.is_static for width in known):
+            return False
+        if mode != "dynamic":
+            return True
         source = self._site_of.get(kernel.inputs[0].name)
         is_linear = WEIGHTED_LAYERS[kernel.operator.target] == "linear"
         return is_linear and source is not None and self._may_have(source, DYNAMIC)

@@ -29,7 +29,7 @@ class ProfileLatency(Analysis):
         """The latency model, as a fact about the whole network.
 
         Raises:
-            UsageError: if an activation has no quantizer at 8 bits, or a weight has no static one.
+            UsageError: if an activation has no quantizer at 8 bits, or a weight has none.
             BudgetError: if the network cannot take the shape.
             CacheError: if timings cannot be kept.
         """

@@ -1,7 +1,7 @@
 """The latency of the parts of a network in onnxruntime on this machine, as a LatencyModel.
 
 Every distinct kernel (operator, shapes, attributes) is timed in each mode that it may run in, and every conversion
-between float and integers (micro_timing.py).  The whole network is timed too, in float and at 8 bits; the parts are
+between float and integers (micro_timing.py).  The whole network is timed too, in float and quantized; the parts are
 scaled so that these two latencies come out as measured (scaling.py), and all others are predictions.
 
 Timings are kept in the user's cache folder, by machine, threads and version of onnxruntime (timing_cache.py).
@@ -32,7 +32,7 @@ from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite
 from hawqfx.latency import scaling
 from hawqfx.latency.kernels import Kernel, is_free, kernels_of, readers
-from hawqfx.latency.micro_timing import FORMATS, MicroTimer
+from hawqfx.latency.micro_timing import MicroTimer
 from hawqfx.latency.subgraphs import lowered
 from hawqfx.latency.timing_cache import TimingCache
 from hawqfx.maths.formats import FLOAT, Format
@@ -42,8 +42,6 @@ from hawqfx.runtime import ort
 log = logging.getLogger(__name__)
 
 WHOLE_SECONDS = 2.0  # for the runs of whole networks
-# word in the keys of timings -> the mode of all layers
-WHOLE_NETWORKS = {"float": "floating", "integer": "integer"}
 
 
 def profile(
@@ -69,7 +67,7 @@ def profile(
         The latency model of the network, in seconds.
 
     Raises:
-        UsageError: if an activation has no quantizer at 8 bits, or a weight has no static one.
+        UsageError: if an activation has no quantizer at 8 bits, or a weight has none.
         BudgetError: if the network cannot take the shape.
         CacheError: if timings cannot be kept.
     """
@@ -80,7 +78,8 @@ def profile(
     setting = {"machine": _machine(), "threads": threads, "onnxruntime": ort.version()}
     timings = TimingCache.open(cache, setting)
     parts = _Profiler(program, data, threads, timings).parts(progress, json.dumps(setting), sizes)
-    model = _fitted(parts, _whole_seconds(program, example, data, sizes, threads, timings))
+    networks = _whole_networks(program)
+    model = _fitted(parts, networks, _whole_seconds(networks, example, data, sizes, threads, timings))
     progress("latency", len(model.timed), len(model.timed))
     timings.save()
     return model
@@ -116,12 +115,6 @@ def _check_formats(program: Program) -> None:
     missing += [site.name for site in program.weights if not formats[site.key]]
     if missing:
         raise UsageError(f"latency is timed at 8 bits, and {missing[0]!r} was not measured there: let it have 8")
-    alone = [site.name for site in program.weights if not any(width.is_static for width in formats[site.key])]
-    if alone:
-        raise UsageError(
-            f"latency is timed in integers too, and {alone[0]!r} has formats in blocks alone: let schemes= have "
-            "'static'"
-        )
 
 
 def _machine() -> str:
@@ -134,29 +127,39 @@ def _machine() -> str:
     return f"{next(names, platform.machine())}, {os.cpu_count()} cores"
 
 
+def _whole_networks(program: Program) -> dict[str, Program]:
+    """The network in float, and quantized: at 8 bits, or where a weight has formats in blocks alone, which multiply
+    floats, with activations in float."""
+    formats = [program.facts.get(site.key, Quantizers).by_format for site in program.weights]
+    in_blocks = any(all(width.is_blockwise for width in known) for known in formats)
+    quantized = (Format(8), FLOAT if in_blocks else Format(8))
+    return {"float": lowered(program, FLOAT, FLOAT), "quantized": lowered(program, *quantized)}
+
+
 def _whole_seconds(
-    program: Program, example: Batch, data: Batch, sizes: Shape, threads: int, timings: TimingCache
+    networks: Mapping[str, Program], example: Batch, data: Batch, sizes: Shape, threads: int, timings: TimingCache
 ) -> dict[str, float]:
-    """Seconds of the network with all layers in one mode, by mode."""
-    networks = {mode: lowered(program, *FORMATS[mode]) for mode in WHOLE_NETWORKS.values()}
+    """Seconds of whole networks, by their names."""
     graphs = [str(network.graph.graph) for network in networks.values()]
+    formats = [list(map(str, network.formats().values())) for network in networks.values()]
     shapes = [tuple(tensor.shape) for tensor in data.tensors]
-    digest = hashlib.sha256(f"{graphs} {shapes}".encode()).hexdigest()[:16]
-    keys = {mode: f"network {digest} at {sizes_in_words(sizes)} {word}" for word, mode in WHOLE_NETWORKS.items()}
+    digest = hashlib.sha256(f"{graphs} {formats} {shapes}".encode()).hexdigest()[:16]
+    keys = {name: f"network {digest} at {sizes_in_words(sizes)} {name}" for name in networks}
     if not all(key in timings for key in keys.values()):
         found = whole_networks([*networks.values()], example, data, threads)
         for key, seconds in zip(keys.values(), found, strict=True):
             timings.put(key, seconds)
-    return {mode: timings.seconds[key] for mode, key in keys.items()}
+    return {name: timings.seconds[key] for name, key in keys.items()}
 
 
-def _fitted(parts: LatencyModel, whole: Mapping[str, float]) -> LatencyModel:
+def _fitted(parts: LatencyModel, networks: Mapping[str, Program], whole: Mapping[str, float]) -> LatencyModel:
     """The parts scaled to the measured networks, with a warning where the scales are implausible."""
-    floating, integer = (parts.seconds(dict.fromkeys(parts.sites, width)) for width in (FLOAT, Format(8)))
-    scales = scaling.fit(whole["floating"], whole["integer"], floating, integer)
+    floating, _ = scaling.parted(parts, networks["float"].formats())
+    left, integer = scaling.parted(parts, networks["quantized"].formats())
+    scales = scaling.fit(whole["float"], whole["quantized"], floating, integer, left)
     if not scales.plausible:
         log.warning(
-            "parts timed alone and in the whole network differ by factors of %.2f in float and %.2f in integers: "
+            "parts timed alone and in the whole network differ by factors of %.2f in float and %.2f quantized: "
             "expect rough latencies",
             scales.floating,
             scales.integer,

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from hawqfx.frontend.context import Context
-from hawqfx.frontend.losses import cross_entropy
 from hawqfx.ir.facts import ChosenFormat, Fact, Quantizers, RoundedWeights
 from hawqfx.ir.graph import set_tensor
 from hawqfx.ir.operators import WEIGHTED_LAYERS, is_constant, operands
@@ -14,7 +12,6 @@ from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, Layer, WeightSite
 from hawqfx.latency.kernels import Kernel
 from hawqfx.maths.formats import FLOAT, Format
-from hawqfx.pass_manager.manager import run
 from hawqfx.passes.lowering import Lowering
 
 
@@ -22,7 +19,8 @@ def lowered(program: Program, weights: Format, activations: Format) -> Program:
     """The program lowered with one format for all weights, and one for all activations.
 
     A site that does not have a static format takes the next narrower one, since a kernel's speed does not depend on the
-    bits of its weight; a site that does not have another format stays in float.
+    bits of its weight, and a weight without one the widest in blocks; a site that does not have another format stays in
+    float.
 
     Args:
         program: knows the Quantizers of its sites and the RoundedWeights of its weights.
@@ -33,15 +31,16 @@ def lowered(program: Program, weights: Format, activations: Format) -> Program:
     for site in program.sites:
         wanted = weights if isinstance(site, WeightSite) else activations
         facts[site.key] = ChosenFormat(_nearest_format(program, site.key, wanted), 0.0)
-    # lowering reads neither data nor a loss
-    return run([Lowering()], program.learn(facts), Context((), cross_entropy))
+    # by itself: a small graph may have no weight, whose facts the order of passes asks for
+    return Lowering().rewrite(program.learn(facts))
 
 
 def _nearest_format(program: Program, key: str, wanted: Format) -> Format:
     known = program.facts.get(key, Quantizers).by_format
-    if wanted.is_static:
-        return max(width for width in known if width <= wanted)
-    return wanted if wanted in known else FLOAT
+    if not wanted.is_static:
+        return wanted if wanted in known else FLOAT
+    static = [width for width in known if width.is_static and width <= wanted]
+    return max(static or [width for width in known if width.is_blockwise])
 
 
 class SubgraphBuilder:

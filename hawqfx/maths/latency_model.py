@@ -27,9 +27,9 @@ class KernelTimes:
         node: name of the fx node that makes the kernel's output; the rectifier's, if the kernel takes in a rectifier.
         sites: keys of the sites that the kernel needs to run in integers; of a layer, the first is its input.
         weight: key of the site among them that is a weight, if there is one.
-        integer: seconds where all `sites` are static.
+        integer: seconds where all `sites` are static; infinity for a layer whose weight has formats in blocks alone.
         floating: seconds in float, with a float weight.
-        unpacking: seconds in float, with a static weight.
+        unpacking: seconds in float, with a static weight; infinity likewise.
         dynamic: seconds of a linear layer whose input is dynamic; infinity for other kernels.
         blockwise: pairs of a weight-only format of the weight and the seconds of the linear layer in it; none for
             other kernels.

@@ -101,7 +101,7 @@ def test_onnxruntime_runs_the_integer_kernels_that_the_rule_says(
 ) -> None:
     """Of all float, all 8 bits and six random plans with float among them."""
     # the first two plans export the whole networks
-    monkeypatch.setattr(profiler, "_whole_seconds", lambda *_: {"floating": 1e-3, "integer": 1e-3})
+    monkeypatch.setattr(profiler, "_whole_seconds", lambda *_: {"float": 1e-3, "quantized": 1e-3})
     program, model = measured(make), profiled(make)
     keys = [site.key for site in program.sites]
     draw = random.Random(0)
@@ -134,7 +134,7 @@ def test_parts_are_times_and_the_ends_are_as_measured(timings: Path, tmp_path: P
     whole = {key.rpartition(" ")[2]: value for key, value in kept.items() if key.startswith("network")}
     assert model.seconds(uniform(program, FLOAT)) == pytest.approx(whole["float"])
     # the rest may take more than all of the integer network, of which the kernels are left at least a fiftieth
-    assert model.seconds(uniform(program, Format(8))) >= whole["integer"] * (1 - 1e-9)
+    assert model.seconds(uniform(program, Format(8))) >= whole["quantized"] * (1 - 1e-9)
     assert {weight for kernel in model.timed if (weight := kernel.weight)} == {site.key for site in program.weights}
     assert model.sites == {site.key for site in program.sites}
 

@@ -4,13 +4,33 @@ import math
 
 import pytest
 
-from hawqfx.latency.scaling import Scales, fit, scaled
+from hawqfx.latency.scaling import Scales, fit, parted, scaled
+from hawqfx.maths.formats import FLOAT, Format, blockwise
 from hawqfx.maths.latency_model import ConversionTimes, KernelTimes, LatencyModel
 
 
 def test_float_parts_stay_as_they_were_timed() -> None:
     """In ms: 10 in float, of which the parts take 8; 6 at 8 bits, of which the parts take 2."""
     assert fit(10.0, 6.0, 8.0, 2.0) == Scales(1.0, 2.0, 2.0)
+
+
+def test_what_a_quantized_network_leaves_in_float_scales_as_float() -> None:
+    """10 in float, of which the parts take 8; of 6 quantized, 1 is in float and 2 are not."""
+    assert fit(10.0, 6.0, 8.0, 2.0, 1.0) == Scales(1.0, 1.5, 2.0)
+    scales = fit(10.0, 6.0, 20.0, 5.0, 4.0)
+    assert scales.floating * 20 + scales.rest == pytest.approx(10)
+    assert scales.floating * 4 + scales.integer * 5 + scales.rest == pytest.approx(6)
+
+
+def test_parts_in_float_are_told_from_the_others() -> None:
+    """Of a layer in each way in which it runs, and a conversion."""
+    kernel = KernelTimes("n", ("x", "w"), "w", 1.0, 2.0, 4.0, 8.0, ((blockwise(4, 32), 16.0),))
+    parts = LatencyModel(0.0, (kernel,), (ConversionTimes("x", None, (None,), 32.0, 64.0, 128.0),), "")
+    found = [
+        parted(parts, {"x": x, "w": w})
+        for x, w in ((FLOAT, FLOAT), (FLOAT, Format(8)), (FLOAT, blockwise(4, 32)), (Format(8), Format(8)))
+    ]
+    assert found == [(2.0, 0.0), (4.0, 0.0), (0.0, 16.0), (0.0, 1.0 + 32.0 + 64.0)]
 
 
 def test_float_parts_that_exceed_the_network_shrink() -> None:
