@@ -1,10 +1,10 @@
 """The quantizer of every site in every format that it may take, with the least squared error that a search meets.
 
-The quantizers of weights are signed and symmetric, with one scale per output channel.  The quantizers of activations
-are unsigned, with one scale and zero-point per tensor, from the histogram of the float network's values.  Linear layers
-may have other schemes than the static one (hawqfx.maths.formats): weights with a scale per block, and inputs whose
-range is taken in each run.  So may tables whose rows are looked up, but for those whose rows are shorter than a block,
-which have a scale per row anyway.
+The quantizers of weights are signed, with zero-point 0 and one scale per output channel, of either sign below 8 bits.
+The quantizers of activations are unsigned, with one scale and zero-point per tensor, from the histogram of the float
+network's values.  Linear layers may have other schemes than the static one (hawqfx.maths.formats): weights with a scale
+per block, and inputs whose range is taken in each run.  So may tables whose rows are looked up, but for those whose rows
+are shorter than a block, which have a scale per row anyway.
 """
 
 import logging
@@ -32,9 +32,10 @@ BIAS_CODES = 2.0**30  # half of what int32 holds, since scales and biases may st
 
 
 def _weight_quantizer(weight: Tensor, bits: int, least: Tensor) -> QuantParams:
-    """The quantizer of a weight (C, ...) whose scales are at least `least` (C,)."""
+    """The quantizer of a weight (C, ...) whose scales are at least `least` (C,) wide."""
     low, high = affine.signed_range(bits)
-    scales = torch.maximum(affine.symmetric_scales(weight, bits), least)
+    scales = affine.channel_scales(weight, bits)
+    scales = torch.copysign(torch.maximum(scales.abs(), least), scales)
     return QuantParams(bits, tuple(scales.tolist()), 0, low, high, per_channel=True)
 
 

@@ -117,7 +117,7 @@ def _best_damped(weight: Tensor, moments: InputMoments) -> tuple[list[rounding.C
     if len(moments.halves) < 2:
         return [], damping
     low, high = affine.signed_range(4)
-    scale = tuple(affine.symmetric_scales(weight, 4).tolist())
+    scale = tuple(affine.channel_scales(weight, 4).tolist())
     stack = _Stack(weight, [QuantParams(4, scale, 0, low, high, per_channel=True)], moments).some
 
     def judged(value: float) -> tuple[list[rounding.Compensation], Tensor]:

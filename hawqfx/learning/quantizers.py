@@ -117,7 +117,7 @@ class LearnedQuantizers(nn.Module):
                 size = read.scale[0] * (read.high - read.low) / 4  # four standard deviations, nearly
                 weight = self.weights[layer.weight]
                 columns = weight.start[0].numel()
-                scale = weight.scale.detach().flatten().expand(weight.start.shape[0])
+                scale = weight.scale.detach().abs().flatten().expand(weight.start.shape[0])
                 yield layer, layer.bias, scale * size * math.sqrt(columns)
 
     @property

@@ -68,8 +68,12 @@ def unsigned_range(bits: int) -> tuple[int, int]:
     return 0, (1 << bits) - 1
 
 
-def symmetric_scales(weight: Tensor, bits: int) -> Tensor:
-    """Per-channel scales with the least ||Q(w) - w||^2 that the search meets.
+def channel_scales(weight: Tensor, bits: int) -> Tensor:
+    """Per-channel scales with the least ||Q(w) - w||^2 that the search meets, below 8 bits of either sign.
+
+    There is one code more below zero than above, and the sign tells on which side of a row it is.  That takes no bytes,
+    and of the squared error at 3 bits on average 9% of 1 x 1 convolutions, 14% of 3 x 3 ones and 24% of depthwise ones
+    (EfficientNet-Lite0, ResNet-20).  At 8 bits there is nothing to gain, and all runtimes take positive scales.
 
     The search takes the best of a grid of clipping points, and improves it by alternating least squares: for fixed
     codes q the best scale is <q, w> / <q, q>, and for a fixed scale the best codes are the rounded ones, so the error
@@ -84,8 +88,10 @@ def symmetric_scales(weight: Tensor, bits: int) -> Tensor:
     """
     rows = weight.detach().reshape(weight.shape[0], -1)
     few = max(1, CACHED // max(1, rows.shape[1]))
-    found = torch.cat([_scales(part, *signed_range(bits), _COARSE)[0] for part in rows.split(few)])
-    return found.float().clamp_min(torch.finfo(torch.float32).tiny)
+    find = _scales_of_either_sign if bits < 8 else _scales
+    found = torch.cat([find(part, *signed_range(bits), _COARSE)[0] for part in rows.split(few)]).float()
+    least = torch.finfo(torch.float32).tiny
+    return torch.where(found.abs() < least, least, found)
 
 
 def block_scales(weight: Tensor, bits: int, block: int) -> Tensor:
@@ -106,16 +112,21 @@ def block_scales(weight: Tensor, bits: int, block: int) -> Tensor:
     clippings = _COARSE_BLOCKS if bits <= 4 else _COARSE
     found = []
     for part in rows.split(max(1, CACHED // block)):
-        (above, lost), (below, lost_below) = (_scales(p, *signed_range(bits), clippings) for p in (part, -part))
-        found.append(torch.where(lost_below < lost, -below, above))
+        found.append(_scales_of_either_sign(part, *signed_range(bits), clippings)[0])
     scale = torch.cat(found).bfloat16().float()
     least = torch.finfo(torch.bfloat16).tiny
     return torch.where(scale.abs() < least, least, scale).reshape(len(weight), -1)
 
 
+def _scales_of_either_sign(rows: Tensor, low: int, high: int, clippings: int) -> tuple[Tensor, Tensor]:
+    """The better of `_scales` for rows and for their negatives, whose scales are negative."""
+    (above, lost), (below, lost_below) = (_scales(part, low, high, clippings) for part in (rows, -rows))
+    return torch.where(lost_below < lost, -below, above), torch.minimum(lost, lost_below)
+
+
 def _scales(rows: Tensor, low: int, high: int, clippings: int) -> tuple[Tensor, Tensor]:
-    """The scales (C,) of `symmetric_scales` for rows (C, K), from so many clipping points, and the squared errors (C,)
-    of rows whose largest magnitude is one; both in float64.
+    """The positive scales (C,) of `channel_scales` for rows (C, K), from so many clipping points, and the squared
+    errors (C,) of rows whose largest magnitude is one; both in float64.
 
     Rows are brought to a largest magnitude of one, so that a clipping point is one number for all of them, and squares
     are far from the ends of float32.  Least squares are taken in float64: where an element lies at the threshold of two

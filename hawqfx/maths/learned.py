@@ -39,7 +39,7 @@ class LearnedWeight(nn.Module):
     Args:
         weight: (C, ...), in float.
         codes: in its shape, the codes at the start.
-        scale: in a shape that broadcasts over the weight, positive.
+        scale: in a shape that broadcasts over the weight, of either sign, which stays.
         low: the lowest code.
         high: the highest code.
     """
@@ -49,9 +49,9 @@ class LearnedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, low: int, high: int) -> None:
         super().__init__()
-        self.start, self.low, self.high = codes.to(weight.dtype), low, high
+        self.start, self.low, self.high, self.sign = codes.to(weight.dtype), low, high, scale.to(weight.dtype).sign()
         self.offset = nn.Parameter(torch.zeros_like(weight))
-        self.log_scale = nn.Parameter(scale.to(weight.dtype).log())
+        self.log_scale = nn.Parameter(scale.to(weight.dtype).abs().log())
 
     @property
     def codes(self) -> Tensor:
@@ -60,7 +60,7 @@ class LearnedWeight(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        return self.log_scale.exp()
+        return self.sign * self.log_scale.exp()
 
     def forward(self) -> Tensor:
         """The dequantized weight."""

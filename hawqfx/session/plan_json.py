@@ -116,10 +116,11 @@ def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
     quantizer = QuantParams(**known | {"scale": tuple(map(float, known["scale"]))})
     if quantizer.bits != entry["bits"]:
         raise ValueError(f"bits are {entry['bits']}, the quantizer has {quantizer.bits}")
-    signed = quantizer.scheme == "weight-only"
+    in_blocks = quantizer.scheme == "weight-only"
+    signed = in_blocks or (quantizer.per_channel and quantizer.bits < 8)
     if not all(0 < (abs(scale) if signed else scale) < math.inf for scale in quantizer.scale):
-        raise ValueError("a scale is not above zero, or not finite")
-    if signed and not all(struct.pack("<f", scale)[:2] == bytes(2) for scale in quantizer.scale):
+        raise ValueError("a scale is zero, not finite, or below zero where it has no sign")
+    if in_blocks and not all(struct.pack("<f", scale)[:2] == bytes(2) for scale in quantizer.scale):
         raise ValueError("the scale of a block is no bfloat16 number")
     low, high = (affine.signed_range if quantizer.per_channel else affine.unsigned_range)(quantizer.bits)
     zeros = (0,) if quantizer.per_channel else range(low, high + 1)

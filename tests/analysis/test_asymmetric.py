@@ -75,7 +75,7 @@ def test_errors_that_the_inputs_do_not_tell_are_not_fitted() -> None:
 def test_every_row_takes_the_scale_that_leaves_the_least() -> None:
     inputs, weight = _randn(500, 12) @ _randn(12, 12, seed=1), _randn(40, 12, seed=2)
     known, ends = _halves(inputs, inputs), affine.signed_range(3)
-    scale = affine.symmetric_scales(weight, 3)
+    scale = affine.channel_scales(weight, 3)
     alone, chosen = (
         recoded(weight, scale, ends, known, 1, 0.01, bias=False, scales=scales) for scales in ((1.0,), SCALES)
     )
@@ -83,7 +83,7 @@ def test_every_row_takes_the_scale_that_leaves_the_least() -> None:
     assert torch.equal(chosen.codes * chosen.scale[:, None], chosen.weight)
     errors = [_errors(each, weight, known) for each in (alone, chosen)]
     assert bool((errors[1] <= errors[0] * (1 + 1e-6)).all())  # float32 values of the codes
-    assert float(errors[1].sum()) < 0.8 * float(errors[0].sum())
+    assert float(errors[1].sum()) < 0.85 * float(errors[0].sum())
 
 
 def _errors(found: Recoded, weight: Tensor, known: list[tuple[float, PairMoments]]) -> Tensor:

@@ -30,6 +30,15 @@ def test_a_code_moves_once_the_offset_is_half_of_one() -> None:
     assert torch.equal(learned.codes.detach(), codes + torch.tensor([0.0, 0.0, 1.0, -1.0, 0.0]))
 
 
+def test_a_scale_keeps_its_sign() -> None:
+    values, codes, scale = weight()
+    learned = LearnedWeight(values, codes.to(torch.int8), -scale, -8, 7)
+    torch.testing.assert_close(learned(), codes * -scale)
+    with torch.no_grad():
+        learned.log_scale.add_(1.0)
+    torch.testing.assert_close(learned.scale.detach(), -scale * torch.e)
+
+
 def test_codes_stay_in_their_range() -> None:
     values, codes, scale = weight()
     learned = LearnedWeight(values, codes.to(torch.int8), scale, -4, 3)

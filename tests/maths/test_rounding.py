@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hawqfx.maths import rounding
-from hawqfx.maths.affine import signed_range, symmetric_scales
+from hawqfx.maths.affine import channel_scales, signed_range
 from hawqfx.maths.rounding import DAMPING, Compensation, patches, second_moment, spread, weighted_error
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -26,7 +26,7 @@ def _correlated(groups: int, columns: int, seed: int = 0) -> Tensor:
 
 def _grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, low and high of every row, as (groups, R, 1)."""
-    scale = symmetric_scales(weight.flatten(0, 1), bits).double().reshape(*weight.shape[:2], 1)
+    scale = channel_scales(weight.flatten(0, 1), bits).double().reshape(*weight.shape[:2], 1)
     low, high = signed_range(bits)
     return scale, torch.full_like(scale, low), torch.full_like(scale, high)
 
