@@ -2,9 +2,9 @@
 
 The quantizers of weights are signed, with zero-point 0 and one scale per output channel, of either sign below 8 bits.
 The quantizers of activations are unsigned, with one scale and zero-point per tensor, from the histogram of the float
-network's values.  Linear layers may have other schemes than the static one (hawqfx.maths.formats): weights with a scale
-per block, and inputs whose range is taken in each run.  So may tables whose rows are looked up, but for those whose rows
-are shorter than a block, which have a scale per row anyway.
+network's values.  Linear layers may have other schemes than the static one (hawqfx.maths.formats): weights with a
+scale per block, and inputs whose range is taken in each run.  So may tables whose rows are looked up, but for those
+whose rows are shorter than a block, which have a scale per row anyway.
 """
 
 import logging

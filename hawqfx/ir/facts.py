@@ -44,14 +44,15 @@ class QuantParams:
     Args:
         bits: bits of a code.
         scale: one for the whole tensor, one per index of dimension 0 (per-channel), one per block of each row, row by
-            row (scheme "weight-only"), or none (scheme "dynamic").
+            row (scheme "weight-only"), or none (scheme "dynamic").  Those of blocks, and of channels below 8 bits, may
+            be negative.
         zero_point: the code of the value 0.
         low: the lowest code.
         high: the highest code.
         per_channel: whether there is more than one scale.
         scheme: see hawqfx.maths.formats.
         blocks: blocks in a row.
-        block: inputs of a block, in the scheme "weight-only"; their scales may be negative.
+        block: inputs of a block, in the scheme "weight-only".
     """
 
     bits: int

@@ -4,8 +4,9 @@ Rounding is half to even and x is divided by s, as ONNX QuantizeLinear has it; t
 1/s, which rounds some ties the other way.  Weights are signed, symmetric (z = 0) and per-channel or in blocks of
 a row, on the full range -2^(b-1) ... 2^(b-1) - 1.  Activations are unsigned, per tensor, on 0 ... 2^b - 1.
 
-A scale is a number, or (C,) for the indices of dimension 0, or (C, B) for B blocks of each row of a matrix, where it
-may be negative: the range has one code more below zero than above, and the sign turns it to where the block needs it.
+A scale is a number, or (C,) for the indices of dimension 0, or (C, B) for B blocks of each row of a matrix.  Those of
+weights in blocks, and below 8 bits, may be negative: the range has one code more below zero than above, and the sign
+turns it to where the row or block needs it.
 """
 
 from collections.abc import Callable
