@@ -93,6 +93,26 @@ def test_a_damaged_plan(tmp_path: Path, text: str, message: str) -> None:
         Plan.read(tmp_path / "missing.json")
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_scales_of_a_plan_are_negative_below_8_bits_alone(tmp_path: Path, bits: int) -> None:
+    compiled, path = quick(Plain, "weight_bits=8").uniform(bits), tmp_path / "plan.json"
+    compiled.plan.write(path)
+    assert Plan.read(path) == compiled.plan
+    quantizers = [compiled.plan.quantizers[site.key] for site in compiled.planned.weights]
+    negative = [scale < 0 for quantizer in quantizers if quantizer is not None for scale in quantizer.scale]
+    assert any(negative) == (bits < 8)
+    if bits < 8:
+        return
+    first = compiled.planned.weights[0].key
+    quantizer = compiled.plan.quantizers[first]
+    assert quantizer is not None
+    text = path.read_text()
+    assert str(quantizer.scale[0]) in text
+    path.write_text(text.replace(str(quantizer.scale[0]), f"-{quantizer.scale[0]}"))
+    with pytest.raises(PlanError, match="below zero where it has no sign"):
+        Plan.read(path)
+
+
 def test_an_exported_program_and_a_graph_module_compile_to_the_same() -> None:
     model, data = build(Plain), images()
     exported = torch.export.export(model, (data[0][0],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
