@@ -60,7 +60,7 @@ def _least_scales(program: Program, activations: Mapping[str, Quantizers]) -> di
 
 def _widened(by_format: Mapping[Format, QuantParams], least: Tensor) -> int:
     """Number of channels whose steps a bias widens."""
-    narrowest = torch.tensor(by_format[max(by_format)].scale) if by_format else torch.ones(0)
+    narrowest = torch.tensor(by_format[max(by_format)].scale).abs() if by_format else torch.ones(0)
     return int((narrowest == least.cpu()).sum()) if len(narrowest) else 0
 
 
