@@ -311,7 +311,7 @@ def _quantizers(
         return Calibration(integer[0], integer[1], schemes, blocks)
     for key, quantizer in plan.quantizers.items():
         if quantizer is not None and quantizer.per_channel:  # a weight
-            exact_widths(target, [plan.bits[key]])
+            exact_widths(target, [max(quantizer.rows, default=plan.bits[key])])
     return plan.calibration() if reround else FollowPlan(plan)
 
 

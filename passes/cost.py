@@ -2,7 +2,8 @@
 
 The cost of a weight is its part of the exported file:
 
-    static       packed integers, a float32 scale per channel, and an int32 bias for every layer that uses the weight
+    static       packed integers, a float32 scale per channel, and an int32 bias for every layer that uses the weight;
+                 where rows have bits of their own, a byte for each that tells them
     weight-only  packed integers for every element of whole blocks, a bfloat16 scale per block, and float32 biases
     float        the weight and its biases in float32
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import ByteCost, Quantizers
+from hawqfx.ir.facts import ByteCost, Quantizers, QuantParams
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import WeightSite
 from hawqfx.maths.formats import FLOAT, FLOAT_BITS, Format, blocks
@@ -26,7 +27,7 @@ BLOCK_SCALE_BYTES = 2  # bfloat16
 BIAS_BYTES = 4  # int32
 
 
-def _weight_bytes(program: Program, site: WeightSite, width: Format) -> int:
+def _weight_bytes(program: Program, site: WeightSite, width: Format, quantizer: QuantParams | None) -> int:
     channels = site.shape[0]
     used = [layer for layer in program.layers if layer.weight == site.key]
     biased = sum(layer.bias is not None for layer in used)
@@ -36,7 +37,11 @@ def _weight_bytes(program: Program, site: WeightSite, width: Format) -> int:
         count = channels * blocks(site.shape[1], width.block)
         packed = packed_bytes(count * width.block, width.bits)
         return packed + count * BLOCK_SCALE_BYTES + FLOAT_BYTES * channels * biased
-    return packed_bytes(site.numel, width.bits) + channels * (SCALE_BYTES + BIAS_BYTES * biased)
+    if quantizer is not None and quantizer.rows:
+        packed = packed_bytes(sum(quantizer.rows) * (site.numel // channels), 1) + channels
+    else:
+        packed = packed_bytes(site.numel, width.bits)
+    return packed + channels * (SCALE_BYTES + BIAS_BYTES * biased)
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,11 @@ class Cost(Analysis):
     def learn(self, program: Program, context: Context) -> Mapping[str, ByteCost]:
         facts = {}
         for site in program.sites:
-            widths = (*program.facts.get(site.key, Quantizers).by_format, FLOAT)
+            known = program.facts.get(site.key, Quantizers).by_format
+            widths = (*known, FLOAT)
             if isinstance(site, WeightSite):
-                facts[site.key] = ByteCost({width: _weight_bytes(program, site, width) for width in widths})
+                cost = {width: _weight_bytes(program, site, width, known.get(width)) for width in widths}
+                facts[site.key] = ByteCost(cost)
             else:
                 # an activation that is quantized in each run is stored in float
                 bits = {width: width.bits if width.is_static else FLOAT_BITS for width in widths}

@@ -135,7 +135,7 @@ class Recoded:
 def recoded(
     weight: Tensor,
     scale: Tensor,
-    ends: tuple[int, int],
+    ends: tuple[int | Tensor, int | Tensor],
     known: Sequence[tuple[float, PairMoments]],
     groups: int,
     damping: float,
@@ -149,7 +149,7 @@ def recoded(
     Args:
         weight: (C, ...), in float.
         scale: of the codes, (C,), or (C, B) for blocks of each row.
-        ends: the lowest and the highest code.
+        ends: the lowest and the highest code, () or (C,).
         known: shares and moments of one half of the samples, or of both.
         groups: of the layer's channels.
         damping: of the moment of all samples, see hawqfx.maths.rounding.Compensation.
@@ -169,11 +169,13 @@ def recoded(
     aim = rows + part * compensation.solved(rows @ whole.cross) if part else rows
     moment = compensation.damped(whole.second)
     if block and len(scales) > 1:
-        scale = chosen_scales(compensation, moment, aim[0], steps[0], ends, block, scales, settled=True).float()
+        whole_ends = int(ends[0]), int(ends[1])
+        scale = chosen_scales(compensation, moment, aim[0], steps[0], whole_ends, block, scales, settled=True).float()
     if block:
         steps, scales = affine.along_channels(scale.double(), aim[0])[None], (1.0,)
-    codes, chosen = _best_codes(compensation, aim, steps, ends, scales)
-    codes = _descended(codes, aim, chosen, ends, moment)
+    low, high = (torch.as_tensor(end).to(aim).expand(len(weight)).reshape(*rows.shape[:2], 1) for end in ends)
+    codes, chosen = _best_codes(compensation, aim, steps, (low, high), scales)
+    codes = _descended(codes, aim, chosen, (low, high), moment)
     values, shift = codes * chosen, None
     if bias:
         shift = (rows @ (whole.mean + whole.gap)[..., None] - values @ whole.mean[..., None]).reshape(-1)
@@ -202,7 +204,11 @@ def _part(rows: Tensor, known: Sequence[PairMoments], damping: float) -> float:
 
 
 def _best_codes(
-    compensation: rounding.Compensation, aim: Tensor, steps: Tensor, ends: tuple[int, int], scales: Sequence[float]
+    compensation: rounding.Compensation,
+    aim: Tensor,
+    steps: Tensor,
+    ends: tuple[Tensor, Tensor],
+    scales: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The codes (groups, R, K) of every row, and their scales, in the one of several scales that leaves the least.
 
@@ -210,7 +216,7 @@ def _best_codes(
         compensation: of the moment.
         aim: (groups, R, K), what is rounded.
         steps: (groups, R, 1) or (groups, R, K), the scales.
-        ends: the lowest and the highest code.
+        ends: (groups, R, 1), the lowest and the highest codes.
         scales: times `steps`.
     """
     groups, count, columns = aim.shape
@@ -221,7 +227,7 @@ def _best_codes(
         # float32, as quantizers have them, so that codes are those of a plan that is followed
         tried = torch.stack([(steps[:, some] * times).float().double() for times in scales], 1)
         rows = aim[:, None, some].expand(-1, len(scales), -1, -1).flatten(1, 2)
-        low, high = (torch.full_like(rows[..., :1], end) for end in ends)
+        low, high = (end[:, None, some].expand(-1, len(scales), -1, -1).flatten(1, 2) for end in ends)
         found, cost = compensation.round(rows, tried.flatten(1, 2), low, high)
         # of scales that are alike the first
         best = cost.reshape(groups, len(scales), -1).argmin(1)[:, None, :, None]
@@ -230,12 +236,11 @@ def _best_codes(
     return codes, chosen
 
 
-def _descended(codes: Tensor, aim: Tensor, steps: Tensor, ends: tuple[int, int], moment: Tensor) -> Tensor:
+def _descended(codes: Tensor, aim: Tensor, steps: Tensor, ends: tuple[Tensor, Tensor], moment: Tensor) -> Tensor:
     """Codes (groups, R, K) after descent, some rows at once; the arguments are those of `rounding.descended`."""
     at_once = max(1, ELEMENTS // (len(codes) * codes.shape[-1]))
     found = []
-    parts = (each.split(at_once, 1) for each in (codes, aim, steps))
-    for some, wanted, scale in zip(*parts, strict=True):
-        low, high = (torch.full_like(some[..., :1], end) for end in ends)
+    parts = (each.split(at_once, 1) for each in (codes, aim, steps, *ends))
+    for some, wanted, scale, low, high in zip(*parts, strict=True):
         found.append(rounding.descended(some, wanted, scale, low, high, moment))
     return torch.cat(found, 1)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from hawqfx.analysis.input_moments import InputMoments, groups_of, input_moments, parts_of
+from hawqfx.analysis.mixed_rows import mixed_rows
 from hawqfx.analysis.table_moments import table_moments, tables
 from hawqfx.frontend.context import Context
 from hawqfx.frontend.memory import free_memory
 from hawqfx.ir.facts import Compensated, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import numbers_of, scale_of
+from hawqfx.ir.quantizers import ends_of, numbers_of, scale_of
 from hawqfx.maths import affine, rounding
 from hawqfx.maths.block_scales import chosen_scales
 from hawqfx.maths.formats import Format
@@ -153,6 +154,10 @@ class _Stack:
         self.scales = [
             scale_of(quantizer).to(weight.device).double().reshape(*whole.shape[:2], -1) for quantizer in quantizers
         ]
+        self.ends = [
+            tuple(end.to(self.rows).expand(len(weight)).reshape(*whole.shape[:2], 1) for end in ends_of(quantizer))
+            for quantizer in quantizers
+        ]
 
     def choose_scales(self, compensation: rounding.Compensation, *, settled: bool) -> None:
         """Give the quantizers, all of them in blocks, the scales that leave the least by the moment of a compensation;
@@ -174,6 +179,7 @@ class _Stack:
             return self
         rows, found = rounding.spread(count, JUDGED, self.rows.device), copy.copy(self)
         found.rows, found.scales = self.rows[:, rows], [scale[:, rows] for scale in self.scales]
+        found.ends = [(low[:, rows], high[:, rows]) for low, high in self.ends]
         return found
 
     def _scales_of(self, some: slice) -> list[Tensor]:
@@ -186,6 +192,15 @@ class _Stack:
                 found.append(part.of(each[:, :, part.columns]))
             else:
                 found.append(scale[:, some].repeat_interleave(part.blocks, 0))
+        return found
+
+    def _ends_of(self, some: slice) -> list[tuple[Tensor, Tensor]]:
+        """The lowest and the highest codes of some rows in each quantizer, (groups * blocks, R, 1) both."""
+        blocks, count = len(self.rows), self.rows[:, some].shape[1]
+        found = []
+        for ends in self.ends:
+            low, high = (end[:, some].repeat_interleave(blocks // self.groups, 0) for end in ends)
+            found.append((low.expand(blocks, count, 1), high.expand(blocks, count, 1)))
         return found
 
     def put(self, codes: Tensor, whole: Tensor) -> None:
@@ -216,11 +231,8 @@ class _Stack:
         """Codes (groups * blocks, q, R, K) of some rows, with their scales."""
         rows = self.rows[:, some]
         count, size = len(scales), rows.shape[1]
-        low, high = (
-            torch.tensor(ends, dtype=rows.dtype, device=rows.device).repeat_interleave(size).expand(len(rows), -1)
-            for ends in zip(*((quantizer.low, quantizer.high) for quantizer in self.quantizers), strict=True)
-        )
-        codes, _ = compensation.round(rows.repeat(1, count, 1), torch.cat(scales, 1), low[..., None], high[..., None])
+        low, high = (torch.cat(each, 1) for each in zip(*self._ends_of(some), strict=True))
+        codes, _ = compensation.round(rows.repeat(1, count, 1), torch.cat(scales, 1), low, high)
         return codes.to(torch.int8).reshape(len(rows), count, size, -1)
 
     def held_out(self, fitted: Sequence[rounding.Compensation]) -> Tensor:
@@ -241,7 +253,8 @@ def nearest(weight: Tensor, widths: Quantizers) -> RoundedWeights:
     errors: dict[Format, float] = {}
     for width, quantizer in widths.by_format.items():
         scale = _scale_of_rows(quantizer, weight)
-        code = (weight / scale).round().clamp(quantizer.low, quantizer.high)
+        low, high = (affine.along_channels(end.to(weight.device), weight) for end in ends_of(quantizer))
+        code = (weight / scale).round().clamp(low, high)
         codes[width] = code.to(torch.int8)
         errors[width] = float((code * scale - weight).square().sum(dtype=torch.float64))
     return RoundedWeights(codes, errors, dict.fromkeys(codes, 1.0))
@@ -295,7 +308,7 @@ def compensated_anew(
         context: the samples.
         block: the most columns of a weight that are compensated together.  None: the blocks that a weight was rounded
             in before, or as free memory allows.
-        scales: whether scales of blocks are chosen by the samples.
+        scales: whether scales of blocks, and bits of the rows of tables, are chosen by the samples.
     """
     memory = free_memory(context.device) // 2
     looked_up = tables(program)
@@ -307,11 +320,20 @@ def compensated_anew(
     for keys in _in_turns(sizes, widths, memory):
         some = [key for key in keys if key in by_slopes]
         moments = input_moments(program, context, {key: widths[key] for key in keys if key not in some})
-        moments |= table_moments(program, context, {key: widths[key] for key in some}) if some else {}
+        of_tables = table_moments(program, context, {key: widths[key] for key in some}) if some else {}
+        moments |= {key: each.parts for key, each in of_tables.items()}
         for key in keys:
+            optimism: Mapping[Format, float] = {}
+            costs = of_tables[key].rows if key in of_tables else None
+            if costs is not None and scales:
+                known[key], optimism = mixed_rows(program.tensor(key).detach(), known[key], costs)
             # those of other weights settle once formats are chosen
             known[key], facts[key] = _compensated(
                 program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in looked_up
+            )
+            facts[key] = replace(
+                facts[key],
+                optimism={width: each * optimism.get(width, 1.0) for width, each in facts[key].optimism.items()},
             )
     nearest_ones = {key: nearest(program.tensor(key), each) for key, each in known.items() if key not in facts}
     return known, facts | nearest_ones

@@ -5,10 +5,11 @@ gradient of the mean loss over c drawn targets by what a use gives, an error d o
 
     c E[(g . d)^2]  where it is looked up,      c E[g_v^2 (x . d)^2]  where it is multiplied,
 
-the Gauss-Newton form of passes/gauss_newton.py.  Both grow with how frequent the word is, about alike.  So all rows
-share one moment, the sums of c g g^T over what is looked up and of c |g|^2 x x^T over what is multiplied: what is
-looked up weighs by the network after it, and the words that the network is sure of weigh little in the head.  Codes
-are compensated by it as those of a layer are by the moment of its inputs.
+the Gauss-Newton form of passes/gauss_newton.py.  Both grow with how frequent the word is, about alike, by which the
+bits of rows are chosen (hawqfx/maths/row_widths.py).  Beside that, all rows share one moment, the sums of c g g^T over
+what is looked up and of c |g|^2 x x^T over what is multiplied: what is looked up weighs by the network after it, and
+the words that the network is sure of weigh little in the head.  Codes are compensated by it as those of a layer are by
+the moment of its inputs.
 
 Of tables that are heads, the rest in float, the divergence from the float network on other texts, in nats, with the
 moment of the head's inputs, with a tenth of the identity beside it, and with this one and a damping of a tenth; scales
@@ -22,17 +23,17 @@ are those of calibration:
 | the same, 3 bits in blocks of 32 | .320 | .285 | .244 |
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hawqfx.analysis.input_moments import InputMoments, Part, Sums, halves, looked_up, parts_of
 from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.operators import EMBEDDING, operands
+from hawqfx.ir.operators import EMBEDDING, is_data_movement, is_tensor, operands
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature, rounding
 from hawqfx.maths.seeding import generator
@@ -43,8 +44,23 @@ def tables(program: Program) -> set[str]:
     return looked_up(program) & {site.key for site in program.weights}
 
 
-def table_moments(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, tuple[InputMoments, ...]]:
-    """The moments of tables, block by block, in units of the loss.
+@dataclass(frozen=True, eq=False)
+class TableMoments:
+    """What errors of a table cost.
+
+    Args:
+        parts: the moments that all rows share, block by block of columns, in units of the loss.
+        rows: (2, V) float64, what a squared error of each row costs, in units of their mean, over each half of the
+            samples; (1, V) for a single sample; None if what is looked up does not come from the network's inputs, but
+            from places in a sequence, say: of those that no sample reaches, nothing is known.
+    """
+
+    parts: tuple[InputMoments, ...]
+    rows: Tensor | None
+
+
+def table_moments(program: Program, context: Context, widths: Mapping[str, int]) -> dict[str, TableMoments]:
+    """The moments of tables, and what their rows cost.
 
     Args:
         program: the float network.
@@ -56,6 +72,7 @@ def table_moments(program: Program, context: Context, widths: Mapping[str, int])
     """
     uses = _Uses(program, widths)
     sums = {key: Sums(1, parts_of(1, program.tensor(key).shape[1], width)) for key, width in widths.items()}
+    rows: dict[str, dict[int, Tensor]] = {key: {} for key in widths}
     if program.dynamic_batch:  # the graph of a sample takes many times the memory of its output
         context = replace(context, batches=tuple(sample for batch in context.batches for sample in batch.split(1)))
     for index, batch in enumerate(context.track(context.batches, "tables", len(context.batches))):
@@ -69,9 +86,20 @@ def table_moments(program: Program, context: Context, widths: Mapping[str, int])
             if not torch.isfinite(vectors).all():
                 raise LossError(f"the gradient at {key!r} is not finite on batch {index}: the loss overflows there")
             for half, part, samples in halves(vectors, batch.size, index):
-                rows, share = part.reshape(-1, part.shape[-1]).double() * draws**0.5, samples / context.samples
-                sums[key].add(half, share, partial(_total, rows))
-    return {key: each.finished() for key, each in sums.items()}
+                vector, share = part.reshape(-1, part.shape[-1]).double() * draws**0.5, samples / context.samples
+                sums[key].add(half, share, partial(_total, vector))
+        for key, half, costs in uses.costs(gradients, batch.size, index):
+            rows[key][half] = rows[key].get(half, 0.0) + costs * draws
+    return {
+        key: TableMoments(each.finished(), _of_mean(rows[key]) if key in uses.of_inputs else None)
+        for key, each in sums.items()
+    }
+
+
+def _of_mean(halves: Mapping[int, Tensor]) -> Tensor:
+    """(halves, V), each in units of its mean."""
+    costs = torch.stack([halves[half] for half in sorted(halves)])
+    return costs / costs.mean(1, keepdim=True).clamp_min(torch.finfo(costs.dtype).tiny)
 
 
 def _total(rows: Tensor, part: Part) -> Tensor:
@@ -92,11 +120,19 @@ class _Uses:
         self.weights = {site.key: program.tensor(site.key).detach() for site in program.weights}
         layers = {layer.node: layer.weight for layer in program.layers if layer.weight in keys}
         self.tables: dict[str, str] = dict(layers)  # node -> the table that it reads
+        self.indices: dict[str, str] = {}  # node that looks up -> the one that makes the numbers of rows
+        self.of_inputs = set(keys)  # the tables in which inputs of the network look up
+        self.rows = {key: program.tensor(key).shape[0] for key in keys}
         for node in program.graph.graph.find_nodes(op="get_attr"):
             if str(node.target) in keys:
-                self.tables |= {user.name: str(node.target) for user in node.users if user.target is EMBEDDING}
+                for user in node.users:
+                    if user.target is EMBEDDING:
+                        self.tables[user.name], numbers = str(node.target), operands(user)[1]
+                        self.indices[user.name] = numbers.name
+                        if not _is_input(numbers):
+                            self.of_inputs.discard(str(node.target))
         self.sources = {name: operands(nodes[name])[0].name for name in layers}
-        self.at = {*self.tables, *self.sources.values()}
+        self.at = {*self.tables, *self.sources.values(), *self.indices.values()}
         self.values: dict[str, Tensor] = {}
 
     def record(self, name: str, value: Tensor) -> Tensor:
@@ -120,3 +156,32 @@ class _Uses:
             else:
                 found.append((key, gradient))
         return found
+
+    def costs(self, gradients: tuple[Tensor, ...], size: int, index: int) -> Iterator[tuple[str, int, Tensor]]:
+        """Table, half of the samples, and (V,) what squared errors of its rows cost, use by use.
+
+        Args:
+            gradients: by what is given.
+            size: samples of the batch.
+            index: its number.
+        """
+        for (name, key), gradient in zip(self.tables.items(), gradients, strict=True):
+            if key not in self.of_inputs:
+                continue
+            squares = gradient.double().square()
+            if name in self.sources:
+                source = self.values[self.sources[name]].detach().double()
+                for half, part, _ in halves(squares * source.square().sum(-1, keepdim=True), size, index):
+                    yield key, half, part.flatten(0, -2).sum(0)
+                continue
+            numbers = halves(self.values[self.indices[name]], size, index)
+            for (half, rows, _), (_, part, _) in zip(numbers, halves(squares.sum(-1), size, index), strict=True):
+                found = part.new_zeros(self.rows[key])
+                yield key, half, found.index_add_(0, rows.flatten(), part.flatten())
+
+
+def _is_input(numbers: fx.Node) -> bool:
+    """Whether these are numbers that the network is given."""
+    while is_data_movement(numbers) and is_tensor(numbers.args[0]):
+        numbers = numbers.args[0]  # type: ignore[assignment]
+    return numbers.op == "placeholder"

@@ -11,6 +11,9 @@ on the widths of its weights:
     Codes   packed tensors ... -> int8 codes
     Rows    codes in blocks, their scales, numbers of rows -> float32 values of these rows of a table
 
+Of a weight whose rows have bits of their own, WeightMixed and CodesMixed take one packed tensor and the bits of each
+row; there `bits` is the most of them.
+
 In the portable packing whole bytes have functions of their own, Weight8 and Codes8: they need no unpacking, and as
 bit-planes they would take twenty times as long to load.  A file has the functions of both kinds, called or not.  In the
 native packing the functions are named for the parts that a code has beside the high one.
@@ -29,9 +32,10 @@ from hawqfx.maths import packing
 DOMAIN = "hawqfx"
 ROWS = "Rows"
 WHOLE_BYTES = 8
+MIXED = "Mixed"
 
 
-def pack(model: ir.Model, name: str, bits: int, layout: Packing) -> None:
+def pack(model: ir.Model, name: str, bits: int | Sequence[int], layout: Packing) -> None:
     """Replace an int8 initializer by packed tensors, and by calls of functions that unpack them.
 
     The function takes the place of a DequantizeLinear that reads the codes; where rows of the codes are gathered, a
@@ -40,8 +44,8 @@ def pack(model: ir.Model, name: str, bits: int, layout: Packing) -> None:
     Args:
         model: the model, which is changed.
         name: of the initializer; the calls have it too.
-        bits: of each code.
-        layout: "portable" or "native".
+        bits: of each code, or of the codes of each row.
+        layout: "portable" or "native"; rows that have bits of their own are packed alike in both.
     """
     graph = model.graph
     codes = graph.initializers.pop(name)
@@ -49,10 +53,11 @@ def pack(model: ir.Model, name: str, bits: int, layout: Packing) -> None:
     values = codes.const_value.numpy()
     model.graph.opset_imports[DOMAIN] = 1
     packed = [_initializer(graph, tensor) for tensor in _packed(name, values, bits, layout)]
+    most = bits if isinstance(bits, int) else max(bits)
 
     def call(before: ir.Node, function: str, inputs: Sequence[ir.Value], result: str | None) -> ir.Value:
         node = ir.node(
-            f"{function}{_kind(bits, layout)}", inputs, {"bits": bits, "shape": values.shape}, domain=DOMAIN, name=name
+            f"{function}{_kind(bits, layout)}", inputs, {"bits": most, "shape": values.shape}, domain=DOMAIN, name=name
         )
         node.outputs[0].name = result
         graph.insert_before(before, node)
@@ -81,16 +86,22 @@ def define_rows(model: ir.Model, layout: Packing) -> None:
         model.functions[function.identifier()] = function
 
 
-def _kind(bits: int, layout: Packing) -> str:
+def _kind(bits: int | Sequence[int], layout: Packing) -> str:
     """The end of the names of a width's functions."""
+    if not isinstance(bits, int):
+        return MIXED
     if layout == "portable":
         return "8" if bits == WHOLE_BYTES else ""
     parts = packing.NATIVE[bits]
     return "Pair" * bool(parts.pair) + "Bit" * bool(parts.bit)
 
 
-def _add_functions(model: ir.Model, bits: int, layout: Packing, *, dequantizes: bool) -> None:
+def _add_functions(model: ir.Model, bits: int | Sequence[int], layout: Packing, *, dequantizes: bool) -> None:
     """Add the function for a width to a model; in the portable packing, those for every width."""
+    if not isinstance(bits, int):
+        function = _function(bits, layout, dequantizes=dequantizes)
+        model.functions.setdefault(function.identifier(), function)
+        return
     for each in {bits} if layout == "native" else {bits, WHOLE_BYTES, WHOLE_BYTES - 1}:
         function = _function(each, layout, dequantizes=dequantizes)
         model.functions.setdefault(function.identifier(), function)
@@ -104,8 +115,11 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _packed(name: str, codes: NDArray[np.int8], bits: int, layout: Packing) -> list[ir.TensorProtocol]:
+def _packed(name: str, codes: NDArray[np.int8], bits: int | Sequence[int], layout: Packing) -> list[ir.TensorProtocol]:
     """The tensors that hold a weight, in the order of the inputs of its function, before the scale."""
+    if not isinstance(bits, int):
+        rows = np.array(bits, np.uint8)
+        return [ir.tensor(packing.pack_rows(codes, bits), name=name), ir.tensor(rows, name=f"{name}_rows")]
     if layout == "portable":
         flat = codes.reshape(-1)
         return [ir.tensor(flat if bits == WHOLE_BYTES else packing.pack(flat, bits), name=name)]
@@ -182,10 +196,13 @@ _INT32 = ir.DataType.INT32
 _ATTRIBUTES = {"bits": ir.AttributeType.INT, "shape": ir.AttributeType.INTS}
 
 
-def _function(bits: int, layout: Packing, *, dequantizes: bool) -> ir.Function:
+def _function(bits: int | Sequence[int], layout: Packing, *, dequantizes: bool) -> ir.Function:
     """(packed tensors ..., scale) -> float32 weight, or (packed tensors ...) -> int8 codes."""
     body = _Body()
-    if layout == "native":
+    if not isinstance(bits, int):
+        inputs = [ir.Value(name=name) for name in ("packed", "rows")]
+        result = _mixed_rows(body, *inputs)
+    elif layout == "native":
         parts = packing.NATIVE[bits]
         inputs = [ir.Value(name=name) for name in ("high", *["pair"] * bool(parts.pair), *["bit"] * bool(parts.bit))]
         result = _native_codes(body, parts, *inputs)
@@ -218,6 +235,22 @@ def _rows_function(layout: Packing) -> ir.Function:
 
 def _whole_bytes(body: _Body, packed: ir.Value) -> ir.Value:
     return body("Reshape", packed, body.attribute("shape"))
+
+
+def _mixed_rows(body: _Body, packed: ir.Value, rows: ir.Value) -> ir.Value:
+    """Eight bit-planes of every row, of which those above its own repeat its sign."""
+    shape, rest = body.attribute("shape"), body.constant([-1])
+    widths = body("Cast", rows, to=ir.DataType.INT64)
+    first = body("Sub", body("CumSum", widths, body.constant(0)), widths)
+    plane = body("Min", body.constant([[number] for number in range(8)]), body("Sub", widths, body.constant(1)))
+    columns = body("ReduceProd", body("Slice", shape, body.constant([1]), body.constant([8])))
+    bits = body.bits(packed, body("Mul", body("ReduceSum", widths), columns))
+    each = body("Gather", body("Reshape", bits, body("Concat", rest, columns, axis=0)), body("Add", first, plane))
+    planes = body("Reshape", each, body("Concat", rest, body("ReduceProd", shape), axis=0))
+    # as in `_planes`
+    values = body.constant([[128 + value for value in packing.plane_values(8)]], np.uint8)
+    codes = body("MatMulInteger", values, planes, body.constant(128, np.uint8))
+    return body("Reshape", body("Cast", codes, to=ir.DataType.INT8), shape)
 
 
 def _planes(body: _Body, packed: ir.Value) -> ir.Value:

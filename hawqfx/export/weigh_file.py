@@ -11,6 +11,8 @@ from hawqfx.export.exporter import export, metadata
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, FileText, FloatNetwork, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import ends_of
+from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT, Format
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Analysis, Kind, option
@@ -71,9 +73,9 @@ def _all_different(planned: Program) -> Program:
         if width.is_static:
             scale = tuple(each * (1 + number / 1024) for each in quantizer.scale)
             quantizers[site.key] = Quantizers({**known, width: replace(quantizer, scale=scale)})
-        codes = torch.randint(quantizer.low, quantizer.high + 1, site.shape, generator=random, dtype=torch.int8).to(
-            fact.codes[width].device
-        )
+        low, high = (affine.along_channels(end, fact.codes[width]).expand(site.shape) for end in ends_of(quantizer))
+        codes = torch.randint(quantizer.low, quantizer.high + 1, site.shape, generator=random)
+        codes = codes.clamp(low, high).to(fact.codes[width])
         biases = dict(fact.biases)
         for layer in planned.layers:
             if layer.weight == site.key and layer.node in own and layer.bias is not None:
@@ -90,6 +92,9 @@ def _all_different(planned: Program) -> Program:
 
 
 def _widest(quantizers: Quantizers) -> Format:
-    """The widest static format, or the widest in blocks where there is none."""
+    """The widest static format, of those whose rows have bits of their own where there are any, which take the most
+    text; or the widest in blocks where there is none."""
     known = [width for width in quantizers.by_format if width.is_static or width.is_blockwise]
-    return max((width for width in known if width.is_static), default=max(known, default=FLOAT))
+    mixed = (width for width in known if quantizers.by_format[width].rows)
+    widest = max((width for width in known if width.is_static), default=max(known, default=FLOAT))
+    return max(mixed, default=widest)

@@ -42,17 +42,18 @@ class QuantParams:
     """One affine quantizer: code = clip(round(x / scale) + zero_point, low, high).
 
     Args:
-        bits: bits of a code.
+        bits: bits of a code, of those of rows the mean, rounded up.
         scale: one for the whole tensor, one per index of dimension 0 (per-channel), one per block of each row, row by
             row (scheme "weight-only"), or none (scheme "dynamic").  Those of blocks, and of channels below 8 bits, may
             be negative.
         zero_point: the code of the value 0.
-        low: the lowest code.
-        high: the highest code.
+        low: the lowest code; of rows that differ, of the widest.
+        high: the highest code, likewise.
         per_channel: whether there is more than one scale.
         scheme: see hawqfx.maths.formats.
         blocks: blocks in a row.
         block: inputs of a block, in the scheme "weight-only".
+        rows: bits of the codes of each index of dimension 0, where they differ; else none.
     """
 
     bits: int
@@ -64,6 +65,7 @@ class QuantParams:
     scheme: Scheme = "static"
     blocks: int = 1
     block: int = 0
+    rows: tuple[int, ...] = ()
 
     @property
     def format(self) -> Format:
@@ -266,9 +268,9 @@ class FloatNetwork:
 
 @dataclass(frozen=True)
 class StoredBits:
-    """Bits of each weight that is stored as integer codes, by the name of the constant."""
+    """Bits of each weight that is stored as integer codes, by the name of the constant; of rows where they differ."""
 
-    bits: Mapping[str, int]
+    bits: Mapping[str, int | tuple[int, ...]]
 
 
 @dataclass(frozen=True)

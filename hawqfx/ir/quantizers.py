@@ -40,6 +40,14 @@ def scale_of(quantizer: QuantParams) -> Tensor:
     return scale.reshape(-1, quantizer.blocks) if quantizer.scheme == "weight-only" else scale
 
 
+def ends_of(quantizer: QuantParams) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest code of a static or weight-only quantizer: of all codes (), or of each row (C,)."""
+    if not quantizer.rows:
+        return torch.tensor(quantizer.low), torch.tensor(quantizer.high)
+    half = 1 << (torch.tensor(quantizer.rows) - 1)
+    return -half, half - 1
+
+
 def numbers_of(scale: Tensor) -> tuple[float, ...]:
     """A scale as QuantParams has it, from the shape of `scale_of`.
 

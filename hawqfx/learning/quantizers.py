@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hawqfx.ir.facts import Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import activation_at, scale_of, weight_at
+from hawqfx.ir.quantizers import activation_at, ends_of, scale_of, weight_at
 from hawqfx.ir.sites import Layer
 from hawqfx.learning.blocks import Block
 from hawqfx.learning.walk import Walk
@@ -91,7 +91,8 @@ class LearnedQuantizers(nn.Module):
                 weight = program.tensor(key).detach()
                 scale = affine.along_channels(scale_of(quantizer).to(weight.device), weight)
                 codes = walk.start.facts.get(key, RoundedWeights).codes[plan[key]]
-                yield key, LearnedWeight(weight, codes, scale, quantizer.low, quantizer.high)
+                low, high = (affine.along_channels(end.to(weight), weight) for end in ends_of(quantizer))
+                yield key, LearnedWeight(weight, codes, scale, low, high)
 
     def _activations(self, walk: Walk, block: Block) -> Iterator[tuple[str, LearnedActivation]]:
         program, plan = self.program, self.planned.plan

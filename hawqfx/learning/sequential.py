@@ -9,7 +9,7 @@ from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers, RoundedWeights
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import numbers_of, scale_of
+from hawqfx.ir.quantizers import ends_of, numbers_of, scale_of
 from hawqfx.ir.sites import Layer
 from hawqfx.learning.mean_error import correct, rectified_layers
 from hawqfx.learning.side_by_side import SideBySide, quantized_layers
@@ -48,7 +48,7 @@ def _recode(walk: SideBySide, moments: "_Moments", layer: Layer, bias: bool, sca
     quantizer, how = known.by_format[width], program.facts.get(key, RoundedWeights).compensation
     assert how is not None
     found = recoded(
-        weight, scale_of(quantizer).to(weight.device), (quantizer.low, quantizer.high),
+        weight, scale_of(quantizer).to(weight.device), ends_of(quantizer),
         moments.of(layer), groups_of(walk.named[layer.node], layer), how.chosen,
         bias=bias, scales=SCALES if scales else (1.0,), block=width.block,
     )  # fmt: skip

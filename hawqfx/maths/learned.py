@@ -40,16 +40,17 @@ class LearnedWeight(nn.Module):
         weight: (C, ...), in float.
         codes: in its shape, the codes at the start.
         scale: in a shape that broadcasts over the weight, of either sign, which stays.
-        low: the lowest code.
-        high: the highest code.
+        low: the lowest code, in a shape that broadcasts over the weight.
+        high: the highest code, likewise.
     """
 
     offset: nn.Parameter
     log_scale: nn.Parameter
 
-    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, low: int, high: int) -> None:
+    def __init__(self, weight: Tensor, codes: Tensor, scale: Tensor, low: int | Tensor, high: int | Tensor) -> None:
         super().__init__()
-        self.start, self.low, self.high, self.sign = codes.to(weight.dtype), low, high, scale.to(weight.dtype).sign()
+        self.start, self.sign = codes.to(weight.dtype), scale.to(weight.dtype).sign()
+        self.low, self.high = torch.as_tensor(low), torch.as_tensor(high)
         self.offset = nn.Parameter(torch.zeros_like(weight))
         self.log_scale = nn.Parameter(scale.to(weight.dtype).abs().log())
 

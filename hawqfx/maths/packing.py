@@ -11,10 +11,14 @@ Native packing splits a code of b bits into a signed high part that ONNX has a t
 
 code = high * 2^(b-h) + uint2 * 2^(bit present) + bit.  Each part is rounded up by less than a byte.
 
+Rows of a weight that have bits of their own are one bit stream too, row after row, and within a row bit 0 of every
+code, then bit 1, ... (the portable packing of each row, without gaps), with a byte for each row that tells its bits.
+
 Blocks are stored as the kernel of onnxruntime's MatMulNBits reads 2, 4 or 8 bits: code + 2^(b-1), 8 / b to a byte, the
 first in the lowest bits.  For 3 bits the portable or native packing of whole blocks comes before it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +51,26 @@ def pack(codes: Codes, bits: int) -> Bytes:
     _check_range(codes, bits)
     planes = (codes.reshape(1, -1).view(np.uint8) >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
     return np.packbits(planes.reshape(-1), bitorder="little")
+
+
+def pack_rows(codes: Codes, rows: Sequence[int]) -> Bytes:
+    """The packing of rows that have bits of their own.
+
+    Args:
+        codes: int8, (C, ...).
+        rows: bits of the codes of each row, 1 to 8.
+
+    Returns:
+        (ceil(sum of the codes' bits / 8),).
+
+    Raises:
+        ValueError: if a code does not fit.
+    """
+    widths, flat = np.asarray(rows), codes.reshape(len(codes), -1)
+    for bits in np.unique(widths):
+        _check_range(flat[widths == bits], int(bits))
+    planes = (flat.view(np.uint8)[:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # (C, 8, columns)
+    return np.packbits(planes[np.arange(8) < widths[:, None]].reshape(-1), bitorder="little")
 
 
 def plane_values(bits: int) -> NDArray[np.int32]:

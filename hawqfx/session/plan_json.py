@@ -1,6 +1,6 @@
 """A plan's JSON: {hawqfx_plan, budget, account, pins, sites}, with null for numbers that JSON has not (NaN, infinity).
 
-Format 3 had no pins, format 4 no names of activations, and format 5 no shape of a latency.
+Format 3 had no pins, format 4 no names of activations, format 5 no shape of a latency, and format 6 no bits of rows.
 """
 
 import json
@@ -16,8 +16,9 @@ from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT_BITS, Format, known_format
 from hawqfx.session.pins import Pins
 
-FORMAT = 6
-READ = (3, 4, 5, 6)
+FORMAT = 7
+READ = (3, 4, 5, 6, 7)
+ROWS = frozenset(range(2, 9))  # bits that a row may have
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
 Content = tuple[
@@ -54,7 +55,7 @@ def to_tree(
             **({"name": names[key]} if key in names else {}),
             **_format_entry(choice.format),
             "loss_increase": choice.increase,
-            "quantizer": None if quantizer is None else asdict(quantizer),
+            "quantizer": None if quantizer is None else _quantizer_entry(quantizer),
             "why": _reason_entry(choice.reason),
         }
     entry, made = None if account is None else asdict(account), None if pins is None else asdict(pins)
@@ -109,11 +110,17 @@ def number(value: float | None, otherwise: float = math.nan) -> float:
     return otherwise if value is None else float(value)
 
 
+def _quantizer_entry(quantizer: QuantParams) -> dict[str, Any]:
+    """Without rows where they all have the bits of the format, as older versions read it."""
+    return {name: value for name, value in asdict(quantizer).items() if name != "rows" or value}
+
+
 def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
     if entry["bits"] == FLOAT_BITS:
         return None
     known = dict(entry["quantizer"])
-    quantizer = QuantParams(**known | {"scale": tuple(map(float, known["scale"]))})
+    rows = tuple(map(int, known.get("rows", ())))
+    quantizer = QuantParams(**known | {"scale": tuple(map(float, known["scale"])), "rows": rows})
     if quantizer.bits != entry["bits"]:
         raise ValueError(f"bits are {entry['bits']}, the quantizer has {quantizer.bits}")
     in_blocks = quantizer.scheme == "weight-only"
@@ -122,7 +129,11 @@ def _quantizer(entry: Mapping[str, Any]) -> QuantParams | None:
         raise ValueError("a scale is zero, not finite, or below zero where it has no sign")
     if in_blocks and not all(struct.pack("<f", scale)[:2] == bytes(2) for scale in quantizer.scale):
         raise ValueError("the scale of a block is no bfloat16 number")
-    low, high = (affine.signed_range if quantizer.per_channel else affine.unsigned_range)(quantizer.bits)
+    static = quantizer.format == Format(quantizer.bits) and quantizer.per_channel
+    if rows and not (static and len(rows) == len(quantizer.scale) and set(rows) <= ROWS):
+        raise ValueError("the bits of rows are not of the format")
+    widest = max(rows, default=quantizer.bits)
+    low, high = (affine.signed_range if quantizer.per_channel else affine.unsigned_range)(widest)
     zeros = (0,) if quantizer.per_channel else range(low, high + 1)
     if (quantizer.low, quantizer.high) != (low, high) or quantizer.zero_point not in zeros:
         raise ValueError("codes or the zero-point are out of the range of the bits")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, RoundedWeights, Sensitivity
+from hawqfx.ir.facts import Account, ByteCost, ChosenFormat, FileText, Quantizers, RoundedWeights, Sensitivity
 from hawqfx.ir.names import names_of
 from hawqfx.ir.program import KEPT_IN_FLOAT, Program
 from hawqfx.maths.formats import FLOAT_BITS
@@ -106,6 +106,11 @@ def _roundings(planned: Program) -> list[str]:
     if 0 < len(nearest) < len(keys):
         lines[0] += f" ({', '.join(nearest)})"
     for key, own in known.items():
+        rows = planned.facts.get(key, Quantizers).by_format[formats[key]].rows
+        if rows:
+            lines.append(
+                f"rounding: {key}: rows have {min(rows)} to {max(rows)} bits, more where their errors cost more"
+            )
         if own is not None and own.blocks > 1:
             lines.append(
                 f"rounding: {key}: compensated in {own.blocks} blocks of {own.width:,} columns, each by itself; "

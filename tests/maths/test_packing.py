@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from hawqfx.maths.packing import NATIVE, Codes, pack, packed_bytes, plane_values, split
+from hawqfx.maths.packing import NATIVE, Codes, pack, pack_rows, packed_bytes, plane_values, split
 
 WIDTHS = range(2, 9)
 
@@ -111,3 +111,21 @@ def test_native_parts_make_up_every_code(bits: int) -> None:
     assert set(high) == set(_every_code(parts.high))  # all of the signed type, and no more
     assert set(pair) == set(range(2**parts.pair))
     assert set(bit) == set(range(2**parts.bit))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 33])
+def test_rows_with_bits_of_their_own_are_the_portable_packing_of_each(columns: int) -> None:
+    """One after another, without gaps."""
+    rows = [*WIDTHS, 2, 8, 3]
+    codes = [_some_codes(columns, bits) for bits in rows]
+    stream, at = 0, 0
+    for bits, row in zip(rows, codes, strict=True):
+        stream += int.from_bytes(_reference(row, bits), "little") << at
+        at += bits * columns
+    packed = pack_rows(np.array(codes, np.int8), rows)
+    assert packed.tobytes() == stream.to_bytes(packed_bytes(sum(rows) * columns, 1), "little")
+
+
+def test_a_code_that_its_row_has_no_bits_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit 2 signed bits"):
+        pack_rows(np.array([[3], [2]], np.int8), (3, 2))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from hawqfx.ir.custom_ops import DEQUANTIZE, FAKE_QUANTIZE
-from hawqfx.ir.facts import StoredBits
+from hawqfx.ir.facts import ChosenFormat, Quantizers, StoredBits
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import Program
 from hawqfx.ir.rewriter import GraphRewriter
@@ -23,7 +23,8 @@ class IntegerConstants(Rewrite):
     gives: ClassVar[tuple[Kind, ...]] = (StoredBits,)
 
     def rewrite(self, program: Program) -> Program:
-        rewriter, bits = GraphRewriter(program), {}
+        rewriter = GraphRewriter(program)
+        bits: dict[str, int | tuple[int, ...]] = {}
         for number, node in enumerate(rewriter.calls(FAKE_QUANTIZE)):
             constant, scale, zero_point, low, high = operands(node)
             if constant.op != "get_attr":
@@ -32,13 +33,20 @@ class IntegerConstants(Rewrite):
             key = str(constant.target)
             codes = affine.quantize(program.tensor(key).detach(), _scale(rewriter, scale), 0, low, high)
             if codes.dtype == torch.int8:
-                bits[key] = (high - low + 1).bit_length() - 1
+                bits[key] = _rows(program, key) or (high - low + 1).bit_length() - 1
             else:  # several layers may share a bias, and each of them has codes of its own
                 key = f"{key}_{number}"
             with rewriter.before(node):
                 dequantized = rewriter.call(DEQUANTIZE, rewriter.buffer(key, codes), scale, like=node)
             rewriter.replace(node, dequantized)
         return rewriter.done().learn_about_network(StoredBits(bits))
+
+
+def _rows(program: Program, key: str) -> tuple[int, ...]:
+    """Bits of the rows of a weight that has bits of their own for them; else none."""
+    if not program.facts.has(key, ChosenFormat):
+        return ()
+    return program.facts.get(key, Quantizers).by_format[program.facts.get(key, ChosenFormat).format].rows
 
 
 def _scale(rewriter: GraphRewriter, node: fx.Node) -> Tensor:

@@ -83,7 +83,7 @@ class _BlockwiseWeights:
     """
 
     rewriter: GraphRewriter
-    bits: MutableMapping[str, int]
+    bits: MutableMapping[str, int | tuple[int, ...]]
     _known: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def has(self, weight: fx.Node) -> bool:
@@ -98,10 +98,12 @@ class _BlockwiseWeights:
         key = str(codes.target)
         if key not in self._known:
             values, steps = self.rewriter.value(codes).numpy(), self.rewriter.value(scale)
-            width, block = kernel_bits(self.bits[key]), block or affine.block_of(values.shape[1], steps.shape[1])
+            bits = self.bits[key]
+            assert isinstance(bits, int)  # rows in blocks all have the bits of the format
+            width, block = kernel_bits(bits), block or affine.block_of(values.shape[1], steps.shape[1])
             # exact: calibration gives numbers of bfloat16
             self.rewriter.store(str(scale.target), steps.reshape(-1).bfloat16(), parameter=False)
-            packs = width == self.bits[key]
+            packs = width == bits
             blocks = packing.pack_blocks(values, width, block) if packs else packing.fill_blocks(values, block)
             self.rewriter.store(key, torch.from_numpy(blocks), parameter=False)
             if packs:
