@@ -33,6 +33,7 @@ from torch import Tensor, fx
 from hawqfx.analysis.input_moments import InputMoments, Part, Sums, halves, looked_up, parts_of
 from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
+from hawqfx.ir.facts import Quantizers
 from hawqfx.ir.operators import EMBEDDING, is_data_movement, is_tensor, operands
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature, rounding
@@ -51,8 +52,9 @@ class TableMoments:
     Args:
         parts: the moments that all rows share, block by block of columns, in units of the loss.
         rows: (2, V) float64, what a squared error of each row costs, in units of their mean, over each half of the
-            samples; (1, V) for a single sample; None if what is looked up does not come from the network's inputs, but
-            from places in a sequence, say: of those that no sample reaches, nothing is known.
+            samples; (1, V) for a single sample; None for a table without static formats, and if what is looked up does
+            not come from the network's inputs, but from places in a sequence, say: of those that no sample reaches,
+            nothing is known.
     """
 
     parts: tuple[InputMoments, ...]
@@ -121,7 +123,10 @@ class _Uses:
         layers = {layer.node: layer.weight for layer in program.layers if layer.weight in keys}
         self.tables: dict[str, str] = dict(layers)  # node -> the table that it reads
         self.indices: dict[str, str] = {}  # node that looks up -> the one that makes the numbers of rows
-        self.of_inputs = set(keys)  # the tables in which inputs of the network look up
+        # the tables with static formats, in which inputs of the network look up
+        self.of_inputs = {
+            key for key in keys if any(width.is_static for width in program.facts.get(key, Quantizers).by_format)
+        }
         self.rows = {key: program.tensor(key).shape[0] for key in keys}
         for node in program.graph.graph.find_nodes(op="get_attr"):
             if str(node.target) in keys:
@@ -168,14 +173,16 @@ class _Uses:
         for (name, key), gradient in zip(self.tables.items(), gradients, strict=True):
             if key not in self.of_inputs:
                 continue
-            squares = gradient.double().square()
             if name in self.sources:
-                source = self.values[self.sources[name]].detach().double()
-                for half, part, _ in halves(squares * source.square().sum(-1, keepdim=True), size, index):
-                    yield key, half, part.flatten(0, -2).sum(0)
+                source = self.values[self.sources[name]].detach().double().square().sum(-1)
+                pairs = zip(halves(gradient, size, index), halves(source, size, index), strict=True)
+                for (half, part, _), (_, squares, _) in pairs:
+                    yield key, half, squares.flatten() @ part.double().square().flatten(0, -2)
                 continue
-            numbers = halves(self.values[self.indices[name]], size, index)
-            for (half, rows, _), (_, part, _) in zip(numbers, halves(squares.sum(-1), size, index), strict=True):
+            numbers, slopes = self.values[self.indices[name]], gradient.double().square().sum(-1)
+            for (half, rows, _), (_, part, _) in zip(
+                halves(numbers, size, index), halves(slopes, size, index), strict=True
+            ):
                 found = part.new_zeros(self.rows[key])
                 yield key, half, found.index_add_(0, rows.flatten(), part.flatten())
 

@@ -94,6 +94,26 @@ def test_the_moment_is_the_gauss_newton_form_of_both_uses() -> None:
         assert torch.allclose(block, moments.whole[0, own, own], rtol=1e-12)  # the same draws, added up alike
 
 
+def test_rows_of_a_head_cost_in_both_uses() -> None:
+    """By the closed form of the test above, row by row: of 2,000 tokens with one draw each, of which a row of the head
+    reads all and a look-up ten."""
+    tokens = words(1, 400)
+    model, program, surroundings = prepared(squared_error, tokens)
+    found = table_moments(program, surroundings, {"table.weight": WIDTH})["table.weight"].rows
+    assert found is not None
+    with torch.no_grad():
+        inputs = model.inputs(model.table.weight[tokens]).reshape(-1, WIDTH).double()
+    layer = model.layer.weight.detach().double() * model.columns
+    slopes = (model.table.weight.detach().double()[None] * (inputs > 0)[:, None]) @ layer
+    expected = torch.full((WORDS,), float(inputs.square().sum()), dtype=torch.float64)
+    expected.index_add_(0, tokens.flatten(), slopes.square().sum((1, 2)))
+    ratio = found.mean(0) * expected.mean() / expected
+    # a look-up is 10 sums over 32 columns, far from independent: about .4, in the part of the cost that is its own
+    assert abs(float(ratio.mean()) - 1) < 0.1
+    assert float(ratio.std()) < 0.4
+    assert float(torch.corrcoef(torch.stack([found.mean(0), expected]))[0, 1]) > 0.7
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_codes_that_fit_all_uses_lose_less_on_other_texts(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
     """Than the nearest ones, and than those that are fitted to the inputs of the head."""
