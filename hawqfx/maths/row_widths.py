@@ -32,7 +32,7 @@ class RowWidths:
         bits: (V,) int64.
         own: how much of the costs that they were chosen by is each row's own.
         neighbours: the rows whose mean has a part in them; 0: all.
-        optimism: what other samples lose by them, over what those lose that they were chosen by; at least 1.
+        optimism: what other samples lose, by halves, over what those lose that the bits are chosen by; at least 1.
     """
 
     bits: Tensor
@@ -53,23 +53,22 @@ def row_widths(errors: Tensor, costs: Tensor, bits: int, widths: Sequence[int]) 
     if len(costs) < 2:
         return RowWidths(torch.full_like(costs[0], bits, dtype=torch.int64), 0.0, 0, 1.0)
     near = [count for count in NEIGHBOURS if count < costs.shape[1]]
-    tried = [(own, count, *_judged(errors, costs, own, count, bits, widths)) for count in near for own in OWN]
-    own, count, lost, known = min(tried, key=lambda each: each[2])
+    tried = [(own, count, _judged(errors, costs, own, count, bits, widths)) for count in near for own in OWN]
+    own, count, lost = min(tried, key=lambda each: each[2])
     chosen = least_sum(errors, shrunk(costs.mean(0), own, count), bits, widths)
+    # over what all samples tell of the widths that all chose: those of a half are chosen by fewer words
+    known = float((errors.gather(0, chosen[None] - widths[0])[0] * costs.sum(0)).sum())
     return RowWidths(chosen, own, count, max(1.0, lost / known) if known > 0 else 1.0)
 
 
-def _judged(
-    errors: Tensor, costs: Tensor, own: float, neighbours: int, bits: int, widths: Sequence[int]
-) -> tuple[float, float]:
-    """What widths that are chosen by one half of the samples cost the other, and that half itself, both ways."""
-    lost = known = 0.0
+def _judged(errors: Tensor, costs: Tensor, own: float, neighbours: int, bits: int, widths: Sequence[int]) -> float:
+    """What widths that are chosen by one half of the samples cost the other, both ways."""
+    lost = 0.0
     for mine, others in ((costs[0], costs[1]), (costs[1], costs[0])):
         chosen = least_sum(errors, shrunk(mine, own, neighbours), bits, widths) - widths[0]
         left = errors.gather(0, chosen[None])[0]
         lost += float((left * others).sum())
-        known += float((left * mine).sum())
-    return lost, known
+    return lost
 
 
 def shrunk(costs: Tensor, own: float, neighbours: int = 0) -> Tensor:
