@@ -331,9 +331,9 @@ def compensated_anew(
             known[key], facts[key] = _compensated(
                 program.tensor(key), known[key], moments.pop(key), scales=scales, settled=key in looked_up
             )
+            own = facts[key].optimism
             facts[key] = replace(
-                facts[key],
-                optimism={width: each * optimism.get(width, 1.0) for width, each in facts[key].optimism.items()},
+                facts[key], optimism={**own, **{each: own[each] * optimism[each] for each in optimism}}
             )
     nearest_ones = {key: nearest(program.tensor(key), each) for key, each in known.items() if key not in facts}
     return known, facts | nearest_ones

@@ -34,7 +34,7 @@ from hawqfx.analysis.input_moments import InputMoments, Part, Sums, halves, look
 from hawqfx.errors import LossError
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import Quantizers
-from hawqfx.ir.operators import EMBEDDING, is_data_movement, is_tensor, operands
+from hawqfx.ir.operators import EMBEDDING, is_data_movement, operands
 from hawqfx.ir.program import Program
 from hawqfx.maths import curvature, rounding
 from hawqfx.maths.seeding import generator
@@ -189,6 +189,6 @@ class _Uses:
 
 def _is_input(numbers: fx.Node) -> bool:
     """Whether these are numbers that the network is given."""
-    while is_data_movement(numbers) and is_tensor(numbers.args[0]):
-        numbers = numbers.args[0]  # type: ignore[assignment]
+    while is_data_movement(numbers) and isinstance(source := numbers.args[0], fx.Node):
+        numbers = source
     return numbers.op == "placeholder"

@@ -42,7 +42,7 @@ class QuantParams:
     """One affine quantizer: code = clip(round(x / scale) + zero_point, low, high).
 
     Args:
-        bits: bits of a code, of those of rows the mean, rounded up.
+        bits: bits of a code; where rows differ, their mean.
         scale: one for the whole tensor, one per index of dimension 0 (per-channel), one per block of each row, row by
             row (scheme "weight-only"), or none (scheme "dynamic").  Those of blocks, and of channels below 8 bits, may
             be negative.
