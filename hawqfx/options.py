@@ -28,6 +28,7 @@ from hawqfx.passes.allocation import Allocation
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
+from hawqfx.passes.smoothing import Smoothing
 from hawqfx.runtime.target import exact_widths
 from hawqfx.session.plan import FollowPlan, Plan
 from hawqfx.session.planner import Score, Scoring
@@ -184,6 +185,7 @@ def validated(
         plan=given,
         recipe=pipeline.recipe(
             keep_float=kept,
+            smoothing=_smoothing(given, offered),
             quantizers=_quantizers(given, reround, weights, activations, offered, blocks, target),
             rounding=first,
             metric=predictor,
@@ -313,6 +315,13 @@ def _quantizers(
         if quantizer is not None and quantizer.per_channel:  # a weight
             exact_widths(target, [max(quantizer.rows, default=plan.bits[key])])
     return plan.calibration() if reround else FollowPlan(plan)
+
+
+def _smoothing(plan: Plan | None, schemes: tuple[Scheme, ...]) -> Smoothing:
+    """The pass that gives the exponents of linear layers' inputs; none where inputs stay in float."""
+    if plan is not None:
+        return Smoothing(given=plan.exponents)
+    return Smoothing(given={} if set(schemes) == {"weight-only"} else None)
 
 
 def _batches(

@@ -44,6 +44,8 @@ from hawqfx.passes.normalize_tables import NormalizeTables
 from hawqfx.passes.perturbation import Perturbation
 from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.sequential_rounding import SequentialRounding
+from hawqfx.passes.smooth_inputs import SmoothInputs
+from hawqfx.passes.smoothing import Smoothing
 from hawqfx.passes.taylor import Taylor
 from hawqfx.sensitivity.metrics import SensitivityMetric
 
@@ -89,6 +91,7 @@ class Recipe:
 def recipe(
     *,
     keep_float: tuple[str, ...] = (),
+    smoothing: Smoothing | None = None,
     quantizers: Analysis | None = None,
     rounding: Rounding | None = None,
     metric: Analysis | None = None,
@@ -101,6 +104,7 @@ def recipe(
 
     Args:
         keep_float: patterns, as in a shell, of the names of weights whose layers stay in float.
+        smoothing: Smoothing with its options.
         quantizers: Calibration, or another pass that gives Quantizers.
         rounding: Rounding with its options.
         metric: the pass that predicts loss increases.
@@ -122,6 +126,8 @@ def recipe(
             Equalize(keep_float=keep_float),
             NormalizeTables(keep_float=keep_float),
             InsertCopies(keep_float),
+            replace(smoothing or Smoothing(), keep_float=keep_float),
+            SmoothInputs(),
             FindSites(keep_float),
         ],
         price=[

@@ -60,9 +60,16 @@ FOLDERS = {
         (FROZEN, "tests/allocation", "tests/passes/test_allocation.py", "tests/passes/test_interactions.py"),
     ),
     "lowering": Folder(
-        ("passes/lowering.py", "passes/insert_copies.py", "hawqfx/analysis/partition.py", "hawqfx/ir/quantizers.py"),
+        (
+            "passes/lowering.py",
+            "passes/insert_copies.py",
+            "passes/smooth_inputs.py",
+            "hawqfx/analysis/partition.py",
+            "hawqfx/ir/quantizers.py",
+        ),
         (
             FROZEN,
+            "tests/passes/test_smoothing.py",
             "tests/analysis/test_partition.py",
             "tests/passes/test_lowering.py",
             "tests/passes/test_quantizers.py",

@@ -117,6 +117,8 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "equalize",
         "normalize_tables",
         "insert_copies",
+        "smoothing",
+        "smooth_inputs",
         "find_sites",
         "histograms",
         "calibration",

@@ -190,7 +190,7 @@ def test_observers(tmp_path: Path) -> None:
         quick(Plain, "weight_bits=6", observers=[timing, Dump(tmp_path / "dump"), PrintAfter("lowering", stream)])
     names = [
         "fold_constants", "fold_batchnorm", "float_reference", "decompose", "equalize", "normalize_tables",
-        "insert_copies", "find_sites",
+        "insert_copies", "smoothing", "smooth_inputs", "find_sites",
         "histograms", "calibration", "rounding",
         "perturbation", "cost", "hawq_v2", "allocation",
         "sequential_rounding", "lowering",

@@ -267,6 +267,17 @@ class FloatNetwork:
 
 
 @dataclass(frozen=True)
+class InputExponents:
+    """The powers of two by which the channels of linear layers' inputs are divided, and their weights multiplied.
+
+    Args:
+        exponents: node that makes such an input -> index of its last dimension -> the exponent, where it is above 0.
+    """
+
+    exponents: Mapping[str, Mapping[int, int]]
+
+
+@dataclass(frozen=True)
 class StoredBits:
     """Bits of each weight that is stored as integer codes, by the name of the constant; of rows where they differ."""
 
@@ -312,15 +323,15 @@ SiteFact = (
     | ByteCost
     | ChosenFormat
 )
-NetworkFact = Account | ErrorProducts | FileText | FloatNetwork | StoredBits | LatencyModel
+NetworkFact = Account | ErrorProducts | FileText | FloatNetwork | InputExponents | StoredBits | LatencyModel
 Fact = SiteFact | NetworkFact
 F = TypeVar(
     "F",
     ActivationHistogram, Sensitivity, Quantizers, RoundedWeights, QuantizationError, LossIncrease, ByteCost,
-    ChosenFormat, Account, ErrorProducts, FileText, FloatNetwork, StoredBits, LatencyModel,
+    ChosenFormat, Account, ErrorProducts, FileText, FloatNetwork, InputExponents, StoredBits, LatencyModel,
 )  # fmt: skip
 NETWORK_FACTS: tuple[type[NetworkFact], ...] = (
-    Account, ErrorProducts, FileText, FloatNetwork, StoredBits, LatencyModel,
+    Account, ErrorProducts, FileText, FloatNetwork, InputExponents, StoredBits, LatencyModel,
 )  # fmt: skip
 
 

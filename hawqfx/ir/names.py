@@ -26,6 +26,7 @@ from hawqfx.errors import BudgetError
 from hawqfx.ir.operators import COPY, is_constant, is_data_movement
 
 PATHS = "nn_module_stack"  # of a node's meta: call of a module -> (its path, its class), from the model inwards
+SCALED = "hawqfx_scaled"  # of a node's meta: it has the values of a tensor times constants, and goes by its name
 
 
 def operator_name(node: fx.Node) -> str:
@@ -95,9 +96,9 @@ def names_of(graph: fx.Graph) -> dict[fx.Node, str]:
 
 
 def original(node: fx.Node) -> fx.Node:
-    """The node whose value a copy has; the node itself, if it makes no copy of an activation."""
-    while node.target is COPY and not is_constant(node.args[0]):
-        (node,) = node.all_input_nodes
+    """The node whose value a copy has, times constants or not; the node itself, if it copies no activation."""
+    while SCALED in node.meta or (node.target is COPY and not is_constant(node.args[0])):
+        node = next(source for source in node.all_input_nodes if not is_constant(source))
     return node
 
 
@@ -120,7 +121,9 @@ def matches(pattern: str, *names: str) -> bool:
 
 def _computes(node: fx.Node) -> bool:
     """Whether a node computes floats of other tensors."""
-    if node.op != "call_function" or node.target in (COPY, operator.getitem) or is_data_movement(node):
+    if node.op != "call_function" or node.target in (COPY, operator.getitem):
+        return False
+    if SCALED in node.meta or is_data_movement(node):
         return False
     made = (leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor))
     read = (source.meta.get("val") for source in node.all_input_nodes)

@@ -23,6 +23,7 @@ from hawqfx.maths import affine
 from hawqfx.pass_manager.base import Analysis, Kind, option
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
+from hawqfx.passes.smoothing import Smoothing
 from hawqfx.session import saved
 from hawqfx.session.compiled import Compiled
 from hawqfx.session.pins import of_graph, of_network
@@ -76,7 +77,8 @@ def load(path: str | Path, model: Model, dynamic_shapes: Any = None) -> Compiled
     arguments.model(model)
     content = saved.read(Path(path))
     context = Context((content.example,), cross_entropy, loss_reason=content.calibrated.loss_reason)
-    recipe = pipeline.recipe(keep_float=content.keep_float)
+    smoothing = Smoothing(given=content.plan.exponents)
+    recipe = pipeline.recipe(keep_float=content.keep_float, smoothing=smoothing)
     model, dynamic_shapes = as_captured(model, content.example, dynamic_shapes)
     captured = in_single_precision(capture(model, content.example, dynamic_shapes))
     rewritten = run(recipe.rewrite, captured, context)

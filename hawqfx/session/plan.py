@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hawqfx.atomic_write import whole_file
 from hawqfx.errors import PlanError, UsageError
 from hawqfx.frontend.context import Context
-from hawqfx.ir.facts import Account, ChosenFormat, Quantizers, QuantParams
+from hawqfx.ir.facts import Account, ChosenFormat, InputExponents, Quantizers, QuantParams
 from hawqfx.ir.names import matches, some_of
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import ActivationSite, WeightSite
@@ -35,6 +35,8 @@ class Plan:
         account: the amounts that the plan takes of its limits; None where the formats were given and not chosen.
         pins: what it was made with; None where that is not known, as in plans of older versions.
         names: activation -> what users call it (hawqfx.ir.names); none in plans of older versions.
+        exponents: of the channels of linear layers' inputs (hawqfx.ir.facts.InputExponents); none in plans of older
+            versions.
     """
 
     budget: str
@@ -43,6 +45,7 @@ class Plan:
     account: Account | None = None
     pins: Pins | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    exponents: plan_json.Exponents = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program, budget: str, pins: Pins | None = None) -> "Plan":
@@ -53,7 +56,9 @@ class Plan:
             for key, choice in chosen.items()
         }
         account = program.about(Account) if program.knows(Account) else None
-        return Plan(budget, quantizers, chosen, account, pins, {site.key: site.name for site in program.activations})
+        names = {site.key: site.name for site in program.activations}
+        exponents = program.about(InputExponents).exponents if program.knows(InputExponents) else {}
+        return Plan(budget, quantizers, chosen, account, pins, names, exponents)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -125,13 +130,19 @@ class Plan:
     def __repr__(self) -> str:
         return f"<Plan {self.budget}: {len(self.chosen)} sites, {self.digest}>"
 
+    @property
+    def _content(self) -> plan_json.Content:
+        return plan_json.Content(
+            self.budget, self.quantizers, self.chosen, self.account, self.pins, self.names, self.exponents
+        )
+
     def to_tree(self) -> dict[str, Any]:
         """The plan as dicts, lists, texts and finite numbers; see hawqfx.session.plan_json."""
-        return plan_json.to_tree(self.budget, self.quantizers, self.chosen, self.account, self.pins, self.names)
+        return plan_json.to_tree(self._content)
 
     def to_json(self) -> str:
         """The plan as JSON text; see hawqfx.session.plan_json."""
-        return plan_json.dumps(self.budget, self.quantizers, self.chosen, self.account, self.pins, self.names)
+        return plan_json.dumps(self._content)
 
     @staticmethod
     def from_json(text: str) -> "Plan":

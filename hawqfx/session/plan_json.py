@@ -1,6 +1,9 @@
-"""A plan's JSON: {hawqfx_plan, budget, account, pins, sites}, with null for numbers that JSON has not (NaN, infinity).
+"""A plan's JSON, with null for numbers that JSON has not (NaN, infinity).
 
-Format 3 had no pins, format 4 no names of activations, format 5 no shape of a latency, and format 6 no bits of rows.
+    {hawqfx_plan, budget, account, pins, exponents, sites}
+
+Format 3 had no pins, format 4 no names of activations, format 5 no shape of a latency, format 6 no bits of rows, and
+format 7 no exponents of inputs.
 """
 
 import json
@@ -8,7 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from hawqfx.errors import PlanError
 from hawqfx.ir.facts import Account, ChosenFormat, LimitUse, Move, QuantParams, Reason
@@ -16,54 +19,56 @@ from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT_BITS, Format, known_format
 from hawqfx.session.pins import Pins
 
-FORMAT = 7
-READ = (3, 4, 5, 6, 7)
+FORMAT = 8
+READ = (3, 4, 5, 6, 7, 8)
 ROWS = frozenset(range(2, 9))  # bits that a row may have
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
-Content = tuple[
-    str, Mapping[str, QuantParams | None], Mapping[str, ChosenFormat], Account | None, Pins | None, Mapping[str, str]
-]
+Exponents = Mapping[str, Mapping[int, int]]
 
 
-def dumps(
-    budget: str,
-    quantizers: Mapping[str, QuantParams | None],
-    chosen: Mapping[str, ChosenFormat],
-    account: Account | None,
-    pins: Pins | None,
-    names: Mapping[str, str],
-) -> str:
+class Content(NamedTuple):
+    """The fields of a Plan, in their order; see there."""
+
+    budget: str
+    quantizers: Mapping[str, QuantParams | None]
+    chosen: Mapping[str, ChosenFormat]
+    account: Account | None
+    pins: Pins | None
+    names: Mapping[str, str]
+    exponents: Exponents
+
+
+def dumps(content: Content) -> str:
     """The content of a plan as JSON text."""
-    content = to_tree(budget, quantizers, chosen, account, pins, names)
-    return json.dumps(content, indent=1, allow_nan=False)
+    return json.dumps(to_tree(content), indent=1, allow_nan=False)
 
 
-def to_tree(
-    budget: str,
-    quantizers: Mapping[str, QuantParams | None],
-    chosen: Mapping[str, ChosenFormat],
-    account: Account | None,
-    pins: Pins | None,
-    names: Mapping[str, str],
-) -> dict[str, Any]:
+def to_tree(content: Content) -> dict[str, Any]:
     """The content of a plan as dicts, lists, texts and finite numbers."""
     sites = {}
-    for key, choice in chosen.items():
-        quantizer = quantizers[key]
+    for key, choice in content.chosen.items():
+        quantizer = content.quantizers[key]
         sites[key] = {
-            **({"name": names[key]} if key in names else {}),
+            **({"name": content.names[key]} if key in content.names else {}),
             **_format_entry(choice.format),
             "loss_increase": choice.increase,
             "quantizer": None if quantizer is None else _quantizer_entry(quantizer),
             "why": _reason_entry(choice.reason),
         }
-    entry, made = None if account is None else asdict(account), None if pins is None else asdict(pins)
-    return finite({"hawqfx_plan": FORMAT, "budget": budget, "account": entry, "pins": made, "sites": sites})
+    tree = {
+        "hawqfx_plan": FORMAT,
+        "budget": content.budget,
+        "account": None if content.account is None else asdict(content.account),
+        "pins": None if content.pins is None else asdict(content.pins),
+        "exponents": content.exponents,
+        "sites": sites,
+    }
+    return finite(tree)
 
 
 def loads(text: str) -> Content:
-    """The content of a plan, in the order of the arguments of `dumps`.
+    """The content of a plan in the text of `dumps`.
 
     Raises:
         PlanError: if the text is no plan.
@@ -93,7 +98,8 @@ def from_tree(data: Any) -> Content:
         for key, entry in sites.items()
     }
     names = {key: str(entry["name"]) for key, entry in sites.items() if "name" in entry}
-    return str(data["budget"]), quantizers, chosen, _account(data["account"]), pins, names
+    account, exponents = _account(data["account"]), _exponents(data)
+    return Content(str(data["budget"]), quantizers, chosen, account, pins, names, exponents)
 
 
 def finite(value: Any) -> Any:
@@ -108,6 +114,17 @@ def finite(value: Any) -> Any:
 def number(value: float | None, otherwise: float = math.nan) -> float:
     """The number that stands in JSON, or what null stands for."""
     return otherwise if value is None else float(value)
+
+
+def _exponents(data: Mapping[str, Any]) -> Exponents:
+    """Those of a plan; in JSON, channels are texts."""
+    known = {
+        str(node): {int(channel): int(power) for channel, power in powers.items()}
+        for node, powers in data.get("exponents", {}).items()
+    }
+    if not all(powers and min(powers) >= 0 and min(powers.values()) > 0 for powers in known.values()):
+        raise ValueError("an exponent of an input is not above zero")
+    return known
 
 
 def _quantizer_entry(quantizer: QuantParams) -> dict[str, Any]:

@@ -72,10 +72,9 @@ class Saved:
             if quantizer is not None and quantizer.per_channel:
                 tensors[f"scale/{key}"] = torch.tensor(quantizer.scale, dtype=torch.float64)
                 quantizers[key] = replace(quantizer, scale=())
-        plan = self.plan
         tree = {
             "format": FORMAT,
-            "plan": plan_json.to_tree(plan.budget, quantizers, plan.chosen, plan.account, plan.pins, plan.names),
+            "plan": replace(self.plan, quantizers=quantizers).to_tree(),
             "example": _stored((self.example.args, dict(self.example.kwargs)), tensors),
             "keep_float": self.keep_float,
             "target": self.target,

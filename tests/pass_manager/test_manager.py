@@ -95,7 +95,7 @@ def test_the_runner_holds_passes_to_their_promises() -> None:
         run([Spoiler()], program, context())
     assert (
         "in pass spoiler, after ['fold_constants', 'fold_batchnorm', 'float_reference', 'decompose', 'equalize', "
-        "'normalize_tables', 'insert_copies', 'find_sites']" in caught.value.__notes__[0]
+        "'normalize_tables', 'insert_copies', 'smoothing', 'smooth_inputs', 'find_sites']" in caught.value.__notes__[0]
     )
 
 
@@ -142,6 +142,8 @@ def test_history_tells_what_ran() -> None:
         "equalize",
         "normalize_tables",
         "insert_copies",
+        "smoothing",
+        "smooth_inputs",
         "find_sites",
         "histograms",
         "calibration",
