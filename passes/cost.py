@@ -19,7 +19,7 @@ from hawqfx.ir.facts import ByteCost, Quantizers, QuantParams
 from hawqfx.ir.program import Program
 from hawqfx.ir.sites import WeightSite
 from hawqfx.maths.formats import FLOAT, FLOAT_BITS, Format, blocks
-from hawqfx.maths.packing import packed_bytes
+from hawqfx.maths.packing import packed_bytes, row_bytes
 from hawqfx.pass_manager.base import Analysis, Kind
 
 FLOAT_BYTES = SCALE_BYTES = 4  # float32
@@ -38,7 +38,7 @@ def _weight_bytes(program: Program, site: WeightSite, width: Format, quantizer: 
         packed = packed_bytes(count * width.block, width.bits)
         return packed + count * BLOCK_SCALE_BYTES + FLOAT_BYTES * channels * biased
     if quantizer is not None and quantizer.rows:
-        packed = packed_bytes(sum(quantizer.rows) * (site.numel // channels), 1) + channels
+        packed = row_bytes(quantizer.rows, site.numel // channels) + channels
     else:
         packed = packed_bytes(site.numel, width.bits)
     return packed + channels * (SCALE_BYTES + BIAS_BYTES * biased)

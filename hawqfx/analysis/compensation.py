@@ -26,7 +26,7 @@ from hawqfx.frontend.context import Context
 from hawqfx.frontend.memory import free_memory
 from hawqfx.ir.facts import Compensated, Quantizers, QuantParams, RoundedWeights
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import ends_of, numbers_of, scale_of
+from hawqfx.ir.quantizers import ends_of, nearest_codes, numbers_of, one_bit, scale_of
 from hawqfx.maths import affine, rounding
 from hawqfx.maths.block_scales import chosen_scales
 from hawqfx.maths.formats import Format
@@ -154,8 +154,12 @@ class _Stack:
         self.scales = [
             scale_of(quantizer).to(weight.device).double().reshape(*whole.shape[:2], -1) for quantizer in quantizers
         ]
+        # of the codes: the lowest, the highest, and where they have one bit
         self.ends = [
-            tuple(end.to(self.rows).expand(len(weight)).reshape(*whole.shape[:2], 1) for end in ends_of(quantizer))
+            tuple(
+                each.to(weight.device).expand(len(weight)).reshape(*whole.shape[:2], 1)
+                for each in (*ends_of(quantizer), one_bit(quantizer))
+            )
             for quantizer in quantizers
         ]
 
@@ -179,7 +183,7 @@ class _Stack:
             return self
         rows, found = rounding.spread(count, JUDGED, self.rows.device), copy.copy(self)
         found.rows, found.scales = self.rows[:, rows], [scale[:, rows] for scale in self.scales]
-        found.ends = [(low[:, rows], high[:, rows]) for low, high in self.ends]
+        found.ends = [tuple(each[:, rows] for each in ends) for ends in self.ends]
         return found
 
     def _scales_of(self, some: slice) -> list[Tensor]:
@@ -194,14 +198,15 @@ class _Stack:
                 found.append(scale[:, some].repeat_interleave(part.blocks, 0))
         return found
 
-    def _ends_of(self, some: slice) -> list[tuple[Tensor, Tensor]]:
-        """The lowest and the highest codes of some rows in each quantizer, (groups * blocks, R, 1) both."""
-        blocks, count = len(self.rows), self.rows[:, some].shape[1]
-        found = []
-        for ends in self.ends:
-            low, high = (end[:, some].repeat_interleave(blocks // self.groups, 0) for end in ends)
-            found.append((low.expand(blocks, count, 1), high.expand(blocks, count, 1)))
-        return found
+    def _ends_of(self, some: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The lowest and the highest codes of some rows in all quantizers, and where they have one bit,
+        (groups * blocks, q * R, 1) each."""
+        times = len(self.rows) // self.groups
+        low, high, signs = (
+            torch.cat([each[:, some].repeat_interleave(times, 0) for each in every], 1)
+            for every in zip(*self.ends, strict=True)
+        )
+        return low.double(), high.double(), signs
 
     def put(self, codes: Tensor, whole: Tensor) -> None:
         """Write the codes (groups * blocks, R, K) of one quantizer into those of the weight, (C, ...)."""
@@ -231,8 +236,15 @@ class _Stack:
         """Codes (groups * blocks, q, R, K) of some rows, with their scales."""
         rows = self.rows[:, some]
         count, size = len(scales), rows.shape[1]
-        low, high = (torch.cat(each, 1) for each in zip(*self._ends_of(some), strict=True))
-        codes, _ = compensation.round(rows.repeat(1, count, 1), torch.cat(scales, 1), low, high)
+        low, high, signs = self._ends_of(some)
+        whole, steps = rows.repeat(1, count, 1), torch.cat(scales, 1)
+        if signs.any():  # -1 and 1 are 2 c - 1, with c of 0 and 1 for a row that lies a step higher
+            low, high = low.masked_fill(signs, 0), high.masked_fill(signs, 1)
+            moved, doubled = whole + signs * steps, torch.where(signs, 2 * steps, steps)
+            codes = compensation.round(moved, doubled, low, high)[0]
+            codes = torch.where(signs, 2 * codes - 1, codes)
+        else:
+            codes = compensation.round(whole, steps, low, high)[0]
         return codes.to(torch.int8).reshape(len(rows), count, size, -1)
 
     def held_out(self, fitted: Sequence[rounding.Compensation]) -> Tensor:
@@ -253,8 +265,7 @@ def nearest(weight: Tensor, widths: Quantizers) -> RoundedWeights:
     errors: dict[Format, float] = {}
     for width, quantizer in widths.by_format.items():
         scale = _scale_of_rows(quantizer, weight)
-        low, high = (affine.along_channels(end.to(weight.device), weight) for end in ends_of(quantizer))
-        code = (weight / scale).round().clamp(low, high)
+        code = nearest_codes(weight / scale, quantizer)
         codes[width] = code.to(torch.int8)
         errors[width] = float((code * scale - weight).square().sum(dtype=torch.float64))
     return RoundedWeights(codes, errors, dict.fromkeys(codes, 1.0))

@@ -19,8 +19,8 @@ def mixed_rows(weight: Tensor, known: Quantizers, costs: Tensor) -> tuple[Quanti
     """The quantizers of a table in which a static format of b bits has rows of fewer and of more, b on average; and by
     how much other samples lose more in each format than those that the widths were chosen by.
 
-    Nothing changes in rows of fewer than FEWEST_COLUMNS, and where the static formats leave out a width between the
-    narrowest and the widest of them.
+    Beside 2 bits there is 1, the sign of each number.  Nothing changes in rows of fewer than FEWEST_COLUMNS, and where
+    the static formats leave out a width between the narrowest and the widest of them.
 
     Args:
         weight: (V, K).
@@ -31,13 +31,17 @@ def mixed_rows(weight: Tensor, known: Quantizers, costs: Tensor) -> tuple[Quanti
     widths = sorted(static)
     if weight.shape[1] < FEWEST_COLUMNS or len(widths) < 3 or widths != [*range(widths[0], widths[-1] + 1)]:
         return known, {}
-    scales = torch.stack([scale_of(static[bits]).to(weight.device) for bits in widths])
-    errors = torch.stack([_squared_errors(weight, scale, bits) for scale, bits in zip(scales, widths, strict=True)])
+    scales = [scale_of(static[bits]).to(weight.device) for bits in widths]
+    errors = [_squared_errors(weight, scale, bits) for scale, bits in zip(scales, widths, strict=True)]
+    offered = widths
+    if widths[0] == 2:
+        scale, error = _signs(weight)
+        offered, scales, errors = [1, *widths], [scale, *scales], [error, *errors]
     by_format, optimism = dict(known.by_format), {}
     for bits in widths:
-        found = row_widths(errors, costs.to(errors), bits, widths)
+        found = row_widths(torch.stack(errors), costs.to(errors[0]), bits, offered)
         if bool((found.bits != bits).any()):
-            by_format[Format(bits)] = _of_rows(static[bits], scales, found, widths[0])
+            by_format[Format(bits)] = _of_rows(static[bits], torch.stack(scales), found, offered[0])
             optimism[Format(bits)] = found.optimism
     return Quantizers(by_format), optimism
 
@@ -46,6 +50,14 @@ def _of_rows(equal: QuantParams, scales: Tensor, found: RowWidths, fewest: int) 
     scale = scales.gather(0, (found.bits - fewest)[None].to(scales.device))[0]
     low, high = affine.signed_range(int(found.bits.max()))
     return replace(equal, scale=tuple(scale.tolist()), low=low, high=high, rows=tuple(found.bits.tolist()))
+
+
+def _signs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of rows of one bit, (V,), and their squared errors, (V,) float64: of the codes -1 and 1 the best scale
+    is the mean magnitude m, and leaves ||w||^2 - K m^2."""
+    rows = weight.double()
+    mean = rows.abs().mean(1)
+    return mean.to(weight).clamp_min(torch.finfo(torch.float32).tiny), rows.square().sum(1) - rows.shape[1] * mean**2
 
 
 def _squared_errors(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -238,14 +238,17 @@ def _whole_bytes(body: _Body, packed: ir.Value) -> ir.Value:
 
 
 def _mixed_rows(body: _Body, packed: ir.Value, rows: ir.Value) -> ir.Value:
-    """Eight bit-planes of every row, of which those above its own repeat its sign."""
-    shape, rest = body.attribute("shape"), body.constant([-1])
+    """Eight bit-planes of every row, of which those above its own repeat its sign; bit 0 of a row of one bit is that of
+    the row of ones before all others."""
+    shape, rest, one = body.attribute("shape"), body.constant([-1]), body.constant(1)
     widths = body("Cast", rows, to=ir.DataType.INT64)
-    first = body("Sub", body("CumSum", widths, body.constant(0)), widths)
-    plane = body("Min", body.constant([[number] for number in range(8)]), body("Sub", widths, body.constant(1)))
+    last, numbers = body("Sub", widths, one), body.constant([[number] for number in range(8)])
+    first = body("Sub", body("CumSum", widths, body.constant(0)), last)
+    ones = body("Equal", body("Add", numbers, widths), one)
+    plane = body("Where", ones, body.constant(0), body("Add", first, body("Min", numbers, last)))
     columns = body("ReduceProd", body("Slice", shape, body.constant([1]), body.constant([8])))
-    bits = body.bits(packed, body("Mul", body("ReduceSum", widths), columns))
-    each = body("Gather", body("Reshape", bits, body("Concat", rest, columns, axis=0)), body("Add", first, plane))
+    bits = body.bits(packed, body("Mul", body("Add", body("ReduceSum", widths), one), columns))
+    each = body("Gather", body("Reshape", bits, body("Concat", rest, columns, axis=0)), plane)
     planes = body("Reshape", each, body("Concat", rest, body("ReduceProd", shape), axis=0))
     # as in `_planes`
     values = body.constant([[128 + value for value in packing.plane_values(8)]], np.uint8)

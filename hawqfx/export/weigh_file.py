@@ -11,8 +11,7 @@ from hawqfx.export.exporter import export, metadata
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, FileText, FloatNetwork, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import ends_of
-from hawqfx.maths import affine
+from hawqfx.ir.quantizers import nearest_codes
 from hawqfx.maths.formats import FLOAT, Format
 from hawqfx.maths.seeding import generator
 from hawqfx.pass_manager.base import Analysis, Kind, option
@@ -73,9 +72,8 @@ def _all_different(planned: Program) -> Program:
         if width.is_static:
             scale = tuple(each * (1 + number / 1024) for each in quantizer.scale)
             quantizers[site.key] = Quantizers({**known, width: replace(quantizer, scale=scale)})
-        low, high = (affine.along_channels(end, fact.codes[width]).expand(site.shape) for end in ends_of(quantizer))
         codes = torch.randint(quantizer.low, quantizer.high + 1, site.shape, generator=random)
-        codes = codes.clamp(low, high).to(fact.codes[width])
+        codes = nearest_codes(codes.float(), quantizer).to(fact.codes[width])
         biases = dict(fact.biases)
         for layer in planned.layers:
             if layer.weight == site.key and layer.node in own and layer.bias is not None:

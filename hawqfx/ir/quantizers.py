@@ -41,11 +41,28 @@ def scale_of(quantizer: QuantParams) -> Tensor:
 
 
 def ends_of(quantizer: QuantParams) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest code of a static or weight-only quantizer: of all codes (), or of each row (C,)."""
+    """The lowest and the highest code of a static or weight-only quantizer: of all codes (), or of each row (C,).
+
+    A row of one bit has the codes -1 and 1, and no 0; see `nearest_codes`.
+    """
     if not quantizer.rows:
         return torch.tensor(quantizer.low), torch.tensor(quantizer.high)
     half = 1 << (torch.tensor(quantizer.rows) - 1)
-    return -half, half - 1
+    return -half, (half - 1).clamp_min(1)
+
+
+def one_bit(quantizer: QuantParams) -> Tensor:
+    """Whether codes have one bit: all of them (), or those of each row (C,)."""
+    return torch.tensor(quantizer.rows) == 1 if quantizer.rows else torch.tensor(False)
+
+
+def nearest_codes(values: Tensor, quantizer: QuantParams) -> Tensor:
+    """The nearest codes to values in units of the scale, (C, ...), in their type."""
+    low, high, signs = (
+        affine.along_channels(each.to(values.device), values) for each in (*ends_of(quantizer), one_bit(quantizer))
+    )
+    codes = values.round().clamp(low, high)
+    return torch.where(signs, torch.where(values < 0, -1, 1).to(codes), codes)
 
 
 def numbers_of(scale: Tensor) -> tuple[float, ...]:

@@ -13,6 +13,8 @@ code = high * 2^(b-h) + uint2 * 2^(bit present) + bit.  Each part is rounded up 
 
 Rows of a weight that have bits of their own are one bit stream too, row after row, and within a row bit 0 of every
 code, then bit 1, ... (the portable packing of each row, without gaps), with a byte for each row that tells its bits.
+A row of one bit has the codes -1 and 1, of which bit 0 is always 1: it is not stored, but for a row of ones that comes
+before all others; bit 1 is.
 
 Blocks are stored as the kernel of onnxruntime's MatMulNBits reads 2, 4 or 8 bits: code + 2^(b-1), 8 / b to a byte, the
 first in the lowest bits.  For 3 bits the portable or native packing of whole blocks comes before it.
@@ -61,16 +63,26 @@ def pack_rows(codes: Codes, rows: Sequence[int]) -> Bytes:
         rows: bits of the codes of each row, 1 to 8.
 
     Returns:
-        (ceil(sum of the codes' bits / 8),).
+        (row_bytes(rows, columns),).
 
     Raises:
         ValueError: if a code does not fit.
     """
     widths, flat = np.asarray(rows), codes.reshape(len(codes), -1)
-    for bits in np.unique(widths):
+    signs = widths == 1
+    if not (np.abs(flat[signs]) == 1).all():
+        raise ValueError("a code of one bit is neither -1 nor 1")
+    for bits in np.unique(widths[~signs]):
         _check_range(flat[widths == bits], int(bits))
     planes = (flat.view(np.uint8)[:, None] >> np.arange(8, dtype=np.uint8)[:, None]) & 1  # (C, 8, columns)
-    return np.packbits(planes[np.arange(8) < widths[:, None]].reshape(-1), bitorder="little")
+    planes[signs, 0] = planes[signs, 1]
+    stored = planes[np.arange(8) < widths[:, None]].reshape(-1, flat.shape[1])
+    return np.packbits(np.concatenate([np.ones_like(stored[:1]), stored]).reshape(-1), bitorder="little")
+
+
+def row_bytes(rows: Sequence[int], columns: int) -> int:
+    """The bytes of rows of so many codes, that have bits of their own."""
+    return packed_bytes((1 + sum(rows)) * columns, 1)
 
 
 def plane_values(bits: int) -> NDArray[np.int32]:

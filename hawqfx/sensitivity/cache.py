@@ -24,7 +24,7 @@ from hawqfx.errors import CacheError, ExportError
 
 log = logging.getLogger(__name__)
 
-VERSION = 9  # of the files and of the digest: a new version does not read the files of an old one
+VERSION = 10  # of the files and of the digest: a new version does not read the files of an old one
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hawqfx import arguments, pipeline
@@ -17,9 +18,8 @@ from hawqfx.frontend.losses import cross_entropy
 from hawqfx.frontend.single_precision import in_single_precision
 from hawqfx.ir.facts import ChosenFormat, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
-from hawqfx.ir.quantizers import ends_of
+from hawqfx.ir.quantizers import nearest_codes
 from hawqfx.ir.sites import WeightSite
-from hawqfx.maths import affine
 from hawqfx.pass_manager.base import Analysis, Kind, option
 from hawqfx.pass_manager.manager import run
 from hawqfx.passes.allocation import Allocation
@@ -51,8 +51,7 @@ class StoredCodes(Analysis):
             quantizer = program.facts.get(site.key, Quantizers).by_format[width]
             if codes is None or codes.shape != program.tensor(site.key).shape:
                 raise PlanError(f"the file is for another model: it has no codes for {site.key} of this shape")
-            low, high = (affine.along_channels(end, codes) for end in ends_of(quantizer))
-            if codes.is_floating_point() or bool(((codes < low) | (codes > high)).any()):
+            if codes.is_floating_point() or not torch.equal(nearest_codes(codes.float(), quantizer), codes.float()):
                 raise PlanError(f"the codes of {site.key} are beyond {quantizer.low} to {quantizer.high}")
             bias = self.codes.get(f"bias/{site.key}")
             facts[site.key] = RoundedWeights({width: codes}, {}, {}, {} if bias is None else {width: bias})

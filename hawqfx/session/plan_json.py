@@ -21,7 +21,7 @@ from hawqfx.session.pins import Pins
 
 FORMAT = 8
 READ = (3, 4, 5, 6, 7, 8)
-ROWS = frozenset(range(2, 9))  # bits that a row may have
+ROWS = frozenset(range(1, 9))  # bits that a row may have
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
 Exponents = Mapping[str, Mapping[int, int]]

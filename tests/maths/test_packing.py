@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from hawqfx.maths.packing import NATIVE, Codes, pack, pack_rows, packed_bytes, plane_values, split
+from hawqfx.maths.packing import NATIVE, Codes, pack, pack_rows, packed_bytes, plane_values, row_bytes, split
 
 WIDTHS = range(2, 9)
 
@@ -115,15 +115,23 @@ def test_native_parts_make_up_every_code(bits: int) -> None:
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 33])
 def test_rows_with_bits_of_their_own_are_the_portable_packing_of_each(columns: int) -> None:
-    """One after another, without gaps."""
+    """One after another, without gaps, after a row of ones."""
     rows = [*WIDTHS, 2, 8, 3]
     codes = [_some_codes(columns, bits) for bits in rows]
-    stream, at = 0, 0
+    stream, at = (1 << columns) - 1, columns
     for bits, row in zip(rows, codes, strict=True):
         stream += int.from_bytes(_reference(row, bits), "little") << at
         at += bits * columns
     packed = pack_rows(np.array(codes, np.int8), rows)
-    assert packed.tobytes() == stream.to_bytes(packed_bytes(sum(rows) * columns, 1), "little")
+    assert packed.tobytes() == stream.to_bytes(row_bytes(rows, columns), "little")
+
+
+def test_a_row_of_one_bit_is_its_signs() -> None:
+    packed = pack_rows(np.array([[1, -1, -1, 1], [0, -2, 1, -1]], np.int8), (1, 2))
+    # from the lowest bit: ones; the signs; bit 0 of the other row, and bit 1
+    assert packed.tolist() == [0b0110_1111, 0b1010_1100]
+    with pytest.raises(ValueError, match="neither -1 nor 1"):
+        pack_rows(np.array([[1, 0]], np.int8), (1,))
 
 
 def test_a_code_that_its_row_has_no_bits_for_is_refused() -> None:
