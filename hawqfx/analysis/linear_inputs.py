@@ -24,7 +24,7 @@ def linear_readers(node: fx.Node) -> list[fx.Node]:
     for user in value_readers(node):
         if user.target is _aten.linear.default and not user.kwargs:
             layers = [user] if user.args[0] is node and is_constant(user.args[1]) else []
-        elif user.target in _RESHAPES and user.meta["val"].shape[-1] == node.meta["val"].shape[-1]:
+        elif user.target in _RESHAPES and _channels(user) == _channels(node) is not None:
             layers = linear_readers(user)
         else:
             layers = []
@@ -32,3 +32,9 @@ def linear_readers(node: fx.Node) -> list[fx.Node]:
             return []
         found += layers
     return sorted(found)
+
+
+def _channels(node: fx.Node) -> int | None:
+    """The last dimension of a tensor; None if it varies, since to compare it would fix it."""
+    last = node.meta["val"].shape[-1] if node.meta["val"].ndim else None
+    return last if isinstance(last, int) else None

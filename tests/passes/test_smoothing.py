@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -255,6 +256,20 @@ def test_plans_of_before_are_followed_without_it(monkeypatch: pytest.MonkeyPatch
     old = hawqfx.Plan.from_json(json.dumps(tree | {"hawqfx_plan": 7}))
     assert old.exponents == {}
     assert compiled(None, plan=old).plan.bits == before.plan.bits
+
+
+def test_lengths_that_vary_stay_so(tmp_path: Any) -> None:
+    model, sizes = build(lambda: Normed(residual=True)), {"x": {1: torch.export.Dim("sequence")}}
+    data = [*activations()[:3], *(batch[:, :5] for batch in activations()[3:])]
+    found = hawqfx.compile(model, "weight_bits=4", data, sensitivity="mse", dynamic_shapes=sizes)
+    assert found.plan.exponents
+    path = tmp_path / "model.onnx"
+    found.export(path)
+    x = torch.randn(2, 11, CHANNELS, generator=torch.Generator().manual_seed(3))
+    (output,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(
+        torch.tensor(output), found.model(x).detach(), rtol=0, atol=0.05
+    )  # a code or two at ties
 
 
 def test_weights_alone_in_fewer_bits_have_no_need_of_it() -> None:
