@@ -19,7 +19,9 @@ bit-planes they would take twenty times as long to load.  A file has the functio
 native packing the functions are named for the parts that a code has beside the high one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,11 @@ from numpy.typing import NDArray
 
 from hawqfx.export.opsets import OPSET, Packing
 from hawqfx.maths import packing
+from hawqfx.maths.packing import Codes
 
 DOMAIN = "hawqfx"
 ROWS = "Rows"
 WHOLE_BYTES = 8
-MIXED = "Mixed"
 
 
 def pack(model: ir.Model, name: str, bits: int | Sequence[int], layout: Packing) -> None:
@@ -52,21 +54,23 @@ def pack(model: ir.Model, name: str, bits: int | Sequence[int], layout: Packing)
     assert codes.const_value is not None
     values = codes.const_value.numpy()
     model.graph.opset_imports[DOMAIN] = 1
-    packed = [_initializer(graph, tensor) for tensor in _packed(name, values, bits, layout)]
-    most = bits if isinstance(bits, int) else max(bits)
+    codec = _codec(bits, layout)
+    packed = [_initializer(graph, tensor) for tensor in codec.packed(name, values)]
 
     def call(before: ir.Node, function: str, inputs: Sequence[ir.Value], result: str | None) -> ir.Value:
-        node = ir.node(
-            f"{function}{_kind(bits, layout)}", inputs, {"bits": most, "shape": values.shape}, domain=DOMAIN, name=name
-        )
+        attributes: dict[str, int | Sequence[int]] = {"bits": codec.bits, "shape": values.shape}
+        node = ir.node(f"{function}{codec.kind}", inputs, attributes, domain=DOMAIN, name=name)
         node.outputs[0].name = result
         graph.insert_before(before, node)
         return node.outputs[0]
 
     unpacked: ir.Value | None = None  # for all readers of the codes
     for use in list(codes.uses()):
-        _add_functions(model, bits, layout, dequantizes=use.node.op_type == "DequantizeLinear")
-        if use.node.op_type == "DequantizeLinear":
+        dequantizes = use.node.op_type == "DequantizeLinear"
+        for each in codec.family:
+            function = _function(each, layout, dequantizes=dequantizes)
+            model.functions.setdefault(function.identifier(), function)
+        if dequantizes:
             scale, dequantized = use.node.inputs[1], use.node.outputs[0]
             assert scale is not None
             weight = call(use.node, "Weight", [*packed, scale], dequantized.name)
@@ -86,52 +90,12 @@ def define_rows(model: ir.Model, layout: Packing) -> None:
         model.functions[function.identifier()] = function
 
 
-def _kind(bits: int | Sequence[int], layout: Packing) -> str:
-    """The end of the names of a width's functions."""
-    if not isinstance(bits, int):
-        return MIXED
-    if layout == "portable":
-        return "8" if bits == WHOLE_BYTES else ""
-    parts = packing.NATIVE[bits]
-    return "Pair" * bool(parts.pair) + "Bit" * bool(parts.bit)
-
-
-def _add_functions(model: ir.Model, bits: int | Sequence[int], layout: Packing, *, dequantizes: bool) -> None:
-    """Add the function for a width to a model; in the portable packing, those for every width."""
-    if not isinstance(bits, int):
-        function = _function(bits, layout, dequantizes=dequantizes)
-        model.functions.setdefault(function.identifier(), function)
-        return
-    for each in {bits} if layout == "native" else {bits, WHOLE_BYTES, WHOLE_BYTES - 1}:
-        function = _function(each, layout, dequantizes=dequantizes)
-        model.functions.setdefault(function.identifier(), function)
-
-
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(
         name=tensor.name, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value
-
-
-def _packed(name: str, codes: NDArray[np.int8], bits: int | Sequence[int], layout: Packing) -> list[ir.TensorProtocol]:
-    """The tensors that hold a weight, in the order of the inputs of its function, before the scale."""
-    if not isinstance(bits, int):
-        rows = np.array(bits, np.uint8)
-        return [ir.tensor(packing.pack_rows(codes, bits), name=name), ir.tensor(rows, name=f"{name}_rows")]
-    if layout == "portable":
-        flat = codes.reshape(-1)
-        return [ir.tensor(flat if bits == WHOLE_BYTES else packing.pack(flat, bits), name=name)]
-    high, pair, bit = packing.split(codes, bits)
-    parts = packing.NATIVE[bits]
-    types = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
-    tensors: list[ir.TensorProtocol] = [_typed(high, types[parts.high], name)]
-    if parts.pair:
-        tensors.append(_typed(pair, ir.DataType.UINT2, f"{name}_pair"))
-    if parts.bit:
-        tensors.append(ir.tensor(np.packbits(bit.reshape(-1), bitorder="little"), name=f"{name}_bit"))
-    return tensors
 
 
 def _typed(values: NDArray[Any], dtype: ir.DataType, name: str) -> ir.TensorProtocol:
@@ -196,24 +160,118 @@ _INT32 = ir.DataType.INT32
 _ATTRIBUTES = {"bits": ir.AttributeType.INT, "shape": ir.AttributeType.INTS}
 
 
-def _function(bits: int | Sequence[int], layout: Packing, *, dequantizes: bool) -> ir.Function:
+@dataclass(frozen=True)
+class _Codec(ABC):
+    """A way to pack the codes of a weight, and to unpack them in a function.
+
+    Args:
+        bits: of each code; the most of them where rows have bits of their own.
+        kind: the end of the names of the functions.
+    """
+
+    bits: int
+    kind: str
+
+    @abstractmethod
+    def packed(self, name: str, codes: Codes) -> list[ir.TensorProtocol]:
+        """The tensors that hold codes (C, ...), in the order of the inputs of the function."""
+
+    @abstractmethod
+    def unpacked(self, body: _Body) -> tuple[list[ir.Value], ir.Value]:
+        """The inputs of the function, and their codes in int8, in the nodes of its body."""
+
+    @property
+    def family(self) -> "Sequence[_Codec]":
+        """Those whose functions a file has if it has one of them."""
+        return (self,)
+
+
+class _Planes(_Codec):
+    """Bit-planes: the portable packing."""
+
+    def packed(self, name: str, codes: Codes) -> list[ir.TensorProtocol]:
+        return [ir.tensor(packing.pack(codes.reshape(-1), self.bits), name=name)]
+
+    def unpacked(self, body: _Body) -> tuple[list[ir.Value], ir.Value]:
+        packed = ir.Value(name="packed")
+        return [packed], _planes(body, packed)
+
+    @property
+    def family(self) -> Sequence[_Codec]:
+        return self, _codec(WHOLE_BYTES, "portable")
+
+
+class _WholeBytes(_Codec):
+    """A byte for each code, in the portable packing too."""
+
+    def packed(self, name: str, codes: Codes) -> list[ir.TensorProtocol]:
+        return [ir.tensor(codes.reshape(-1), name=name)]
+
+    def unpacked(self, body: _Body) -> tuple[list[ir.Value], ir.Value]:
+        packed = ir.Value(name="packed")
+        return [packed], body("Reshape", packed, body.attribute("shape"))
+
+    @property
+    def family(self) -> Sequence[_Codec]:
+        return _codec(WHOLE_BYTES - 1, "portable"), self
+
+
+@dataclass(frozen=True)
+class _Rows(_Codec):
+    """Rows that have bits of their own."""
+
+    rows: Sequence[int]
+
+    def packed(self, name: str, codes: Codes) -> list[ir.TensorProtocol]:
+        widths = ir.tensor(np.array(self.rows, np.uint8), name=f"{name}_rows")
+        return [ir.tensor(packing.pack_rows(codes, self.rows), name=name), widths]
+
+    def unpacked(self, body: _Body) -> tuple[list[ir.Value], ir.Value]:
+        packed, rows = ir.Value(name="packed"), ir.Value(name="rows")
+        return [packed, rows], _mixed_rows(body, packed, rows)
+
+
+class _Native(_Codec):
+    """Integers of the types that ONNX has, and the bits that remain."""
+
+    @property
+    def parts(self) -> packing.NativeParts:
+        return packing.NATIVE[self.bits]
+
+    def packed(self, name: str, codes: Codes) -> list[ir.TensorProtocol]:
+        high, pair, bit = packing.split(codes, self.bits)
+        types = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
+        tensors: list[ir.TensorProtocol] = [_typed(high, types[self.parts.high], name)]
+        if self.parts.pair:
+            tensors.append(_typed(pair, ir.DataType.UINT2, f"{name}_pair"))
+        if self.parts.bit:
+            tensors.append(ir.tensor(np.packbits(bit.reshape(-1), bitorder="little"), name=f"{name}_bit"))
+        return tensors
+
+    def unpacked(self, body: _Body) -> tuple[list[ir.Value], ir.Value]:
+        names = ("high", *["pair"] * bool(self.parts.pair), *["bit"] * bool(self.parts.bit))
+        inputs = [ir.Value(name=name) for name in names]
+        return inputs, _native_codes(body, self.parts, *inputs)
+
+
+def _codec(bits: int | Sequence[int], layout: Packing) -> _Codec:
+    """The codec of a weight, by the bits of its codes, or of those of each row."""
+    if not isinstance(bits, int):
+        return _Rows(max(bits), "Mixed", bits)
+    if layout == "native":
+        parts = packing.NATIVE[bits]
+        return _Native(bits, "Pair" * bool(parts.pair) + "Bit" * bool(parts.bit))
+    return _WholeBytes(bits, "8") if bits == WHOLE_BYTES else _Planes(bits, "")
+
+
+def _function(codec: _Codec, layout: Packing, *, dequantizes: bool) -> ir.Function:
     """(packed tensors ..., scale) -> float32 weight, or (packed tensors ...) -> int8 codes."""
     body = _Body()
-    if not isinstance(bits, int):
-        inputs = [ir.Value(name=name) for name in ("packed", "rows")]
-        result = _mixed_rows(body, *inputs)
-    elif layout == "native":
-        parts = packing.NATIVE[bits]
-        inputs = [ir.Value(name=name) for name in ("high", *["pair"] * bool(parts.pair), *["bit"] * bool(parts.bit))]
-        result = _native_codes(body, parts, *inputs)
-    else:
-        inputs = [ir.Value(name="packed")]
-        unpack = _whole_bytes if bits == WHOLE_BYTES else _planes
-        result = unpack(body, *inputs)
+    inputs, result = codec.unpacked(body)
     if dequantizes:
         inputs.append(ir.Value(name="scale"))
         result = body.dequantized(result, inputs[-1])
-    return body.finished(f"{'Weight' if dequantizes else 'Codes'}{_kind(bits, layout)}", inputs, result, layout)
+    return body.finished(f"{'Weight' if dequantizes else 'Codes'}{codec.kind}", inputs, result, layout)
 
 
 def _rows_function(layout: Packing) -> ir.Function:
@@ -231,10 +289,6 @@ def _rows_function(layout: Packing) -> ir.Function:
     steps = body("Cast", body("Gather", by_row, rows), to=ir.DataType.FLOAT)
     result = body("Mul", of_each_byte, body("Unsqueeze", steps, body.constant([-1, -2])))
     return body.finished(ROWS, inputs, result, layout)
-
-
-def _whole_bytes(body: _Body, packed: ir.Value) -> ir.Value:
-    return body("Reshape", packed, body.attribute("shape"))
 
 
 def _mixed_rows(body: _Body, packed: ir.Value, rows: ir.Value) -> ir.Value:
