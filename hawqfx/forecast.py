@@ -3,7 +3,8 @@
 The network is captured, its sites are found, and a forward and a backward pass of a few samples are timed, and so is a
 product of matrices.  From these, by the number of passes of each step:
 
-    calibration, rounding      three forward passes over the samples
+    smoothing, calibration,    four forward passes over the samples
+    rounding
     the metric                 a backward pass or a Hessian-vector product for each probe, or a forward pass for each
                                site and width, on the samples that each sees
     compensated codes          about ten factors and solutions of K x K for a weight of K columns; a backward pass, and
@@ -22,7 +23,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -45,6 +46,7 @@ from hawqfx.options import Options, validated
 from hawqfx.pass_manager.base import Pass
 from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.rounding import Rounding
+from hawqfx.passes.smoothing import Smoothing
 from hawqfx.sensitivity.estimation import PARTS, SAMPLES
 from hawqfx.sensitivity.forward import forward
 from hawqfx.sensitivity.metrics import SensitivityMetric
@@ -131,7 +133,9 @@ def forecast(model: Model, budget: Budget | str | None, data: Iterable[Any], **o
         options["dynamic_shapes"] = shapes
     with torch.enable_grad():
         checked = validated(model, budget, data, **{**known, **options, "progress": silent})
-        return _of(*find_sites(model, checked))
+        # the sites are as many without the factors of inputs, which take a run over all of the data
+        rewrite = [replace(step, given={}) if isinstance(step, Smoothing) else step for step in checked.recipe.rewrite]
+        return _of(*find_sites(model, replace(checked, recipe=replace(checked.recipe, rewrite=rewrite))))
 
 
 def _of(program: Program, options: Options) -> Forecast:
@@ -151,7 +155,7 @@ def _of(program: Program, options: Options) -> Forecast:
     looked_up = tables(program) if compensates and context.knows_distribution else set()
     if looked_up:
         rounding += samples * gradient + _blocks(recipe.price) * SETTLED * SWEEPS * _solving(program, looked_up)[1]
-    total = _FIXED + samples * once * (3 + 2 + 4 * _FAKE) + seconds + rounding
+    total = _FIXED + samples * once * (4 + 2 + 4 * _FAKE) + seconds + rounding
     if recipe.finish:
         total += 2 * (samples * once * (1 + _FAKE) + (len(SCALES) + 2 * SWEEPS) * rows)
     more = [
