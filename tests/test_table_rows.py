@@ -147,3 +147,26 @@ def test_rows_that_are_not_of_the_table_are_refused(compiled: Compiled, rows: st
     path.write_text(broken)
     with pytest.raises(PlanError, match="rows"):
         hawqfx.compile(model(), None, list(texts(1, 64).chunk(4)), plan=path)
+
+
+class Padded(nn.Module):
+    """Words by their own table, of whose words some are none: rows of zeros with a bias that keeps them away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.table.weight.data[-8:] = 0
+        self.head.weight = self.table.weight
+        self.head.bias.data[-8:] = -30
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.table(words).tanh())
+
+
+def test_rows_of_zeros_keep_the_bias_of_the_head() -> None:
+    torch.manual_seed(0)
+    found = hawqfx.compile(Padded().eval(), "weight_bits=4", list(texts(1, 64).chunk(4)))
+    assert 1 in rows_of(found)
+    with torch.no_grad():
+        logits = found.model(texts(2, 8))[..., -8:]
+    assert float((logits + 30).abs().max()) < 0.5  # a step of the output

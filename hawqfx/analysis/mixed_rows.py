@@ -35,7 +35,7 @@ def mixed_rows(weight: Tensor, known: Quantizers, costs: Tensor) -> tuple[Quanti
     errors = [_squared_errors(weight, scale, bits) for scale, bits in zip(scales, widths, strict=True)]
     offered = widths
     if widths[0] == 2:
-        scale, error = _signs(weight)
+        scale, error = _signs(weight, scales[-1])
         offered, scales, errors = [1, *widths], [scale, *scales], [error, *errors]
     by_format, optimism = dict(known.by_format), {}
     for bits in widths:
@@ -52,12 +52,15 @@ def _of_rows(equal: QuantParams, scales: Tensor, found: RowWidths, fewest: int) 
     return replace(equal, scale=tuple(scale.tolist()), low=low, high=high, rows=tuple(found.bits.tolist()))
 
 
-def _signs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales of rows of one bit, (V,), and their squared errors, (V,) float64: of the codes -1 and 1 the best scale
-    is the mean magnitude m, and leaves ||w||^2 - K m^2."""
-    rows = weight.double()
-    mean = rows.abs().mean(1)
-    return mean.to(weight).clamp_min(torch.finfo(torch.float32).tiny), rows.square().sum(1) - rows.shape[1] * mean**2
+def _signs(weight: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of rows of one bit, (V,), at least `least` (V,), and their squared errors, (V,) float64.
+
+    Of the codes -1 and 1 the best scale is the mean magnitude.  That of a row of zeros would be too narrow for the bias
+    of a head in int32, and a wider one has the error that gives the row more bits.
+    """
+    rows = weight.double().abs()
+    scale = torch.maximum(rows.mean(1).to(weight), least.abs())
+    return scale, (rows - scale.double()[:, None]).square().sum(1)
 
 
 def _squared_errors(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

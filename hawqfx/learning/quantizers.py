@@ -88,6 +88,8 @@ class LearnedQuantizers(nn.Module):
         for key in block.weights:
             if walk.start is not None and plan[key].is_static and key not in walk.done and key not in tables:
                 quantizer = walk.start.facts.get(key, Quantizers).by_format[plan[key]]
+                if quantizer.rows:  # a table that is a head too: a row of one bit has no code between its two
+                    continue
                 weight = program.tensor(key).detach()
                 scale = affine.along_channels(scale_of(quantizer).to(weight.device), weight)
                 codes = walk.start.facts.get(key, RoundedWeights).codes[plan[key]]

@@ -52,7 +52,9 @@ class StoredCodes(Analysis):
             if codes is None or codes.shape != program.tensor(site.key).shape:
                 raise PlanError(f"the file is for another model: it has no codes for {site.key} of this shape")
             if codes.is_floating_point() or not torch.equal(nearest_codes(codes.float(), quantizer), codes.float()):
-                raise PlanError(f"the codes of {site.key} are beyond {quantizer.low} to {quantizer.high}")
+                raise PlanError(
+                    f"the codes of {site.key} are beyond {quantizer.low} to {quantizer.high} or a row's bits"
+                )
             bias = self.codes.get(f"bias/{site.key}")
             facts[site.key] = RoundedWeights({width: codes}, {}, {}, {} if bias is None else {width: bias})
         return facts
