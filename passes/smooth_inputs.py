@@ -59,19 +59,19 @@ class SmoothInputs(Rewrite):
 
 
 def _taking(node: fx.Node) -> list[fx.Node]:
-    """The constants of a node, read by it alone, that its output is proportional to together; none where there are no
-    such."""
+    """The constants (C,) of a node that its output is proportional to together; none where there are no such, or where
+    others read one of them too."""
     if node.target is _aten.layer_norm.default:
-        constants = list(node.args[2:4])
+        constants = operands(node)[2:4]
     elif node.target is _aten.rms_norm.default:
-        constants = list(node.args[2:3])
+        constants = operands(node)[2:3]
     elif node.target is _aten.mul.Tensor:
-        constants = [each for each in node.args if is_constant(each)]
+        constants = tuple(filter(is_constant, operands(node)))
     else:
         return []
     channels = node.meta["val"].shape[-1:]
-    own = all(is_constant(each) and len(each.users) == 1 and each.meta["val"].shape == channels for each in constants)  # type: ignore[union-attr]
-    return constants if own and constants else []  # type: ignore[return-value]
+    own = (is_constant(each) and len(each.users) == 1 and each.meta["val"].shape == channels for each in constants)
+    return list(constants) if all(own) else []
 
 
 def _multiply(rewriter: GraphRewriter, constant: fx.Node, scale: Tensor) -> None:

@@ -58,10 +58,11 @@ def one_bit(quantizer: QuantParams) -> Tensor:
 
 def nearest_codes(values: Tensor, quantizer: QuantParams) -> Tensor:
     """The nearest codes to values in units of the scale, (C, ...), in their type."""
-    low, high, signs = (
-        affine.along_channels(each.to(values.device), values) for each in (*ends_of(quantizer), one_bit(quantizer))
-    )
-    codes = values.round().clamp(low, high)
+    low, high = (affine.along_channels(end.to(values.device), values) for end in ends_of(quantizer))
+    codes, signs = values.round().clamp_(low, high), one_bit(quantizer)
+    if not signs.any():
+        return codes
+    signs = affine.along_channels(signs.to(values.device), values)
     return torch.where(signs, torch.where(values < 0, -1, 1).to(codes), codes)
 
 
