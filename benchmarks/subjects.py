@@ -291,7 +291,7 @@ def whisper_encoder() -> Subject:
     import speech
     import whisper
 
-    model = whisper.WhisperEncoder(whisper.load(data.whisper_tiny() / "model.bin").model.encoder)
+    model = whisper.WhisperEncoder(whisper.load(data.whisper_tiny() / "model.bin").model.encoder).eval()
     sounds = list(speech.recordings(2, 30).values())
     drawn = np.random.default_rng(0).permutation(len(sounds))[:48]
     every = speech.log_mel([sounds[number] for number in drawn])
