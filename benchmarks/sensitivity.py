@@ -4,10 +4,10 @@
 
 ResNet-50 at 224 pixels (own definition, random weights: time does not depend on them) and ResNet-20 on Fashion-MNIST,
 both with batch-norm folded, as they are measured; the gradient that is the unit is taken of the network as it was
-trained, and of the folded one.  Each figure is the median of interleaved rounds, all of them with freed memory kept in
-the process (sensitivity/malloc.py).  Peak memory is measured in a process of its own.  Against: one product per
-layer (the graph of the gradient kept, the kindest way to do it), and PyHessian 0.1's trace of the whole model (extra
-`bench`; its values are compared, too).  --quick: ResNet-20 alone.
+trained, and of the folded one. Each figure is the median of interleaved rounds, all of them with freed memory kept in
+the process (sensitivity/malloc.py). Peak memory is measured in a process of its own. Against: one product per layer,
+as other programs take it (the graph of the gradient kept, the kindest way to do it), and PyHessian 0.1's trace of the
+whole model (extra `bench`; its values are compared, too).  --quick: ResNet-20 alone.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from hawqfx.pass_manager.manager import run
 from hawqfx.passes.fisher import Fisher
 from hawqfx.passes.hawq_v2 import HawqV2
 from hawqfx.sensitivity.double_backward import twice_differentiable
-from hawqfx.sensitivity.forward import forward
+from hawqfx.sensitivity.forward import Forward, forward
 from hawqfx.sensitivity.malloc import keep_freed_memory
 from hawqfx.sensitivity.quantity import Measurement, Quantity
 
@@ -84,13 +84,18 @@ class Work:
     def opened(self) -> Measurement:
         return HawqV2().open(self.program, self.context, 0, self.operators)
 
-    def layers_one_by_one(self, measurement: Any, probe: int) -> float:
+    def graph_of_products(self) -> tuple[Forward, curvature.Hessian]:
+        """The graph of the gradient for products with the Hessian, as other programs take them, not for forms."""
+        run = forward(self.program, self.batch, self.operators)
+        return run, curvature.Hessian(self.context.loss_of(run.output, self.batch, 0), run.tensors)
+
+    def layers_one_by_one(self, run: Forward, hessian: curvature.Hessian, probe: int) -> float:
         """A product per layer, on the graph of the gradient that all layers share."""
         total = 0.0
         for site, _ in self.weights:
             random = generator(0, "alone", probe, site, device=torch.device("cpu"))
-            vectors = [curvature.rademacher(x, random) for x in measurement.run.tensors[site]]
-            total += sum(measurement.hessian.forms({site: partial(list, vectors)}).values())
+            vectors = [curvature.rademacher(x, random) for x in run.tensors[site]]
+            total += sum(hessian.forms({site: partial(list, vectors)}).values())
         return total
 
     def layers_with_graphs_of_their_own(self, probe: int) -> None:
@@ -145,8 +150,10 @@ def times(work: Work, rounds: int) -> dict[str, float]:
         for probe in range(1, 1 + FURTHER):
             note("further probe", timed(partial(measurement.sample, probe, work.everything))[0])
         note("further probe, weights alone", timed(partial(measurement.sample, 9, work.weights))[0])
-        note("layers one by one, a probe", timed(partial(work.layers_one_by_one, measurement, 0))[0])
         del measurement
+        graph = work.graph_of_products()
+        note("layers one by one, a probe", timed(partial(work.layers_one_by_one, *graph, 0))[0])
+        del graph
         opening, backward = timed(lambda: Fisher().open(work.program, work.context, 0, {}))
         drawing = [timed(partial(backward.sample, probe, work.everything))[0] for probe in range(8)]
         note("fisher, a probe of 8", (opening + sum(drawing)) / 8)

@@ -29,7 +29,7 @@ class _Hutchinson(Measurement):
     def __init__(self, context: Context, index: int, run: Forward) -> None:
         self.context, self.index, self.run = context, index, run
         loss = context.loss_of(run.output, context.batches[index], index)
-        self.hessian = curvature.Hessian(loss, run.tensors, partial(run.check_gradient, index))
+        self.hessian = curvature.Hessian(loss, run.tensors, partial(run.check_gradient, index), run.forms)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         samples = self.hessian.forms({site: partial(self._signs, probe, site) for site, _ in wanted})
@@ -52,4 +52,4 @@ class HawqV2(CurvatureMetric):
     second_order: ClassVar[bool] = True
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
-        return _Hutchinson(context, index, forward(program, context.batches[index], operators))
+        return _Hutchinson(context, index, forward(program, context.batches[index], operators, forms=True))

@@ -37,7 +37,7 @@ class _Directions(Measurement):
         self.slopes: dict[Quantity, float] = {}
         target = context.expected_target(run.output, context.batches[index], index)
         loss = context.loss_at(run.output, target, index)
-        self.hessian = curvature.Hessian(loss, run.tensors, self._note_slopes)
+        self.hessian = curvature.Hessian(loss, run.tensors, self._note_slopes, run.forms)
 
     def sample(self, probe: int, wanted: Sequence[Quantity]) -> Mapping[Quantity, float]:
         samples: dict[Quantity, float] = {}
@@ -98,4 +98,4 @@ class Taylor(WidthMetric):
     second_order: ClassVar[bool] = True
 
     def open(self, program: Program, context: Context, index: int, operators: Operators) -> Measurement:
-        return _Directions(program, context, index, forward(program, context.batches[index], operators))
+        return _Directions(program, context, index, forward(program, context.batches[index], operators, forms=True))

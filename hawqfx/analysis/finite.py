@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from hawqfx.errors import LossError
 from hawqfx.ir.names import names_of
 from hawqfx.ir.program import Program
+from hawqfx.maths.curvature import is_finite
 
 
 def refuse_not_finite(program: Program, exact: Mapping[fx.Node, Any], quantized: Mapping[fx.Node, Any]) -> None:
@@ -62,7 +63,7 @@ def _less_finite(exact: Any, quantized: Any) -> bool:
     return any(
         isinstance(own, Tensor)
         and own.is_floating_point()
-        and not bool(torch.isfinite(own).all())
+        and not is_finite(own)
         and bool((torch.isfinite(other) & ~torch.isfinite(own)).any())
         for own, other in zip(pytree.tree_leaves(quantized), pytree.tree_leaves(exact), strict=False)
     )

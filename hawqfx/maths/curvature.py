@@ -107,6 +107,9 @@ class Hessian:
         loss: a scalar.
         blocks: name of a block -> its tensors.
         look: is called with every block and the gradients of its tensors once, in the order of `blocks`.
+        scalars: block -> a scalar whose derivative in the backward pass of a product is the part of the block's
+            quadratic form that operators compute themselves (hawqfx.sensitivity.layer_derivatives); other operators
+            lead to the block's tensors as ever, and their part is added.
     """
 
     def __init__(
@@ -114,9 +117,10 @@ class Hessian:
         loss: Tensor,
         blocks: Mapping[str, Sequence[Tensor]],
         look: Callable[[str, Sequence[Tensor]], None] = lambda key, gradients: None,
+        scalars: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.blocks = {key: list(tensors) for key, tensors in blocks.items()}
-        self.vectors = _Current()
+        self.vectors, self.scalars = _Current(), scalars
         self.leaves = [x for tensors in self.blocks.values() for x in tensors if x.is_leaf]
         gradients = list(gradient(loss, [x for tensors in self.blocks.values() for x in tensors]))[::-1]
         self.roots: dict[str, list[Tensor]] = {}
@@ -143,22 +147,27 @@ class Hessian:
         for key in vectors:
             for number, tensor in enumerate(self.blocks[key]):
                 hooks.append(tensor.register_hook(partial(self._add_product, forms, key, number)))
+        scalars = {key: self.scalars[key] for key in vectors if key in self.scalars}
         try:
             inner = any(not tensor.is_leaf for key in vectors for tensor in self.blocks[key])
             # The backward pass meets an inner tensor only on its way to leaves, and these leaves are not known here.
-            ends = self.leaves if inner else [tensor for key in vectors for tensor in self.blocks[key]]
+            ends = list(self.leaves) if inner else [tensor for key in vectors for tensor in self.blocks[key]]
             roots = [root for key in vectors for root in self.roots[key]]
             if roots and ends:
                 ones = [torch.ones_like(root) for root in roots]
-                torch.autograd.grad(roots, ends, ones, retain_graph=True, allow_unused=True)
+                ends = [*scalars.values(), *ends]
+                found = torch.autograd.grad(roots, ends, ones, retain_graph=True, allow_unused=True)
+                for key, part in zip(scalars, found, strict=False):
+                    forms[key] += 0.0 if part is None else float(part)
         finally:
             self.vectors.by_block = {}
             for hook in hooks:
                 hook.remove()
         return forms
 
-    def _add_product(self, forms: dict[str, float], key: str, number: int, product: Tensor) -> None:
-        forms[key] += dot(self.vectors.by_block[key]()[number], product)
+    def _add_product(self, forms: dict[str, float], key: str, number: int, product: Tensor | None) -> None:
+        if product is not None:  # None: the scalar has all of it
+            forms[key] += dot(self.vectors.by_block[key]()[number], product)
 
 
 class _Current:

@@ -2,9 +2,7 @@
 
 Torch has no list of the operators that it cannot differentiate twice.  So every operator of the graph is tried once, on
 a sample of the data; if its backward pass has no derivative, torch's decomposition into simpler operators is tried
-instead.  Torch can differentiate convolutions twice, but it computes the second derivative by the weight as a
-convolution with a kernel as large as the image.  The replacement here uses the kernels of ordinary training, which
-makes a Hessian-vector product of ResNet-50 a fifth faster.
+instead.  Layers have stand-ins of our own, for speed (layer_derivatives.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +17,7 @@ from hawqfx.errors import DerivativeError
 from hawqfx.frontend.data import Batch
 from hawqfx.ir.names import names_of
 from hawqfx.ir.program import Program
+from hawqfx.sensitivity.layer_derivatives import LAYERS, Forms, LayerOperator
 
 # operator -> the function that replaces it
 Operators = Mapping[Any, Callable[..., Any]]
@@ -32,7 +31,7 @@ def twice_differentiable(program: Program, batch: Batch) -> Operators:
         batch: a batch to try them on; two samples are enough where the program takes any batch size.
 
     Returns:
-        Operator -> replacement, for the operators of the program that need one, and for all convolutions.
+        Operator -> replacement, for the operators of the program that need one, and for all layers.
 
     Raises:
         DerivativeError: if an operator has no second derivative and no replacement; it names a value of each.
@@ -48,86 +47,15 @@ def twice_differentiable(program: Program, batch: Batch) -> Operators:
             f"a Hessian needs second derivatives, which torch does not have for {named}. "
             'sensitivity="fisher" needs first derivatives only and works on this network.'
         )
-    return {**_CONVOLUTIONS, **trial.replacements}
+    return {**LAYERS, **trial.replacements}
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution whose backward pass is _ConvolutionBackward.  Shapes are those of torch's convolution."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.options = options
-        return _convolve(x, weight, bias, options)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        by_x, by_weight = _ConvolutionBackward.apply(gradient, x, weight, ctx.options)  # type: ignore[no-untyped-call]
-        by_bias = gradient.sum((0, *range(2, gradient.ndim))) if ctx.needs_input_grad[2] else None
-        return by_x, by_weight, by_bias, None, None, None, None
-
-
-class _ConvolutionBackward(torch.autograd.Function):
-    """The backward pass of a convolution: (g, x, w) -> the gradients by x and by w.
-
-    The gradient by x is linear in g and in w, the gradient by w is linear in g and in x.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, options: Any) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, x, weight)
-        ctx.options = options
-        return _convolve_back(gradient, x, weight, options, [True, True, False])[:2]
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, dw: Tensor | None) -> Any:
-        gradient, x, weight = ctx.saved_tensors
-        by_gradient = by_x = by_weight = None
-        if dx is not None:
-            by_gradient = _convolve(dx, weight, None, ctx.options)
-            by_weight = _convolve_back(gradient, dx, weight, ctx.options, [False, True, False])[1]
-        if dw is not None:
-            other = _convolve(x, dw, None, ctx.options)
-            by_gradient = other if by_gradient is None else by_gradient.add_(other)
-            by_x = _convolve_back(gradient, x, dw, ctx.options, [True, False, False])[0]
-        return by_gradient, by_x, by_weight, None
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: Any) -> Tensor:
-    """A convolution; `options` are its stride, padding, dilation and groups."""
-    stride, padding, dilation, groups = options
-    no_output_padding = [0] * (x.ndim - 2)
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, no_output_padding, groups)
-
-
-def _convolve_back(gradient: Tensor, x: Tensor, weight: Tensor, options: Any, wanted: list[bool]) -> Any:
-    """The gradients of a convolution by x, by the weight and by the bias, as far as `wanted`."""
-    stride, padding, dilation, groups = options
-    return torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, stride, padding, dilation, False, [0] * (x.ndim - 2), groups, wanted
-    )
-
-
-def _convolution(dimensions: int) -> Callable[..., Tensor]:
-    """The replacement of torch's convolution over so many dimensions, with the same arguments."""
-    ones, zeros = [1] * dimensions, [0] * dimensions
-
-    def convolution(
-        x: Tensor, weight: Tensor, bias: Any = None, stride: Any = ones, padding: Any = zeros, dilation: Any = ones,
-        groups: int = 1,
-    ) -> Tensor:  # fmt: skip
-        return _Convolution.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
-
-    return convolution
-
-
-_CONVOLUTIONS: Operators = {
-    torch.ops.aten.conv1d.default: _convolution(1),
-    torch.ops.aten.conv2d.default: _convolution(2),
-    torch.ops.aten.conv3d.default: _convolution(3),
-}
+def for_forms(operators: Operators, forms: Forms) -> Operators:
+    """The same replacements, of which those of layers compute quadratic forms of some weights instead of products."""
+    return {
+        target: function.asked(forms) if isinstance(function, LayerOperator) else function
+        for target, function in operators.items()
+    }
 
 
 class _Trial(fx.Interpreter):

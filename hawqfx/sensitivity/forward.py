@@ -1,7 +1,7 @@
 """One forward pass whose loss can be differentiated by the tensors of all sites, and checks of its gradients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from hawqfx.ir.program import Program
 from hawqfx.ir.quantizers import activation_at, weight_at
 from hawqfx.maths import curvature
 from hawqfx.maths.formats import Format
-from hawqfx.sensitivity.double_backward import Operators
+from hawqfx.sensitivity.double_backward import Operators, for_forms
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Forward:
         output: the output of the model.
         tensors: key of a site -> its tensors: the weight, or the activations of its nodes in the order of the graph.
         names: key of a site -> what users call it.
+        forms: key of a weight -> the scalar at which its quadratic forms arrive, see Hessian; empty unless asked for.
     """
 
     output: object
     tensors: Mapping[str, list[Tensor]]
     names: Mapping[str, str]
+    forms: Mapping[str, Tensor] = field(default_factory=dict)
 
     def gradients(self, loss: Tensor, sites: Sequence[str], *, again: bool) -> dict[str, list[Tensor]]:
         """The gradients of a loss of the output, for the tensors of some sites.
@@ -65,7 +67,7 @@ class Forward:
         return sum(curvature.dot(x, x) for x in tensors) / sum(x.numel() for x in tensors)
 
 
-def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
+def forward(program: Program, batch: Batch, operators: Operators, *, forms: bool = False) -> Forward:
     """Runs the model so that a loss of its output can be differentiated by the tensors of all sites.
 
     The derivative by an activation is the derivative by a perturbation that is added to the tensor.
@@ -74,6 +76,7 @@ def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
         program: the program with its sites.
         batch: the inputs.
         operators: replacements for operators, see hawqfx.sensitivity.double_backward.
+        forms: whether all that a Hessian is wanted for are quadratic forms (layer_derivatives.py).
     """
     weights = {site.key: program.tensor(site.key).detach().requires_grad_() for site in program.weights}
     tensors: dict[str, list[Tensor]] = {key: [weight] for key, weight in weights.items()}
@@ -85,9 +88,13 @@ def forward(program: Program, batch: Batch, operators: Operators) -> Forward:
         tensors.setdefault(site_of[node], []).append(value)
         return value
 
+    scalars: dict[str, Tensor] = {}
+    if forms:
+        scalars = {key: w.new_zeros((), dtype=torch.float64, requires_grad=True) for key, w in weights.items()}
+        operators = for_forms(operators, {weights[key]: scalar for key, scalar in scalars.items()})
     with torch.enable_grad():
         output = program.run(batch.args, batch.kwargs, record, weights, operators=operators)
-    return Forward(output, tensors, _names(program))
+    return Forward(output, tensors, _names(program), scalars)
 
 
 def quantized_forward(

@@ -122,9 +122,9 @@ def test_parts_of_batches_estimate_the_same(plain: Program) -> None:
 def test_batches_are_parted_until_they_fit_into_memory(plain: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def watched(program: Program, batch: Any, operators: Any) -> Any:
+    def watched(program: Program, batch: Any, operators: Any, **options: Any) -> Any:
         sizes.append(batch.size)
-        return forward(program, batch, operators)
+        return forward(program, batch, operators, **options)
 
     monkeypatch.setattr("hawqfx.passes.hawq_v2.forward", watched)
     sample = plain.forward_bytes() * batching.PEAK_PER_FORWARD[True]
