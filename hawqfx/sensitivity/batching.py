@@ -18,7 +18,7 @@ from hawqfx.sensitivity.distributed import Workers
 log = logging.getLogger(__name__)
 
 # Bytes at the peak per byte of the tensors of a forward pass, by whether second derivatives are measured.  Rounded up
-# from benchmarks/sensitivity.py: 2.1 for a Hessian-vector product of ResNet-50, 1.9 for ResNet-20.
+# from benchmarks/sensitivity.py: 2.4 for a Hessian-vector product of ResNet-50, 2.2 for ResNet-20.
 PEAK_PER_FORWARD = {False: 2, True: 3}
 
 

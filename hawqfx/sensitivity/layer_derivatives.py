@@ -145,21 +145,21 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, v: Tensor | None, by_form: Tensor | None) -> Any:
         gradient, x, weight = ctx.saved_tensors
-        products, parts = ctx.products, []
-        by_x = by_weight = found = None
-        ctx.kept.product = None
+        products = ctx.products
+        by_gradient = by_x = by_weight = found = ctx.kept.product = None
         if v is not None:
             by_x = products.back(gradient, x, v) if ctx.needs_input_grad[1] else None
-            parts.append(products.outputs(x, v))
-            if ctx.form is not None:
-                ctx.kept.product = parts[0]
+            by_gradient = ctx.kept.product = products.outputs(x, v)
         if a is not None:
-            parts.append(products.outputs(a, weight))
+            moved = products.outputs(a, weight)
+            by_gradient = moved if by_gradient is None else moved.add_(by_gradient)
             if ctx.form is None:
                 by_weight = products.by_weight(gradient, a, weight)
             elif by_x is not None:
                 found = ctx.form.new_tensor(dot(by_x, a))
-        return sum(parts[1:], parts[0]) if parts else None, by_x, by_weight, found, None, None
+        if ctx.form is None:
+            ctx.kept.product = None
+        return by_gradient, by_x, by_weight, found, None, None
 
 
 @dataclass(frozen=True)
