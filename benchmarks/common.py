@@ -34,7 +34,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def environment() -> dict[str, Any]:
     """The machine and the versions, as far as they bear on figures."""
-    from hawqfx.runtime.target import has_vnni  # compile_time.py measures releases that have it elsewhere
+    from hawqfx.runtime.processor import has_vnni  # compile_time.py measures releases that have it elsewhere
 
     return {
         "machine": platform.machine(),

@@ -12,6 +12,7 @@ from hawqfx import arguments, pipeline
 from hawqfx.allocation.budget import Budget
 from hawqfx.allocation.rules import Order, default_schemes, known_schemes
 from hawqfx.errors import DataError, UsageError
+from hawqfx.export.targets import exact_widths
 from hawqfx.frontend.capture import Model
 from hawqfx.frontend.context import Context, Progress
 from hawqfx.frontend.criteria import Draw, Loss
@@ -29,7 +30,6 @@ from hawqfx.passes.calibration import Calibration
 from hawqfx.passes.learned_rounding import LearnedRounding
 from hawqfx.passes.rounding import Rounding
 from hawqfx.passes.smoothing import Smoothing
-from hawqfx.runtime.target import exact_widths
 from hawqfx.session.plan import FollowPlan, Plan
 from hawqfx.session.planner import Score, Scoring
 from hawqfx.session.saved import read_plan

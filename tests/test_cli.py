@@ -132,6 +132,7 @@ def test_passes_lists_the_recipe_in_order() -> None:
         "integer_constants",
         "linear_kernels",
         "space_to_depth",
+        "signed_factors",
         "float_weights",
         "global_average",
         "table_rows",

@@ -43,7 +43,7 @@ LAW: dict[str, set[str]] = {
         "pass_manager", "passes", "pipeline", "report", "runtime",
     },
     "options": {
-        "allocation", "arguments", "errors", "frontend", "ir", "maths", "pass_manager", "passes", "pipeline", "runtime",
+        "allocation", "arguments", "errors", "export", "frontend", "ir", "maths", "pass_manager", "passes", "pipeline",
         "session",
     },
     "compiler": {

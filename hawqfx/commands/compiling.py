@@ -16,11 +16,11 @@ from hawqfx.compiler import compile as compile_model
 from hawqfx.compiler import pareto as pareto_of
 from hawqfx.errors import UsageError
 from hawqfx.export.opsets import Packing
+from hawqfx.export.targets import WIDEST
 from hawqfx.forecast import forecast
 from hawqfx.options import usable_device
 from hawqfx.pass_manager.base import Analysis, Observer
 from hawqfx.pass_manager.observers import Dump, PrintAfter, TimePasses
-from hawqfx.runtime.target import WIDEST
 from hawqfx.sensitivity.distributed import launched
 from hawqfx.session.compiled import Compiled
 from hawqfx.session.frontier import LIMITS

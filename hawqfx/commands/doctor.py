@@ -13,7 +13,7 @@ import torch
 
 from hawqfx.frontend.memory import free_memory
 from hawqfx.runtime import ort
-from hawqfx.runtime.target import has_vnni, instructions
+from hawqfx.runtime.processor import instructions, saturates
 
 # package -> what it is for, and the extra that installs it
 OPTIONAL = {"transformers": ("models from hf:FOLDER", "hf"), "matplotlib": ("figures in notebooks", "notebook")}
@@ -62,7 +62,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
     for name, (use, extra) in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
             said.append(f"{name} is not installed, for {use}: pip install 'hawqfx[{extra}]'")
-    if platform.machine() in ("x86_64", "AMD64") and not has_vnni():
+    if saturates():
         said.append("this processor has no VNNI: sums of 8-bit weights saturate here; compile with target='x86-avx2'")
     if found["torch"]["cuda"] and not found["torch"]["devices"]:
         said.append("torch is built with CUDA and sees no device; a build for processors is gigabytes smaller")

@@ -7,8 +7,8 @@
     write         write: whole or not at all
 
 onnxruntime's kernels, as measured with onnxruntime 1.32, need weights signed with an explicit zero-point of zeros
-(QGemm is not fused without one), activations uint8 with a zero-point, biases int32, and 4- or 6-bit activations as
-uint8 with a Clip on the integers (uint4 stays in float).
+(QGemm is not fused without one), activations uint8 with a zero-point (second factors of products int8), biases int32,
+and 4- or 6-bit activations as uint8 with a Clip on the integers (uint4 stays in float).
 """
 
 import math
@@ -20,6 +20,7 @@ from hawqfx.errors import UsageError
 from hawqfx.export import cleanup, packed_weights, translations
 from hawqfx.export.legalize.pipeline import legalization
 from hawqfx.export.opsets import IR_VERSION, OPSET, Packing
+from hawqfx.export.targets import ANY, WITHOUT_VNNI
 from hawqfx.export.write import write
 from hawqfx.frontend import capture, decoders
 from hawqfx.frontend.context import Context
@@ -44,6 +45,7 @@ def export(
     observers: Sequence[Observer] = (),
     most: float = math.inf,
     check: Callable[[Path], None] | None = None,
+    target: str = ANY,
 ) -> int:
     """Write a program, lowered or not, as an ONNX file; whole or not at all.
 
@@ -56,6 +58,7 @@ def export(
         observers: told of the legalization passes.
         most: the most bytes that the file may have.
         check: looks at the file before it takes its place, and raises ExportError if it is not right.
+        target: the processors that the file is made for, a key of hawqfx.export.targets.WIDEST.
 
     Returns:
         The bytes of the file, and of the one with its tensors where there are two.
@@ -67,7 +70,7 @@ def export(
     if packing not in OPSET:
         raise UsageError(f"packing={packing!r}: must be one of {', '.join(OPSET)}")
     check_writable(Path(path))
-    legal = run(legalization(), program, _check(program, example), observers)
+    legal = run(legalization(signed_factors=target != WITHOUT_VNNI), program, _check(program, example), observers)
     with dropped_sources():
         model = translations.translate(capture.export_again(legal.graph, example), OPSET[packing])
     for name, bits in legal.about(StoredBits).bits.items():

@@ -189,17 +189,20 @@ def expose_sites(path: str | Path) -> tuple[bytes, list[str]]:
         The file's content, and the keys of the activations' sites in the order of the outputs; a key comes as often as
         tensors share the quantizer of its site.
     """
-    return _exposed(path, lambda node: (node.output[0], onnx.TensorProto.FLOAT))
+    model = onnx.load(path)
+    return _exposed(model, lambda node: (node.output[0], _TYPES.FLOAT))
 
 
 def expose_codes(path: str | Path) -> tuple[bytes, list[str]]:
     """A file with the codes of its quantized activations as further outputs, which leaves onnxruntime's fusions as they
     are; the result is as that of `expose_sites`."""
-    return _exposed(path, lambda node: (node.input[0], onnx.TensorProto.UINT8))
-
-
-def _exposed(path: str | Path, value: Callable[[onnx.NodeProto], tuple[str, int]]) -> tuple[bytes, list[str]]:
     model = onnx.load(path)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types |= {node.output[0]: node.attribute[0].t.data_type for node in model.graph.node if node.op_type == "Constant"}
+    return _exposed(model, lambda node: (node.input[0], types[node.input[2]]))
+
+
+def _exposed(model: onnx.ModelProto, value: Callable[[onnx.NodeProto], tuple[str, int]]) -> tuple[bytes, list[str]]:
     keys, seen, own = [], set(), {output.name for output in model.graph.output}
     for node in list(model.graph.node):
         if node.op_type == "DequantizeLinear" and node.name and value(node)[0] not in seen:

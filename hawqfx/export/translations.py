@@ -122,10 +122,11 @@ def _constant(value: object, dtype: type[np.generic]) -> Any:
 
 
 def _activation(x: Any, scale: Any, zero_point: int, low: int, high: int) -> Any:
-    zero = _constant(zero_point, np.uint8)
+    kind = np.uint8 if low >= 0 else np.int8
+    zero = _constant(zero_point, kind)
     codes = op.QuantizeLinear(x, scale, zero)
-    if (low, high) != (0, 255):
-        codes = op.Clip(codes, _constant(low, np.uint8), _constant(high, np.uint8))
+    if (low, high) != (np.iinfo(kind).min, np.iinfo(kind).max):
+        codes = op.Clip(codes, _constant(low, kind), _constant(high, kind))
     return op.DequantizeLinear(codes, scale, zero)
 
 

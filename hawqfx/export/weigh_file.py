@@ -8,6 +8,7 @@ import torch
 
 from hawqfx.atomic_write import scratch_folder
 from hawqfx.export.exporter import export, metadata
+from hawqfx.export.targets import ANY
 from hawqfx.frontend.context import Context
 from hawqfx.ir.facts import NETWORK, ByteCost, ChosenFormat, FileText, FloatNetwork, Quantizers, RoundedWeights
 from hawqfx.ir.program import Program
@@ -23,12 +24,12 @@ DIGEST = "0" * 16  # as long as a plan's
 def exported_bytes(lowered: Program, context: Context, target: str) -> int:
     """The bytes of the file of a lowered network, in the portable packing."""
     texts = metadata(DIGEST, set(lowered.schemes().values()), target, "portable")
-    return _written(lowered, context, texts)
+    return _written(lowered, context, texts, target)
 
 
-def _written(program: Program, context: Context, texts: Mapping[str, str]) -> int:
+def _written(program: Program, context: Context, texts: Mapping[str, str], target: str = ANY) -> int:
     with scratch_folder() as folder:
-        return export(program, context.batches[0], folder / "model.onnx", "portable", texts)
+        return export(program, context.batches[0], folder / "model.onnx", "portable", texts, target=target)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class WeighFile(Analysis):
     """Exports the network in its widest formats, static ones where there are any, and the float network, and gives the
     FileText."""
 
-    target: str = option("any", "the processors that the file is made for")
+    target: str = option(ANY, "the processors that the file is made for")
     needs: ClassVar[tuple[Kind, ...]] = (Quantizers, RoundedWeights, ByteCost, FloatNetwork)
     gives: ClassVar[tuple[Kind, ...]] = (FileText,)
 

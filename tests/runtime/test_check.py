@@ -79,12 +79,29 @@ def test_sums_that_saturate_on_this_processor_are_said(
     """Simulated, so that the test is the same on every processor: fast kernels that lose a tenth."""
     right = check._outputs
 
-    def saturating(path: Path, inputs: Any, *, exact: bool = False) -> list[torch.Tensor]:
+    def saturating(path: Path, inputs: Any, *, exact: bool = False, integers: bool = True) -> list[torch.Tensor]:
         return [output if exact else 0.9 * output for output in right(path, inputs, exact=True)]
 
     monkeypatch.setattr(check, "_outputs", saturating)
     compiled.export(tmp_path / "m.onnx")
-    assert "saturates sums of 8-bit weights: here the file is off by 10.0%, elsewhere not" in caplog.text
+    assert "saturates sums of 8-bit codes: here the file is off by 10.0%, elsewhere not" in caplog.text
+
+
+@pytest.mark.parametrize(("make", "integers"), [(Attention, False), (Plain, True)])
+def test_products_of_activations_are_checked_without_kernels_that_saturate(
+    make: Any, integers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: onnxruntime has exact kernels for weights on such a processor, none for two activations."""
+    asked, run_exactly = [], ort.run_exactly
+
+    def watched(*arguments: Any, optimize: bool) -> Any:
+        asked.append(optimize)
+        return run_exactly(*arguments, optimize=optimize)
+
+    monkeypatch.setattr(check, "saturates", lambda: True)
+    monkeypatch.setattr(ort, "run_exactly", watched)
+    quick(make, "weight_bits=8").export(tmp_path / "m.onnx")
+    assert asked == [integers]
 
 
 def test_a_network_that_onnxruntime_fails_to_run_is_a_backend_error(compiled: hawqfx.Compiled, tmp_path: Path) -> None:

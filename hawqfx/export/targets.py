@@ -1,38 +1,18 @@
 """The processors that a file is made for, as far as the results depend on them.
 
-On x86 without VNNI, onnxruntime multiplies unsigned activations by signed weights with vpmaddubsw, which adds two
+On x86 without VNNI, onnxruntime multiplies unsigned activations by signed codes with vpmaddubsw, which adds two
 products in 16 bits and saturates there: 255 * 127 * 2 does not fit, 255 * 64 * 2 does.  Weights within 7 bits never
-saturate.
+saturate, and products of two activations do not where both are unsigned.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from hawqfx.errors import UsageError
 from hawqfx.maths.formats import FLOAT_BITS
 
-# target -> bits of the widest weights whose sums are exact there; "any": with VNNI, an ARM processor, or a GPU
-WIDEST: Mapping[str, int] = {"any": 8, "x86-avx2": 7}
-
-_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")  # of integer kernels
-_PROCESSOR = Path("/proc/cpuinfo")
-
-
-def instructions() -> tuple[str, ...] | None:
-    """The instructions of this processor that onnxruntime's integer kernels use, as Linux names them; None on other
-    systems, which do not tell."""
-    if not _PROCESSOR.is_file():
-        return None
-    lines = _PROCESSOR.read_text().splitlines()
-    known = next(
-        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), []
-    )
-    return tuple(name for name in _INSTRUCTIONS if name in known)
-
-
-def has_vnni() -> bool:
-    """Whether this is known to be a processor with VNNI."""
-    return any("vnni" in name for name in instructions() or ())
+ANY, WITHOUT_VNNI = "any", "x86-avx2"
+# target -> bits of the widest weights whose sums are exact there; ANY: with VNNI, an ARM processor, or a GPU
+WIDEST: Mapping[str, int] = {ANY: 8, WITHOUT_VNNI: 7}
 
 
 def exact_widths(target: str, widths: Sequence[int]) -> tuple[int, ...]:
