@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,10 +169,20 @@ def _squeeze(x: Any, axes: Sequence[int]) -> Any:
 
 
 def _rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
-    squares = op.ReduceMean(op.Mul(x, x), _constant(range(-len(shape), 0), np.int64))
+    """With a power for the squares, as onnxruntime (1.32) knows the norm: its kernel takes a third of the time."""
+    squares = op.ReduceMean(op.Pow(x, _constant(2, np.float32)), _constant(range(-len(shape), 0), np.int64))
     least = _constant(torch.finfo(torch.float32).eps if eps is None else eps, np.float32)
     values = op.Div(x, op.Sqrt(op.Add(squares, least)))
     return values if weight is None else op.Mul(values, weight)
+
+
+def _gelu(x: Any, approximate: str = "none") -> Any:
+    """In the order that onnxruntime fuses, or by the operator that it has: its kernels take 1.6 and 2.1 ms for 1500 x
+    1536, and the operators that torch.onnx (2.13) writes, whose order is another, 12 and 20 (1.32, one thread)."""
+    if approximate == "tanh":
+        return _FAST_GELU(x)
+    half, one, root = (_constant(number, np.float32) for number in (0.5, 1, math.sqrt(2)))
+    return op.Mul(op.Mul(x, half), op.Add(op.Erf(op.Div(x, root)), one))
 
 
 def _average(x: Any) -> Any:
@@ -228,7 +239,8 @@ def _operator(domain: str, name: str, inputs: Mapping[str, str], attributes: Seq
     )
 
 
-# onnxruntime adds it to ONNX for weight-only layers
+# onnxruntime adds them to ONNX: GELU by a hyperbolic tangent, which it fuses on a GPU alone, and weight-only layers
+_FAST_GELU = _operator("com.microsoft", "FastGelu", {"X": "float"}, ())
 _MATMUL_NBITS = _operator(
     "com.microsoft",
     "MatMulNBits",
@@ -277,6 +289,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.squeeze.dims: _squeeze,
     torch.ops.aten.rms_norm.default: _rms_norm,
     torch.ops.aten.adaptive_avg_pool3d.default: _adaptive_average,
+    torch.ops.aten.gelu.default: _gelu,
     FAKE_QUANTIZE: _activation,
     DEQUANTIZE: _constant_codes,
     DEQUANTIZE_ROWS: _rows,
