@@ -126,6 +126,32 @@ def _(x: Tensor, pads: list[int], block: int) -> Tensor:
 SPACE_TO_DEPTH = torch.ops.hawqfx.space_to_depth.default
 
 
+@library.custom_op("hawqfx::permute_codes", mutates_args=())
+def permute_codes(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int, order: list[int]) -> Tensor:
+    """A tensor whose dimensions are permuted between quantizer and dequantizer.
+
+    Args:
+        x: the tensor.
+        scale: of all its elements.
+        zero_point: the code of zero.
+        low: the lowest code.
+        high: the highest code.
+        order: the dimensions of `x` in those of the result.
+
+    Returns:
+        What fake_quantize makes of the permuted tensor.
+    """
+    return affine.fake_quantize(x.permute(order), scale, zero_point, low, high).clone()
+
+
+@permute_codes.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int, order: list[int]) -> Tensor:
+    return torch.empty_like(x.permute(order))
+
+
+PERMUTE_CODES = torch.ops.hawqfx.permute_codes.default
+
+
 @library.custom_op("hawqfx::dequantize_rows", mutates_args=())
 def dequantize_rows(codes: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
     """The values of some rows of a table of signed integer codes with zero-point 0.
