@@ -53,13 +53,13 @@ from hawqfx.sensitivity.metrics import SensitivityMetric
 
 _TIMED = 8  # samples of the passes that are timed
 _FAKE = 3.0  # a fake-quantized forward pass in forward passes: each tensor is also rounded
-_SECOND = 2.5  # a Hessian-vector product in gradients (benchmarks/sensitivity.py)
+_SECOND = 1.85  # a quadratic form of the Hessian in gradients (benchmarks/sensitivity.py)
 _FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge, one for all, and their inverses
 # of memory; the shares are those of benchmarks/forecast.py
 _LIBRARIES = 100e6  # bytes of what is loaded after the capture
 _COPIES, _CODES = 1.5, 0.5  # float weights: with a lowered copy; and int8 codes of each format, twice as they are made
 _MATRICES = 9.0  # of the largest moment: damped, factored, inverted
-_GRADIENT, _PRODUCT = 1.0, 1.5  # tensors of a forward pass that a gradient keeps, and a Hessian-vector product
+_GRADIENT, _PRODUCT = 1.0, 1.75  # tensors of a forward pass that a gradient keeps, and a form of the Hessian
 _FIXED = 5.0  # seconds of torch.export's imports and of rewrites
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hawqfx
 from hawqfx import Compiled
-from hawqfx.errors import PlanError
+from hawqfx.errors import ExportError, PlanError
 from hawqfx.export.opsets import Packing
 from hawqfx.maths.formats import Format
 
@@ -57,6 +57,25 @@ def test_frequent_words_have_more_bits_and_the_average_is_that_of_the_format(com
     assert sum(rows) == compiled.plan.bits["table.weight"] * WORDS
     assert sum(rows[:20]) / 20 > sum(rows[-300:]) / 300
     assert f"table.weight: rows have {min(rows)} to {max(rows)} bits" in compiled.summary()
+
+
+@pytest.mark.parametrize("factor", [0.0, 100.0])
+def test_a_table_that_is_trained_beyond_the_bits_of_its_rows_is_refused(
+    compiled: Compiled, factor: float, tmp_path: Path
+) -> None:
+    """Zero is no code of one bit; an error of packing was raised as it was."""
+    row = int(np.argmin(rows_of(compiled)))
+    table = compiled.model.get_parameter("table.weight")
+    before = table.detach().clone()
+    try:
+        with torch.no_grad():
+            table[row] *= factor
+        words = rf"1 rows of 'table.weight' have values that their bits do not hold, row {row} with 1 bits first"
+        with pytest.raises(ExportError, match=words):
+            compiled.export(tmp_path / "trained.onnx")
+    finally:
+        with torch.no_grad():
+            table.copy_(before)
 
 
 @pytest.mark.parametrize("packing", ["portable", "native"])

@@ -1,4 +1,4 @@
-"""Packed integers of 2 to 8 bits, signed, in two's complement.
+"""Packed integers of 1 to 8 bits, signed, in two's complement.
 
 Portable packing is one bit stream: bit 0 of every code, then bit 1 of every code, ... (bit-planes), least significant
 bit of each byte first.  n codes of b bits take ceil(n b / 8) bytes, so a tensor is rounded up by less than a byte.

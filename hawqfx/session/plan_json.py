@@ -17,11 +17,13 @@ from hawqfx.errors import PlanError
 from hawqfx.ir.facts import Account, ChosenFormat, LimitUse, Move, QuantParams, Reason
 from hawqfx.maths import affine
 from hawqfx.maths.formats import FLOAT_BITS, Format, known_format
+from hawqfx.passes.smoothing import HALVINGS
 from hawqfx.session.pins import Pins
 
 FORMAT = 8
 READ = (3, 4, 5, 6, 7, 8)
 ROWS = frozenset(range(1, 9))  # bits that a row may have
+EXPONENTS = frozenset(range(1, HALVINGS + 1))  # that an input may have
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, IndexError)  # what it raises
 
 Exponents = Mapping[str, Mapping[int, int]]
@@ -118,13 +120,15 @@ def number(value: float | None, otherwise: float = math.nan) -> float:
 
 def _exponents(data: Mapping[str, Any]) -> Exponents:
     """Those of a plan; in JSON, channels are texts."""
-    known = {
-        str(node): {int(channel): int(power) for channel, power in powers.items()}
-        for node, powers in data.get("exponents", {}).items()
+    known = data.get("exponents", {})
+    if not all(powers and EXPONENTS.issuperset(powers.values()) for powers in known.values()):
+        raise ValueError(f"an exponent of an input is not within 1 to {HALVINGS}")
+    found = {
+        str(node): {int(channel): int(power) for channel, power in powers.items()} for node, powers in known.items()
     }
-    if not all(powers and min(powers) >= 0 and min(powers.values()) > 0 for powers in known.values()):
-        raise ValueError("an exponent of an input is not above zero")
-    return known
+    if min((channel for powers in found.values() for channel in powers), default=0) < 0:
+        raise ValueError("a channel of an input is below zero")
+    return found
 
 
 def _quantizer_entry(quantizer: QuantParams) -> dict[str, Any]:

@@ -281,9 +281,12 @@ def test_weights_alone_in_fewer_bits_have_no_need_of_it() -> None:
     [
         ({"nobody": {"1": 2}}, "another model"),
         ({"alias_default": {"1000": 2}}, "another model"),
-        ({"alias_default": {"1": 0}}, "not above zero"),
-        ({"alias_default": {"-1": 1}}, "not above zero"),
-        ({"alias_default": {}}, "not above zero"),
+        ({"alias_default": {"1": 0}}, "not within 1 to 8"),
+        ({"alias_default": {"1": 9}}, "not within 1 to 8"),
+        ({"alias_default": {"1": 1.5}}, "not within 1 to 8"),
+        ({"alias_default": {"1": None}}, "not within 1 to 8"),
+        ({"alias_default": {"-1": 1}}, "below zero"),
+        ({"alias_default": {}}, "not within 1 to 8"),
     ],
 )
 def test_damaged_exponents_are_refused(wrong: Any, message: str) -> None:

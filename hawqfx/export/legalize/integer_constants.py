@@ -6,10 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from hawqfx.errors import ExportError
 from hawqfx.ir.custom_ops import DEQUANTIZE, FAKE_QUANTIZE
 from hawqfx.ir.facts import ChosenFormat, Quantizers, StoredBits
 from hawqfx.ir.operators import operands
 from hawqfx.ir.program import Program
+from hawqfx.ir.quantizers import nearest_codes
 from hawqfx.ir.rewriter import GraphRewriter
 from hawqfx.maths import affine
 from hawqfx.pass_manager.base import Kind, Rewrite
@@ -33,7 +35,7 @@ class IntegerConstants(Rewrite):
             key = str(constant.target)
             codes = affine.quantize(program.tensor(key).detach(), _scale(rewriter, scale), 0, low, high)
             if codes.dtype == torch.int8:
-                bits[key] = _rows(program, key) or (high - low + 1).bit_length() - 1
+                bits[key] = _rows(program, key, codes) or (high - low + 1).bit_length() - 1
             else:  # several layers may share a bias, and each of them has codes of its own
                 key = f"{key}_{number}"
             with rewriter.before(node):
@@ -42,11 +44,24 @@ class IntegerConstants(Rewrite):
         return rewriter.done().learn_about_network(StoredBits(bits))
 
 
-def _rows(program: Program, key: str) -> tuple[int, ...]:
-    """Bits of the rows of a weight that has bits of their own for them; else none."""
+def _rows(program: Program, key: str, codes: Tensor) -> tuple[int, ...]:
+    """Bits of the rows of a weight that has bits of its own for them; else none.
+
+    Raises:
+        ExportError: if a row's codes have more, as training of the lowered graph may make them, whose quantizer ends
+            where that of the widest row does.
+    """
     if not program.facts.has(key, ChosenFormat):
         return ()
-    return program.facts.get(key, Quantizers).by_format[program.facts.get(key, ChosenFormat).format].rows
+    quantizer = program.facts.get(key, Quantizers).by_format[program.facts.get(key, ChosenFormat).format]
+    if quantizer.rows:
+        wide = (nearest_codes(codes.float(), quantizer) != codes).flatten(1).any(1).nonzero()
+        if len(wide):
+            raise ExportError(
+                f"{len(wide)} rows of {key!r} have values that their bits do not hold, row {int(wide[0])} with "
+                f"{quantizer.rows[int(wide[0])]} bits first: train with that table frozen, or compile what was trained"
+            )
+    return quantizer.rows
 
 
 def _scale(rewriter: GraphRewriter, node: fx.Node) -> Tensor:
