@@ -172,10 +172,11 @@ def _squeeze(x: Any, axes: Sequence[int]) -> Any:
 
 
 def _rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
-    """With a power for the squares, as onnxruntime (1.32) knows the norm: its kernel takes a third of the time."""
-    squares = op.ReduceMean(op.Pow(x, _constant(2, np.float32)), _constant(range(-len(shape), 0), np.int64))
+    """With a weight, and a power for the squares, onnxruntime (1.32) knows the norm, and has a kernel for it."""
+    squares = op.Mul(x, x) if weight is None else op.Pow(x, _constant(2, np.float32))
+    means = op.ReduceMean(squares, _constant(range(-len(shape), 0), np.int64))
     least = _constant(torch.finfo(torch.float32).eps if eps is None else eps, np.float32)
-    values = op.Div(x, op.Sqrt(op.Add(squares, least)))
+    values = op.Div(x, op.Sqrt(op.Add(means, least)))
     return values if weight is None else op.Mul(values, weight)
 
 
