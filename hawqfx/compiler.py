@@ -128,7 +128,7 @@ def compile(
             around; the new plan is taken if it loses less on the other half by more than two standard errors.  Plans of
             the default metric seldom gain by it, those of others do; see benchmarks/uniform.py.  Not for budgets on
             latency or drop, nor for a loss of one's own without draw=.
-        target: "any", or "x86-avx2" for x86 processors without VNNI, where weights of 8 bits would saturate sums.
+        target: "any", or "x86-avx2" for x86 processors without VNNI, where sums of signed codes of 8 bits saturate.
         plan: a plan to follow, or the path of one, of JSON or of Compiled.save(); `budget` is None then, and no
             sensitivity is measured.  The weights, the data and rounding= must be those that it was made with, so that
             the network is the same; hawqfx.load() needs no data.

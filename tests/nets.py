@@ -211,6 +211,21 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Heads(nn.Module):
+    """Attention of two heads, of so many words, with projections of their own."""
+
+    def __init__(self, words: int = 128) -> None:
+        super().__init__()
+        self.words = words
+        self.q, self.k, self.v, self.head = (nn.Linear(8, out) for out in (8, 8, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).reshape(-1, 8, 8).repeat(1, self.words // 8, 1)
+        x = x * torch.linspace(-1, 1, self.words)[:, None]
+        q, k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+
 class UnreadAttention(nn.Module):
     """Attention whose result nobody reads; it has a place for dropout, which is a random draw."""
 

@@ -7,7 +7,7 @@
     write         write: whole or not at all
 
 onnxruntime's kernels, as measured with onnxruntime 1.32, need weights signed with an explicit zero-point of zeros
-(QGemm is not fused without one), activations uint8 with a zero-point (second factors of products int8), biases int32,
+(QGemm is not fused without one), activations uint8 with a zero-point (int8 where SignedFactors says so), biases int32,
 and 4- or 6-bit activations as uint8 with a Clip on the integers (uint4 stays in float).
 """
 

@@ -197,9 +197,23 @@ def expose_codes(path: str | Path) -> tuple[bytes, list[str]]:
     """A file with the codes of its quantized activations as further outputs, which leaves onnxruntime's fusions as they
     are; the result is as that of `expose_sites`."""
     model = onnx.load(path)
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    types |= {node.output[0]: node.attribute[0].t.data_type for node in model.graph.node if node.op_type == "Constant"}
+    types = _constant_types(model)
     return _exposed(model, lambda node: (node.input[0], types[node.input[2]]))
+
+
+def has_signed_activations(path: str | Path) -> bool:
+    """Whether a file quantizes an activation to int8, as it does second factors of products."""
+    model = read_model(path)
+    types = _constant_types(model)
+    quantizers = (node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    return any(types[node.input[2]] == _TYPES.INT8 for node in quantizers)
+
+
+def _constant_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Name of a constant -> the type of its elements."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    constants = (node for node in model.graph.node if node.op_type == "Constant")
+    return types | {node.output[0]: node.attribute[0].t.data_type for node in constants}
 
 
 def _exposed(model: onnx.ModelProto, value: Callable[[onnx.NodeProto], tuple[str, int]]) -> tuple[bytes, list[str]]:

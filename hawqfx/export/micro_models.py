@@ -86,7 +86,7 @@ class MicroModels:
             elif node is None or id(node) in seen:
                 continue
             elif name != target and node.op_type == "QuantizeLinear" and node.input[0] in self.shapes:
-                inputs[name] = self.shapes[node.input[0]][0], self._code_type(node)
+                inputs[name] = self.shapes[node.input[0]][0], np.dtype(np.uint8)
             else:
                 seen.add(id(node))
                 nodes.append(node)
@@ -108,15 +108,10 @@ class MicroModels:
         for name, (shape, dtype) in inputs.items():
             kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
             graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
-        last = self.made[part.target]
-        dtype = self._code_type(last) if last.op_type == "QuantizeLinear" else np.dtype(np.float32)
-        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        quantized = self.made[part.target].op_type == "QuantizeLinear"
+        kind = onnx.TensorProto.UINT8 if quantized else onnx.TensorProto.FLOAT
         graph.output.append(onnx.helper.make_tensor_value_info(part.target + suffix, kind, None))
         return inputs
-
-    def _code_type(self, quantizer: onnx.NodeProto) -> np.dtype[Any]:
-        """The type of the codes that a QuantizeLinear makes: that of its zero-point."""
-        return onnx.helper.tensor_dtype_to_np_dtype(self.constants[quantizer.input[2]].data_type)
 
     def _without_dequantization(self, name: str) -> str:
         """The integers behind a value that a DequantizeLinear makes of computed integers; else the value."""

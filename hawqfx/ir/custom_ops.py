@@ -15,6 +15,7 @@ In the graph that is exported, other operators replace them and some of ATen's:
     dequantize_rows        rows of a table of codes
     blockwise_rows         rows of a table in blocks
     global_average         the average over all pixels; onnxruntime has an integer kernel under this name only
+    permute_codes          fake_quantize of a permuted tensor, with the permutation between quantizer and dequantizer
     space_to_depth         an image whose channels are the pixels of a block
     dynamic_linear         a linear layer in the scheme "dynamic"
     blockwise_linear       a linear layer in the scheme "weight-only"

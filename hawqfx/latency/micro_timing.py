@@ -162,7 +162,7 @@ class MicroTimer:
         feeds = []
         for micro in models:
             feeds.append({
-                name: random.integers(0, 256, shape, np.uint8).view(dtype) if dtype.itemsize == 1
+                name: random.integers(0, 256, shape, np.uint8) if dtype == np.uint8
                 else random.standard_normal(shape).astype(dtype)
                 for name, (shape, dtype) in micro.inputs.items()
             })  # fmt: skip

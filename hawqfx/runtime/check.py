@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hawqfx.errors import ExportError
+from hawqfx.export.inspection import has_signed_activations
 from hawqfx.frontend.data import Batch
-from hawqfx.ir.operators import PRODUCTS
 from hawqfx.ir.program import Program
 from hawqfx.runtime import ort, parity
 from hawqfx.runtime.parity import SiteCodes
@@ -87,7 +87,7 @@ def check(program: Program, floating: Program, path: Path, batch: Batch) -> File
     """
     inputs = [tensor.cpu().numpy() for tensor in batch.tensors]
     wanted = _answers(program, batch)
-    integers = not (saturates() and any(node.target in PRODUCTS for node in program.graph.graph.nodes))
+    integers = not (saturates() and has_signed_activations(path))
     found = _outputs(path, inputs, exact=True, integers=integers)
     difference, agreement = _compared(wanted, found)
     flips, codes = None, 0

@@ -175,6 +175,8 @@ class LayerOperator:
     forms: Forms = field(default_factory=lambda: MappingProxyType({}))
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> Tensor:
+        if weight.ndim == 1:  # a product by a vector, as nn.functional.linear takes it, too
+            return F.linear(x, weight, bias)
         form = self.forms.get(weight)
         return _Layer.apply(x, weight, bias, form, self.products(*options, **named))  # type: ignore[no-untyped-call]
 

@@ -9,29 +9,14 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import hawqfx
 from hawqfx.runtime import ort, parity
+from tests.nets import Heads
 from tests.tools import quick
 
 # onnxruntime's integer kernels of two activations -> the input that is the second one's zero-point
 PRODUCTS = {"QLinearMatMul": 5, "MatMulIntegerToFloat": 5}
-
-
-class Heads(nn.Module):
-    """Attention of two heads, of so many words, with projections of their own."""
-
-    def __init__(self, words: int = 128) -> None:
-        super().__init__()
-        self.words = words
-        self.q, self.k, self.v, self.head = (nn.Linear(8, out) for out in (8, 8, 8, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1).reshape(-1, 8, 8).repeat(1, self.words // 8, 1)
-        x = x * torch.linspace(-1, 1, self.words)[:, None]
-        q, k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
 
 
 class Few(Heads):
@@ -39,6 +24,19 @@ class Few(Heads):
 
     def __init__(self) -> None:
         super().__init__(64)
+
+
+class Vector(Heads):
+    """Keys that a vector is multiplied by, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).reshape(-1, 8, 8).repeat(1, 16, 1)
+        keys = self.k(x).transpose(1, 2)
+        return self.head(self.q(x) @ keys @ self.v(x)).mean(1) + torch.matmul(self.vector, keys)[:, :3]
 
 
 class Permuted(nn.Module):
@@ -87,7 +85,7 @@ def kernels(path: Path, folder: Path) -> list[str]:
     return [types[node.input[PRODUCTS[node.op_type]]] for node in graph.node if node.op_type in PRODUCTS]
 
 
-@pytest.mark.parametrize(("make", "signed"), [(Heads, 2), (Permuted, 1), (Few, 0), (Again, 0)])
+@pytest.mark.parametrize(("make", "signed"), [(Heads, 2), (Permuted, 1), (Few, 0), (Again, 0), (Vector, 0)])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_codes_are_signed_where_only_products_read_them_second(
     make: Callable[[], nn.Module], signed: int, bits: int, tmp_path: Path

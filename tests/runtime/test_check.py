@@ -10,7 +10,7 @@ import hawqfx
 from hawqfx.errors import BackendError, ExportError
 from hawqfx.runtime import check, ort, parity
 from hawqfx.runtime.parity import SiteCodes
-from tests.nets import Attention, Plain, QuantizedOutput, Residual, images
+from tests.nets import Attention, Heads, Plain, QuantizedOutput, Residual, images
 from tests.tools import quick
 
 
@@ -87,9 +87,9 @@ def test_sums_that_saturate_on_this_processor_are_said(
     assert "saturates sums of 8-bit codes: here the file is off by 10.0%, elsewhere not" in caplog.text
 
 
-@pytest.mark.parametrize(("make", "integers"), [(Attention, False), (Plain, True)])
-def test_products_of_activations_are_checked_without_kernels_that_saturate(
-    make: Any, integers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("make", "target", "integers"), [(Heads, "any", False), (Heads, "x86-avx2", True)])
+def test_signed_activations_are_checked_without_kernels_that_saturate(
+    make: Any, target: str, integers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulated: onnxruntime has exact kernels for weights on such a processor, none for two activations."""
     asked, run_exactly = [], ort.run_exactly
@@ -100,7 +100,7 @@ def test_products_of_activations_are_checked_without_kernels_that_saturate(
 
     monkeypatch.setattr(check, "saturates", lambda: True)
     monkeypatch.setattr(ort, "run_exactly", watched)
-    quick(make, "weight_bits=8").export(tmp_path / "m.onnx")
+    quick(make, "weight_bits=6", target=target).export(tmp_path / "m.onnx")
     assert asked == [integers]
 
 

@@ -22,6 +22,8 @@ aten = torch.ops.aten
 CASES: list[tuple[Any, list[tuple[int, ...]], list[Any]]] = [
     (aten.linear.default, [(4, 3), (5, 3), (5,)], []),
     (aten.linear.default, [(2, 3, 4), (5, 4), (5,)], []),
+    (aten.linear.default, [(4,), (5, 4), (5,)], []),
+    (aten.linear.default, [(2, 3, 4), (4,), ()], []),
     (aten.conv1d.default, [(2, 4, 7), (8, 4, 3), (8,)], [[2], [1], [2], 1]),
     (aten.conv2d.default, [(2, 4, 7, 7), (8, 4, 3, 3), (8,)], []),
     (aten.conv2d.default, [(2, 4, 7, 7), (8, 2, 3, 3), (8,)], [[2, 1], [1, 0], [1, 1], 2]),

@@ -26,7 +26,7 @@ from hawqfx.pass_manager.base import Rewrite
 
 OFFSET = 128  # between unsigned and signed codes
 # Rows of the first factor.  Codes that a layer made unsigned are converted, at .45 ns an element; a row of the first
-# factor gains .0064 ns for each.
+# factor gains .0064 ns for each: 70 rows pay for it, and more where caches are small.
 FEWEST_ROWS = 96
 
 _aten = torch.ops.aten
@@ -69,5 +69,6 @@ def _gains(node: fx.Node) -> bool:
     """Whether all that reads a tensor are products that have it for their second factor alone, and rows enough."""
     readers = value_readers(node)
     firsts = [operands(reader)[0] for reader in readers if reader.target in PRODUCTS]
-    few = any(first is node or captured_shape(first)[-2] < FEWEST_ROWS for first in firsts)
+    # a vector has no rows
+    few = any(first is node or captured_shape(first)[-2:-1] < [FEWEST_ROWS] for first in firsts)
     return len(firsts) == len(readers) > 0 and not few
