@@ -53,7 +53,7 @@ from hawqfx.sensitivity.metrics import SensitivityMetric
 
 _TIMED = 8  # samples of the passes that are timed
 _FAKE = 3.0  # a fake-quantized forward pass in forward passes: each tensor is also rounded
-_SECOND = 1.85  # a quadratic form of the Hessian in gradients (benchmarks/sensitivity.py)
+_SECOND = 1.7  # a quadratic form of the Hessian in gradients (benchmarks/sensitivity.py)
 _FACTORS = 10.0  # for each weight: two halves by three dampings, two that judge, one for all, and their inverses
 # of memory; the shares are those of benchmarks/forecast.py
 _LIBRARIES = 100e6  # bytes of what is loaded after the capture
