@@ -63,9 +63,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
         if importlib.util.find_spec(name) is None:
             said.append(f"{name} is not installed, for {use}: pip install 'hawqfx[{extra}]'")
     if saturates():
-        said.append(
-            "this processor has no VNNI: sums of signed codes saturate here; compile with target='x86-avx2'"
-        )
+        said.append("this processor has no VNNI: sums of signed codes saturate here; compile with target='x86-avx2'")
     if found["torch"]["cuda"] and not found["torch"]["devices"]:
         said.append("torch is built with CUDA and sees no device; a build for processors is gigabytes smaller")
     if found["free memory, MB"] < 2000:

@@ -202,7 +202,7 @@ def expose_codes(path: str | Path) -> tuple[bytes, list[str]]:
 
 
 def has_signed_activations(path: str | Path) -> bool:
-    """Whether a file quantizes an activation to int8, as it does second factors of products."""
+    """Whether a file of hawqfx quantizes an activation to int8, as it does second factors of products."""
     model = read_model(path)
     types = _constant_types(model)
     quantizers = (node for node in model.graph.node if node.op_type == "QuantizeLinear")
@@ -211,9 +211,7 @@ def has_signed_activations(path: str | Path) -> bool:
 
 def _constant_types(model: onnx.ModelProto) -> dict[str, int]:
     """Name of a constant -> the type of its elements."""
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    constants = (node for node in model.graph.node if node.op_type == "Constant")
-    return types | {node.output[0]: node.attribute[0].t.data_type for node in constants}
+    return {tensor.name: tensor.data_type for tensor in model.graph.initializer}
 
 
 def _exposed(model: onnx.ModelProto, value: Callable[[onnx.NodeProto], tuple[str, int]]) -> tuple[bytes, list[str]]:

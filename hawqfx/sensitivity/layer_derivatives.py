@@ -4,7 +4,7 @@ A layer y = x * w is linear in its input and in its weight.  A Hessian-vector pr
 six such products for it: for a vector v of the weight, the tangent a of the input, the gradient g of the output, and b,
 what the second pass finds for the output,
 
-    a * w + x * v,    g *' w + ... = b *' w + g *' v,    and for the weight  (g, a)_w + (b, x)_w,
+    a * w + x * v  upwards,    b *' w + g *' v  back to the input,    (g, a)_w + (b, x)_w  to the weight,
 
 where *' leads back to the input and (.,.)_w to the weight; a gradient is three of them (with x * w and (g, x)_w).  A
 quadratic form does not need the two that lead to the weight, for they are bilinear:
@@ -146,10 +146,11 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, a: Tensor | None, v: Tensor | None, by_form: Tensor | None) -> Any:
         gradient, x, weight = ctx.saved_tensors
         products = ctx.products
-        by_gradient = by_x = by_weight = found = ctx.kept.product = None
+        by_gradient = by_x = by_weight = found = None
         if v is not None:
             by_x = products.back(gradient, x, v) if ctx.needs_input_grad[1] else None
-            by_gradient = ctx.kept.product = products.outputs(x, v)
+            by_gradient = products.outputs(x, v)
+        ctx.kept.product = None if ctx.form is None else by_gradient
         if a is not None:
             moved = products.outputs(a, weight)
             by_gradient = moved if by_gradient is None else moved.add_(by_gradient)
@@ -157,8 +158,6 @@ class _Gradients(torch.autograd.Function):
                 by_weight = products.by_weight(gradient, a, weight)
             elif by_x is not None:
                 found = ctx.form.new_tensor(dot(by_x, a))
-        if ctx.form is None:
-            ctx.kept.product = None
         return by_gradient, by_x, by_weight, found, None, None
 
 

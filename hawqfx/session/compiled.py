@@ -165,8 +165,11 @@ class Compiled:
         texts = metadata(plan.digest, set(self.planned.schemes().values()), self.session.target, packing)
         size = plan.account.limits.get("size") if plan.account is not None and packing == "portable" else None
         most = math.inf if size is None else size.bound
-        example, observers, check_file = self.session.example, self.session.observers, checked if check else None
-        export(self.program, example, path, packing, texts, observers, most, check_file, self.session.target)
+        session = self.session
+        export(
+            self.program, session.example, path, packing, texts, session.observers, most, checked if check else None,
+            session.target,
+        )  # fmt: skip
 
     def benchmark(self, backends: Sequence[str] = ("ort-cpu",), *, threads: int = 1, rounds: int = 100) -> "Table":
         """Latency, throughput, memory and answers beside the float network's, on the first sample of the calibration

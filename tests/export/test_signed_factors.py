@@ -69,11 +69,12 @@ def exported(make: Callable[[], nn.Module], folder: Path, **options: Any) -> tup
 def kinds(path: Path) -> list[str]:
     """The types of the codes of all activations, in the order of the file."""
     graph = onnx.load(path).graph
-    constants = {each.name: each for each in graph.initializer} | {
-        node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"
-    }
-    quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
-    return [onnx.TensorProto.DataType.Name(constants[node.input[2]].data_type) for node in quantizers]
+    return [types(graph)[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+
+
+def types(graph: onnx.GraphProto) -> dict[str, str]:
+    """Name of a constant -> the type of its elements."""
+    return {each.name: onnx.TensorProto.DataType.Name(each.data_type) for each in graph.initializer}
 
 
 def kernels(path: Path, folder: Path) -> list[str]:
@@ -81,8 +82,7 @@ def kernels(path: Path, folder: Path) -> list[str]:
     saved = folder / "optimized.onnx"
     ort.session(path, save=saved)
     graph = onnx.load(saved).graph
-    types = {each.name: onnx.TensorProto.DataType.Name(each.data_type) for each in graph.initializer}
-    return [types[node.input[PRODUCTS[node.op_type]]] for node in graph.node if node.op_type in PRODUCTS]
+    return [types(graph)[node.input[PRODUCTS[node.op_type]]] for node in graph.node if node.op_type in PRODUCTS]
 
 
 @pytest.mark.parametrize(("make", "signed"), [(Heads, 2), (Permuted, 1), (Few, 0), (Again, 0), (Vector, 0)])
@@ -90,9 +90,8 @@ def kernels(path: Path, folder: Path) -> list[str]:
 def test_codes_are_signed_where_only_products_read_them_second(
     make: Callable[[], nn.Module], signed: int, bits: int, tmp_path: Path
 ) -> None:
-    """The same answers bit for bit as of unsigned codes, by as many integer kernels, and the codes of the graph.
-
-    Codes of 4 bits go through a Clip, behind which onnxruntime has no integer kernels for any of them."""
+    """The same answers bit for bit as of unsigned codes, by as many integer kernels, and the codes of the graph; those
+    of 4 bits go through a Clip."""
     options: dict[str, Any] = {"activation_bits": (bits,), "weight_bits": (6,)}
     compiled, here = exported(make, tmp_path, **options)
     _, there = exported(make, tmp_path, target="x86-avx2", **options)

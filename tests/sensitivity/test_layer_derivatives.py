@@ -1,6 +1,6 @@
 """Second derivatives of layers against torch's own, and quadratic forms against products with the whole Hessian."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hawqfx.frontend.capture import capture
+from hawqfx.frontend.context import Context
 from hawqfx.ir.program import Program
 from hawqfx.maths.curvature import Hessian, dot, gradient, hessian_product
 from hawqfx.sensitivity.double_backward import for_forms, twice_differentiable
@@ -88,14 +89,15 @@ class TiedHead(nn.Module):
         return F.linear(torch.tanh(self.body(self.table(tokens))).mean(1), self.table.weight)
 
 
-def forms_and_products(program: Program, work: Any, loss: Callable[[Any], Tensor]) -> list[Mapping[str, float]]:
+def products_and_forms(program: Program, work: Context) -> list[dict[tuple[int, str], float]]:
     """Of one vector for every site, by both ways; then of the weights alone, of the first site, and of all again."""
     operators = twice_differentiable(program, work.batches[0])
     found = []
     for forms in (False, True):
         run = forward(program, work.batches[0], operators, forms=forms)
         assert run.forms.keys() == ({site.key for site in program.weights} if forms else set())
-        hessian = Hessian(loss(run.output), run.tensors, scalars=run.forms)
+        loss = work.loss_of(run.output, work.batches[0], 0)
+        hessian = Hessian(loss, run.tensors, scalars=run.forms)
         vectors: dict[str, Callable[[], list[Tensor]]] = {
             key: partial(list, [drawn(tuple(x.shape), 31 * number + place).to(x.dtype) for place, x in enumerate(xs)])
             for number, (key, xs) in enumerate(run.tensors.items())
@@ -107,13 +109,13 @@ def forms_and_products(program: Program, work: Any, loss: Callable[[Any], Tensor
             for ask, wanted in enumerate((vectors, weights, first, vectors))
             for key, value in hessian.forms(wanted).items()
         })  # fmt: skip
-    return found  # type: ignore[return-value]
+    return found
 
 
 @pytest.mark.parametrize("make", [Plain, Residual, SharedLayer, TiedWeights, Depthwise, Attention, TokenMlp])
 def test_forms_of_a_network_are_those_of_its_products(make: Callable[[], nn.Module]) -> None:
     program, work = after("find_sites", make), context()
-    products, forms = forms_and_products(program, work, lambda output: work.loss_of(output, work.batches[0], 0))
+    products, forms = products_and_forms(program, work)
     scale = max(map(abs, products.values()))
     for key, value in products.items():
         assert forms[key] == pytest.approx(value, rel=1e-4, abs=1e-5 * scale), key  # float32, summed in another order
